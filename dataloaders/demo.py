@@ -1,0 +1,81 @@
+"""Demo photographs: a few hundred JPEG files cut from the colour photographs that scikit-image carries, no download.
+
+astronaut (NASA), chelsea, coffee, rocket (SpaceX): public domain or CC0, with colour; brick, grass, gravel: CC0
+textures in grey. Each is cut into overlapping squares at several sizes, scaled to 256 px, in a fixed order, so the
+files are the same wherever the same versions of Pillow and scikit-image run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+_COLOUR = ("astronaut", "chelsea", "coffee", "rocket")
+_GREY = ("brick", "grass", "gravel")
+_SIDE = 256
+_QUALITY = 92
+# Side of a square as a share of the photograph's shorter side, and how many steps the square moves along each axis.
+_SCALES = ((1.0, 3), (0.75, 4), (0.55, 5), (0.42, 6))
+_TEXTURE_SCALES = ((0.5, 3),)
+_VERSION = 1  # a change of the recipe above makes another folder
+
+
+def default_cache_dir() -> Path:
+    """$MIRL_CACHE, else $XDG_CACHE_HOME/mirl, else ~/.cache/mirl."""
+    if "MIRL_CACHE" in os.environ:
+        return Path(os.environ["MIRL_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mirl"
+
+
+def prepare_demo(cache_dir: str | Path | None = None) -> Path:
+    """The folder of demo photographs as CLASS/NNN.jpg, made once in a few seconds and published by one rename.
+
+    cache_dir: where; default `default_cache_dir()`. Any number of processes may call it at once.
+    ValueError if the folder cannot be written.
+    """
+    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    target = cache / f"demo-{_SIDE}px-v{_VERSION}"
+    if target.is_dir():
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=cache, prefix=".demo-"))
+    except OSError as error:
+        raise ValueError(
+            f"demo cache folder {cache} cannot be written ({error.strerror}); set MIRL_CACHE to one that can"
+        ) from None
+    try:
+        for name in (*_COLOUR, *_GREY):
+            (work / name).mkdir()
+            for number, square in enumerate(_squares(name)):
+                square.save(work / name / f"{number:03d}.jpg", quality=_QUALITY)
+        work.chmod(0o755)
+        work.rename(target)
+    except OSError:
+        if not target.is_dir():  # otherwise another process was first
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _squares(name: str) -> Iterator[Image.Image]:
+    from skimage import data  # imported when needed: it costs half a second
+
+    photograph = Image.fromarray(getattr(data, name)()).convert("RGB")
+    short = min(photograph.size)
+    for share, steps in _SCALES if name in _COLOUR else _TEXTURE_SCALES:
+        side = int(short * share)
+        for row in range(steps):
+            for column in range(steps):
+                left = (photograph.width - side) * column // (steps - 1)
+                top = (photograph.height - side) * row // (steps - 1)
+                if share == 1.0 and row != column and photograph.width == photograph.height:
+                    continue
+                box = (left, top, left + side, top + side)
+                yield photograph.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC, box=box, reducing_gap=None)

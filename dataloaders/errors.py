@@ -1,0 +1,33 @@
+"""What goes wrong with data, as exceptions and as the record that a loader keeps of one broken image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class ImageError(Exception):
+    """One image cannot be used. The message is the reason alone, without the path, in one line."""
+
+
+class TooManyBadImages(RuntimeError):
+    """More distinct images broke in training than the limit allows; the message names files, limit and mend."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadImage:
+    """The first time that an image broke.
+
+    epoch and position say where it would have been seen; replaced_by is the path of the image that was shown instead.
+    """
+
+    path: str
+    reason: str
+    epoch: int
+    position: int
+    replaced_by: str
+
+
+def one_line(error: BaseException | str, limit: int = 200) -> str:
+    """The text of an error on one line, at most `limit` characters: logs and manifests hold one line per image."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

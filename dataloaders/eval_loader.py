@@ -1,0 +1,170 @@
+"""Images for evaluation: resize and centre crop, every image once, equally many batches on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataloaders.arrays import check_statistics
+from dataloaders.crops import evaluation_windows
+from dataloaders.dali_pipeline import DaliDecoder
+from dataloaders.errors import BadImage
+from dataloaders.opening import Data, open_source
+from dataloaders.resize import CpuResizer
+from dataloaders.samples import SampleReader
+from dataloaders.sources import Source
+from dataloaders.stream import Batch, BatchPlan, BatchStream
+from dataloaders.train_loader import first_array_format, is_data
+
+
+def build_eval_loader(
+    data: Data | Source,
+    *,
+    image_size: tuple[int, int],
+    batch_size: int,
+    resize_short: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    device_id: int | None = None,
+    threads: int = 4,
+    channels: int = 3,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    layout: str = "auto",
+    index_dir: str | Path | None = None,
+    labels: bool = True,
+    prefetch: int = 2,
+) -> EvalLoader:
+    """Opens a data set for evaluation: image i of rank r's batch k is item (k * world_size + r) * batch_size + i.
+
+    resize_short: the shorter side before the centre crop, pixels; default 256 / 224 of the shorter side of image_size.
+    All ranks have equally many batches of equal size; `Batch.valid` is False where the set has run out and where an
+    image is broken (named in `bad_images`), so neither is ever counted as right or wrong. Other arguments as in
+    `build_train_loader`.
+    """
+    for field, value in (("batch_size", batch_size), ("world_size", world_size)):
+        if value < 1:
+            raise ValueError(f"{field} is {value}, must be at least 1")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank}, must be in 0..{world_size - 1} (world_size {world_size})")
+    if len(image_size) != 2 or min(image_size) < 1:
+        raise ValueError(f"image_size is {image_size}, must be (height, width), both at least 1")
+    short = resize_short if resize_short is not None else round(min(image_size) * 256 / 224)
+    if short < 1:
+        raise ValueError(f"resize_short is {short}, must be at least 1")
+    check_statistics(channels, mean, std)
+    source = open_source(data, layout=layout, labels=labels, index_dir=index_dir) if is_data(data) else data
+    array_format = first_array_format(source, channels)
+    reader = SampleReader(source, seed=0, channels=channels, array_format=array_format, labels=labels, threads=threads)
+    decoder = None
+    if array_format is None:
+        decoder = DaliDecoder(
+            batch_size=batch_size,
+            image_size=(image_size[0], image_size[1]),
+            channels=channels,
+            threads=threads,
+            device_id=device_id,
+        )
+    device = torch.device("cpu" if device_id is None else f"cuda:{device_id}")
+    return EvalLoader(
+        source,
+        reader,
+        decoder,
+        image_size=(image_size[0], image_size[1]),
+        resize_short=short,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        threads=threads,
+        device=device,
+        statistics=(mean, std),
+        prefetch=prefetch,
+    )
+
+
+class EvalLoader:
+    """Iterate over it for one pass of `Batch`; every pass is the same. Made by `build_eval_loader`.
+
+    num_images: of the whole set. classes: class names by label, or None. bad_images: met in the latest pass.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        reader: SampleReader,
+        decoder: DaliDecoder | None,
+        *,
+        image_size: tuple[int, int],
+        resize_short: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        threads: int,
+        device: torch.device,
+        statistics: tuple[Sequence[float] | None, Sequence[float] | None],
+        prefetch: int,
+    ) -> None:
+        self.source, self.classes, self.num_images = source, source.classes, source.num_images
+        self.bad_images: list[BadImage] = []
+        self._reader, self._decoder = reader, decoder
+        self._image_size, self._resize_short = image_size, resize_short
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+        self._device, self._statistics, self._prefetch = device, statistics, prefetch
+        self._resizer = None if decoder is not None and decoder.finish else CpuResizer(image_size, threads)
+
+    def __len__(self) -> int:
+        """Batches of one pass, equal on all ranks."""
+        return -(-self.num_images // (self._batch_size * self._world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.bad_images = []
+        stream = BatchStream(
+            self._plans(),
+            self._reader,
+            self._geometry,
+            self._decoder,
+            self._resizer,
+            device=self._device,
+            prefetch=self._prefetch,
+            statistics=self._statistics,
+        )
+        try:
+            for batch in stream:
+                broken = {bad.position for bad in batch.bad}
+                assert batch.valid is not None
+                batch.valid &= ~np.isin(batch.positions, list(broken))
+                self.bad_images += [bad for bad in batch.bad if bad.position < self.num_images]
+                yield batch
+        finally:
+            stream.close()
+
+    def paths(self, sample_ids: Sequence[int] | np.ndarray) -> list[str]:
+        """Where the images are, for messages."""
+        return [self.source.path(int(index)) for index in sample_ids]
+
+    def close(self) -> None:
+        """Ends all threads and frees the decoder; safe to call twice."""
+        self._reader.close()
+        if self._resizer is not None:
+            self._resizer.close()
+        if self._decoder is not None:
+            self._decoder.close()
+        self.source.close()
+
+    def __enter__(self) -> EvalLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _plans(self) -> Iterator[BatchPlan]:
+        for number in range(len(self)):
+            first = (number * self._world_size + self._rank) * self._batch_size
+            positions = np.arange(first, first + self._batch_size)
+            yield BatchPlan(0, np.minimum(positions, self.num_images - 1), positions, positions < self.num_images)
+
+    def _geometry(self, sizes_B2: np.ndarray, epoch: int, positions: np.ndarray):
+        return evaluation_windows(sizes_B2, self._resize_short, self._image_size)

@@ -1,0 +1,101 @@
+"""A few images by path, for pictures of a model's work: one call, no threads left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataloaders.arrays import ArrayFormat, as_resizable, check_statistics, detect_array_format, normalise
+from dataloaders.crops import evaluation_windows
+from dataloaders.dali_pipeline import DaliDecoder, DecodeJob
+from dataloaders.errors import ImageError
+from dataloaders.headers import as_portable_pixmap, decode_with_pillow, read_header
+from dataloaders.resize import CpuResizer
+from dataloaders.sources import read_whole_file
+from dataloaders.tar_source import read_member
+
+
+def load_images(
+    paths: Sequence[str | Path],
+    *,
+    image_size: tuple[int, int],
+    channels: int = 3,
+    resize_short: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> torch.Tensor:
+    """A few images by path, resized and centre-cropped, on the CPU: uint8 [B, H, W, C], or for 16-bit and float array
+    files float32 [B, C, H, W], normalised.
+
+    paths: files, or members of indexed shards as loaders name them (shard.tar::member). resize_short: the shorter side
+    before the crop; default: as small as covers image_size. ValueError names the first file that cannot be used.
+    """
+    if not paths:
+        raise ValueError("paths is empty; give at least one image")
+    short = 1 if resize_short is None else resize_short
+    names = [str(path) for path in paths]
+    files = [_read_named(name) for name in names]
+    array_format = detect_array_format(files[0], names[0], channels)
+    resizer = CpuResizer((image_size[0], image_size[1]), threads=1)
+    try:
+        if array_format is not None:
+            check_statistics(channels, mean, std)
+            crops = [_read_array(array_format, file, name) for file, name in zip(files, names, strict=True)]
+            sizes_B2 = np.array([crop.shape[:2] for crop in crops])
+        else:
+            crops, sizes_B2 = _decode_whole(files, names, channels)
+        _, mirrored, resized, offsets = evaluation_windows(sizes_B2, short, (image_size[0], image_size[1]))
+        images = resizer(crops, mirrored, resized, offsets)
+        return images if images.dtype == torch.uint8 else normalise(images, mean, std)
+    finally:
+        resizer.close()
+
+
+def _decode_whole(files: list[bytes], names: list[str], channels: int) -> tuple[list[np.ndarray], np.ndarray]:
+    encoded, sizes = [], []
+    for file, name in zip(files, names, strict=True):
+        try:
+            header = read_header(file)
+            native = file if header.native else as_portable_pixmap(decode_with_pillow(file, channels))
+        except ImageError as error:
+            raise ValueError(f"{name}: {error}; give another image") from None
+        encoded.append(np.frombuffer(native, np.uint8))
+        sizes.append((header.height, header.width))
+    sizes_B2 = np.array(sizes)
+    windows_B4, mirrored, _, _ = evaluation_windows(sizes_B2, 1, (1, 1))
+
+    def exchange(i: int) -> DecodeJob:
+        try:
+            pixmap = as_portable_pixmap(decode_with_pillow(files[i], channels))
+        except ImageError as error:
+            raise ValueError(f"{names[i]}: {error}; give another image") from None
+        return DecodeJob([np.frombuffer(pixmap, np.uint8)], windows_B4[i : i + 1], mirrored[:1])
+
+    decoder = DaliDecoder(
+        batch_size=len(files), image_size=(1, 1), channels=channels, threads=1, device_id=None, depth=1
+    )
+    try:
+        decoder.submit(DecodeJob(encoded, windows_B4, mirrored))
+        decoded = decoder.collect(exchange)
+        assert isinstance(decoded, list)
+        return [np.array(pixels) for pixels in decoded], sizes_B2
+    finally:
+        decoder.close()
+
+
+def _read_array(array_format: ArrayFormat, file: bytes, name: str) -> np.ndarray:
+    try:
+        return as_resizable(array_format.read(file))
+    except ImageError as error:
+        raise ValueError(f"{name}: {error}; give another image") from None
+
+
+def _read_named(name: str) -> bytes:
+    try:
+        shard, separator, member = name.partition(".tar::")
+        return read_member(Path(shard + ".tar"), member) if separator else read_whole_file(name)
+    except ImageError as error:
+        raise ValueError(f"{name}: {error}; check the path") from None

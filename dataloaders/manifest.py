@@ -1,0 +1,98 @@
+"""The manifest that `mirl validate-data` writes and training reads: one line per image, with the reason if it is bad.
+
+A text file of tab-separated lines, so that it can be read, sorted and edited with any tool:
+
+    # mirl-manifest 1<TAB>ROOT
+    path<TAB>bytes<TAB>height<TAB>width<TAB>format<TAB>reason
+
+Paths are relative to ROOT, sizes are upright pixels, reason is empty for a good image. Backslash, tab and newline in a
+path are written as \\\\, \\t and \\n.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+MANIFEST_NAME = "mirl-manifest.tsv"
+_MAGIC = "# mirl-manifest 1"
+_COLUMNS = "path\tbytes\theight\twidth\tformat\treason"
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestRow:
+    """One image; height, width and format are 0 and "" where the header could not be read."""
+
+    path: str
+    bytes: int
+    height: int
+    width: int
+    format: str
+    reason: str
+
+
+@contextmanager
+def atomic_writer(target: Path, mode: str = "w") -> Iterator[IO]:
+    """A file beside `target` that takes its place when the block ends well and vanishes when it does not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    try:
+        options = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape"}
+        with os.fdopen(handle, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_manifest(target: Path, root: str, rows: Iterable[ManifestRow]) -> None:
+    """Writes the manifest atomically."""
+    with atomic_writer(target) as file:
+        file.write(f"{_MAGIC}\t{_escape(root)}\n{_COLUMNS}\n")
+        for row in rows:
+            fields = (_escape(row.path), row.bytes, row.height, row.width, row.format, _escape(row.reason))
+            file.write("\t".join(map(str, fields)) + "\n")
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether the file begins as a manifest does."""
+    with open(path, "rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC.encode()
+
+
+def read_manifest(path: Path) -> tuple[str, list[ManifestRow]]:
+    """(root, rows); ValueError with the line where it is damaged."""
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        magic, _, root = file.readline().rstrip("\n").partition("\t")
+        if magic != _MAGIC or file.readline().rstrip("\n") != _COLUMNS:
+            raise ValueError(f"{path} is not a manifest of this version; write it again with: mirl validate-data ROOT")
+        rows = []
+        for number, line in enumerate(file, start=3):
+            fields = line.rstrip("\n").split("\t")
+            if len(fields) != 6 or not all(field.isdigit() for field in fields[1:4]):
+                raise ValueError(f"{path} line {number} is damaged; write it again with: mirl validate-data {root}")
+            name, size, height, width, kind, reason = fields
+            rows.append(ManifestRow(_unescape(name), int(size), int(height), int(width), kind, _unescape(reason)))
+    return _unescape(root), rows
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+
+
+def _unescape(text: str) -> str:
+    if "\\" not in text:
+        return text
+    parts = text.split("\\\\")
+    return "\\".join(part.replace("\\t", "\t").replace("\\n", "\n").replace("\\r", "\r") for part in parts)

@@ -1,0 +1,191 @@
+"""Checkpoints that are whole or absent: written aside, described by a manifest, renamed into place, pointed to last.
+
+    OUT/checkpoints/latest                          name of the newest whole checkpoint
+    OUT/checkpoints/step-00000300/manifest.json     size and sha256 of every other file
+    OUT/checkpoints/step-00000300/state.json        step counters, loader position, configuration, parameter shapes
+    OUT/checkpoints/step-00000300/rank-00000-of-00002.safetensors
+                                                    fp32 weights and AdamW moments owned by that rank, keyed
+                                                    KIND/NAME@START
+
+A fragment file says which elements of which parameter it holds, so any number of ranks and any ZeRO stage can read what
+any other wrote. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from engine.ds_engine import Fragment
+from engine.launch import Ranks
+
+FORMAT = 1
+POINTER = "latest"
+COMMIT_TIMEOUT_S = 1800.0
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run in the background; one at a time.
+
+    `save` copies the state to host memory and returns; a thread writes it. Rank 0's thread publishes the checkpoint
+    once every rank's file is on disk. A save that fails leaves every earlier checkpoint as it was, and is told by
+    `poll`.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, *, keep: int) -> None:
+        self.folder, self.ranks, self.keep = folder, ranks, keep
+        self.stall_seconds = 0.0
+        # Names the unfinished folders of this run, so that the leftovers of a killed one cannot be taken for ours.
+        self._token = ranks.broadcast(secrets.token_hex(4))
+        self._thread: threading.Thread | None = None
+        self._failure: str | None = None
+        self._published: Path | None = None
+        if ranks.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(".step-*.partial"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        ranks.barrier()
+
+    def save(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any]) -> None:
+        """Start writing the checkpoint of ``step``; waits first for the one before it."""
+        started = time.perf_counter()
+        self.wait()
+        copies = {fragment.key: fragment.tensor.detach().to("cpu", copy=True) for fragment in fragments}
+        self._thread = threading.Thread(target=self._write, args=(step, copies, state), name="checkpoint")
+        self._thread.start()
+        self.stall_seconds += time.perf_counter() - started
+
+    def wait(self) -> None:
+        """Until this rank's part of the last save is written (on rank 0: until it is published)."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def poll(self) -> tuple[Path | None, str | None]:
+        """``(published, failure)`` since the last call: the path of a new checkpoint, the reason of a failed one."""
+        result = self._published, self._failure
+        self._published = self._failure = None
+        return result
+
+    def _write(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        name = f"step-{step:08d}"
+        partial = self.folder / f".{name}.{self._token}.partial"
+        try:
+            partial.mkdir(exist_ok=True)
+            path = partial / f"rank-{self.ranks.rank:05d}-of-{self.ranks.world_size:05d}.safetensors"
+            save_file(tensors, path)
+            _sync(path)
+            _write_json(partial / f"{path.stem}.done", _describe(path))
+            if self.ranks.is_main:
+                self._publish(partial, self.folder / name, state)
+        except (
+            OSError,
+            RuntimeError,
+            TimeoutError,
+        ) as error:  # safetensors raises its own RuntimeError for a full disk
+            self._failure = f"the checkpoint of step {step} was not written: {error}"
+            if self.ranks.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                _mark_failed(partial, self.ranks.rank, str(error))
+
+    def _publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
+        files = self._await_all(partial)
+        _write_json(partial / "state.json", state)
+        files["state.json"] = _describe(partial / "state.json")
+        config = json.dumps(state.get("config"), sort_keys=True).encode()
+        manifest = {
+            "format": FORMAT,
+            "world_size": self.ranks.world_size,
+            "config_sha256": hashlib.sha256(config).hexdigest(),
+            "files": files,
+        }
+        _write_json(partial / "manifest.json", manifest)
+        for marker in partial.glob("*.done"):
+            marker.unlink()
+        _sync(partial)
+        if final.exists():  # a checkpoint of the same step, from before the run was resumed at an earlier one
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _sync(self.folder)
+        _write_text(self.folder / POINTER, final.name + "\n")
+        _sync(self.folder)
+        self._published = final
+        self._prune()
+
+    def _await_all(self, partial: Path) -> dict[str, Any]:
+        """Descriptions of all ranks' files, once all are there."""
+        deadline = time.monotonic() + COMMIT_TIMEOUT_S
+        while True:
+            failed = list(partial.glob("*.failed"))
+            if failed:
+                raise OSError(f"{failed[0].stem}: {failed[0].read_text().strip()}")
+            done = sorted(partial.glob("*.done"))
+            if len(done) == self.ranks.world_size:
+                return {f"{marker.stem}.safetensors": json.loads(marker.read_text()) for marker in done}
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"only {len(done)} of {self.ranks.world_size} ranks wrote into {partial.parent}: is --out on a "
+                    "file system that all hosts share?"
+                )
+            time.sleep(0.02)
+
+    def _prune(self) -> None:
+        if self.keep:
+            for old in list_checkpoints(self.folder)[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Published checkpoints in ``folder``, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _mark_failed(partial: Path, rank: int, reason: str) -> None:
+    """Tell rank 0; on a disk too full even for this it ends by its own failure or time-out."""
+    try:
+        _write_text(partial / f"rank-{rank:05d}.failed", reason)
+    except OSError as error:
+        print(f"rank {rank}: {reason}; and rank 0 could not be told: {error}", flush=True)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    _write_text(path, json.dumps(values, indent=1) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """All of ``text`` or nothing."""
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(aside, path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

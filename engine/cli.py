@@ -1,0 +1,76 @@
+"""The console command `mirl`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from engine.errors import UserError, run_entry_point
+from engine.version import __version__
+
+
+def _pretrain(argv: Sequence[str]) -> int:
+    from engine.pretrain import main
+
+    return main(list(argv))
+
+
+def _summary(argv: Sequence[str]) -> int:
+    from engine.flags import Parser
+    from engine.summary import run_summary
+
+    parser = Parser(prog="mirl summary", description="Parameters, FLOPs and memory of the models of the paper.")
+    parser.add_argument("--model", metavar="NAME", help="one model in detail; none: the table of all")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    arguments = parser.parse_args(argv)
+    print(run_summary(arguments.model, arguments.json))
+    return 0
+
+
+def _visualize(argv: Sequence[str]) -> int:
+    from engine.visualize import main
+
+    return main(argv)
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    from engine.doctor import main
+
+    return main(argv)
+
+
+# Each imports what it needs when it is called, so that `mirl --help` answers at once.
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "pretrain": (_pretrain, "pre-train a model on this machine (several ranks: deepspeed engine/pretrain.py)"),
+    "visualize": (_visualize, "reconstruct images with a checkpoint"),
+    "doctor": (_doctor, "check that every part the engine needs runs on this machine"),
+    "summary": (_summary, "parameters, FLOPs and memory of the models"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: mirl COMMAND [flags]; mirl COMMAND --help tells more", "", *lines])
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run ``argv``; returns the exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(f"mirl-engine {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        raise UserError(f"unknown command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")
+    return COMMANDS[argv[0]][0](argv[1:])
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run_entry_point(lambda: dispatch(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Where this process stands among the ranks of a run, and how they meet.
+
+Works under the deepspeed launcher, torchrun and srun, and as a single process without any of them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from engine.errors import UserError
+
+RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among the others; ``control`` is a gloo group for small host-side agreements."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def agree_max(self, values: list[float]) -> list[float]:
+        """The largest of each value over all ranks, through host memory (no synchronisation with the GPU)."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return tensor.tolist()
+
+    def gather(self, value: object) -> list:
+        """``value`` of every rank, in rank order, on every rank. Only between processes of one run: it unpickles."""
+        if self.world_size == 1:
+            return [value]
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def broadcast(self, value: object) -> object:
+        """Rank 0's ``value``."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(group=self.control)
+
+
+def join() -> Ranks:
+    """Read the launcher's environment, pick the device and join the process group.
+
+    Raises:
+        UserError: the environment of the launcher is incomplete or contradicts itself, or more ranks than GPUs were
+        started.
+    """
+    _adopt_slurm()
+    rank, world_size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
+    local_rank = _integer("LOCAL_RANK", 0)
+    local_world_size = _integer("LOCAL_WORLD_SIZE", _integer("LOCAL_SIZE", world_size if _one_host() else 1))
+    if not 0 <= rank < world_size:
+        raise UserError(
+            f"RANK is {rank} and WORLD_SIZE is {world_size}: start the ranks with one launcher, or unset both for "
+            "one process"
+        )
+    device = _device(local_rank)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # DeepSpeed and torch both read these; one process without a launcher has none of them.
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank), LOCAL_SIZE=str(local_world_size)
+    )
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    if not dist.is_initialized():
+        options = {"device_id": device} if backend == "nccl" else {}
+        store = _private_store(world_size, local_world_size)
+        if store is None:
+            dist.init_process_group(backend, timeout=RENDEZVOUS_TIMEOUT, **options)
+        else:
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world_size, timeout=RENDEZVOUS_TIMEOUT, **options
+            )
+    control = dist.new_group(backend="gloo", timeout=RENDEZVOUS_TIMEOUT) if world_size > 1 else None
+    return Ranks(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        device=device,
+        control=control,
+    )
+
+
+def leave() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def cores_per_rank(local_world_size: int) -> int:
+    """CPU cores that this process may use, shared with the other ranks of this host."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
+
+
+def _private_store(world_size: int, local_world_size: int) -> dist.Store | None:
+    """A store that needs no free port, where all ranks are on this host; None: meet at MASTER_ADDR:MASTER_PORT.
+
+    torchrun already holds its port. The deepspeed launcher always names the same one (29500), which a second run on the
+    machine would find taken; its workers have one parent, so a file named for that parent is theirs alone.
+    """
+    if world_size == 1:
+        return dist.HashStore()
+    if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("CROSS_SIZE") != "1" or local_world_size != world_size:
+        return None
+    parent = psutil.Process(os.getppid())
+    name = f"mirl-{os.getuid()}-{parent.pid}-{int(parent.create_time() * 1000)}-{os.environ['MASTER_PORT']}"
+    return dist.FileStore(str(Path(tempfile.gettempdir()) / name), world_size)
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this host shows {torch.cuda.device_count()}; start at most that "
+            "many ranks on it"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _one_host() -> bool:
+    return os.environ.get("CROSS_SIZE", "1") == "1"
+
+
+def _adopt_slurm() -> None:
+    """srun gives SLURM_PROCID and the like; MASTER_ADDR must come from the batch script (see docs/clusters.md)."""
+    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or os.environ.get("SLURM_NTASKS", "1") == "1":
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            "MASTER_ADDR is not set: in the batch script, export MASTER_ADDR=$(scontrol show hostnames | head -n 1)"
+        )
+    for ours, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
+        os.environ[ours] = os.environ[slurm]
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0]
+
+
+def _integer(name: str, default: int) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(
+            f"the environment variable {name} is {text!r}: it must be a number, or unset for one process"
+        ) from None
+
+
+def seconds_since_process_start() -> float:
+    """Wall time since this process began, imports included."""
+    return time.time() - psutil.Process().create_time()

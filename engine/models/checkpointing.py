@@ -1,0 +1,49 @@
+"""Activation checkpointing: which runs of blocks are computed again in the backward pass, and by which function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# checkpoint_fn(function, *tensors): torch.utils.checkpoint.checkpoint, or another of the same contract.
+CheckpointFunction = Callable[..., Any]
+
+DEFAULT_CHECKPOINT: CheckpointFunction = partial(checkpoint, use_reentrant=False)
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """``group`` blocks are recomputed together; 0: nothing is; None: a whole segment or decoder at a time."""
+
+    group: int | None = 0
+    function: CheckpointFunction = DEFAULT_CHECKPOINT
+
+    @classmethod
+    def make(cls, mode: str | int, function: CheckpointFunction | None = None) -> CheckpointPlan:
+        """``mode``: "none", "every", "segments", or a number of blocks (digits, too). ValueError for anything else."""
+        named = {"none": 0, "every": 1, "segments": None}
+        function = function or DEFAULT_CHECKPOINT
+        if mode in named:
+            return cls(named[mode], function)
+        if str(mode).isdigit() and int(mode) > 0:
+            return cls(int(mode), function)
+        raise ValueError(
+            f"activation checkpointing is {mode!r}: give none, every, segments, or a positive number of blocks"
+        )
+
+    def groups(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """(first, last) of each run of blocks in [start, stop); single blocks where nothing is recomputed."""
+        step = stop - start if self.group is None else max(self.group, 1)
+        for first in range(start, stop, step):
+            yield first, min(first + step, stop)
+
+    def call(self, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+        """``function(*tensors)``, recomputed in the backward pass if the plan says so."""
+        if self.group == 0:
+            return function(*tensors)
+        return self.function(function, *tensors)

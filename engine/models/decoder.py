@@ -1,0 +1,185 @@
+"""A decoder: the embedded latent of one segment in, predicted pixels out (Eq. 2, 8).
+
+Shapes: B batch, N patches, K kept, M masked, S = 1 + N, R rows that go on (S, or M after the last block's
+self-attention), T length of kv_g, E width, Q pixels of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.models.checkpointing import CheckpointPlan
+from engine.models.config import ModelConfig
+from engine.models.heads import prediction_head
+from engine.models.layers import Attention, CrossAttention, Mlp, layer_norm
+from engine.models.masking import PatchMask
+from engine.models.skips import ExactSkips
+from kernels import gather_tokens, scatter_tokens
+
+
+class Entry(NamedTuple):
+    """What a block's self-attention starts from: the residual stream and queries of the rows that go on, keys and
+    values of all rows.
+    """
+
+    x_BRE: Tensor
+    q_BRE: Tensor
+    kv_BS2E: Tensor
+
+
+@dataclass(frozen=True)
+class DecoderContext:
+    """What all decoders of one forward pass share.
+
+    pos_SE: decoder positions; visible_pos_B1KE: those of the class token and the kept patches of each image.
+    masked_only: the last block goes on with the M masked rows alone.
+    """
+
+    mask: PatchMask
+    pos_SE: Tensor
+    visible_pos_B1KE: Tensor
+    masked_only: bool
+
+    @classmethod
+    def make(cls, mask: PatchMask, pos_SE: Tensor, masked_only: bool) -> DecoderContext:
+        return cls(mask, pos_SE, F.embedding(mask.visible_rows_B1K, pos_SE), masked_only)
+
+
+class DecoderBlock(nn.Module):
+    """x += SelfAttn(LN x); with DID x += MHA(LN x, LN kv_g); x += MLP(LN x)."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, did: bool) -> None:
+        super().__init__()
+        self.did = did
+        self.norm1 = layer_norm(width)
+        self.attn = Attention(width, heads)
+        if did:
+            self.norm_q = layer_norm(width)
+            self.norm_kv = layer_norm(width)
+            self.cross_attn = CrossAttention(width, heads)
+        self.norm2 = layer_norm(width)
+        self.mlp = Mlp(width, mlp_width)
+
+    def forward(self, entry: Entry, cross_kv_BT2E: Tensor | None) -> Tensor:
+        """-> [B, R, E]. ``cross_kv_BT2E``: projected keys and values of kv_g, None without DID."""
+        x_BRE = entry.x_BRE + self.attn.attend(entry.q_BRE, entry.kv_BS2E)
+        if self.did:
+            x_BRE = x_BRE + self.cross_attn(self.norm_q(x_BRE), cross_kv_BT2E)
+        return x_BRE + self.mlp(self.norm2(x_BRE))
+
+    def enter(self, x_BSE: Tensor, rows_BR: Tensor | None) -> Entry:
+        """From the full sequence; ``rows_BR``: the rows that go on, None for all."""
+        y_BSE = self.norm1(x_BSE)
+        if rows_BR is None:
+            return Entry(x_BSE, *self.attn.split_qkv(self.attn.qkv(y_BSE)))
+        q_BRE = self.attn.qkv(gather_tokens(y_BSE, rows_BR), "q")
+        return Entry(gather_tokens(x_BSE, rows_BR), q_BRE, self.attn.qkv(y_BSE, "kv"))
+
+    def enter_from_table(
+        self, e_B1KE: Tensor, mask_token_E: Tensor, context: DecoderContext, masked_only: bool
+    ) -> Entry:
+        """From visible tokens alone, in a decoder's first block.
+
+        There a masked row is mask token + position in every image, so its q, k and v come from a table of N rows, and
+        the matrix product runs over visible tokens only.
+        """
+        mask, pos_SE = context.mask, context.pos_SE
+        table_1NE = (mask_token_E + pos_SE[1:])[None]
+        visible_y = self.norm1(e_B1KE + context.visible_pos_B1KE)
+        table_y = self.norm1(table_1NE)
+        if masked_only:
+            # No visible row goes on, so that the residual stream and the queries come from the table altogether.
+            q_NE = self.attn.qkv(table_y, "q")[0]
+            kv_B1K2E, kv_N2E = self.attn.qkv(visible_y, "kv"), self.attn.qkv(table_y, "kv")[0]
+            kv_BS2E = scatter_tokens(kv_B1K2E, mask.ids_keep, mask.ids_restore, kv_N2E, None)
+            return Entry(F.embedding(mask.ids_masked, table_1NE[0]), F.embedding(mask.ids_masked, q_NE), kv_BS2E)
+        qkv_BS3E = scatter_tokens(
+            self.attn.qkv(visible_y), mask.ids_keep, mask.ids_restore, self.attn.qkv(table_y)[0], None
+        )
+        x_BSE = scatter_tokens(e_B1KE, mask.ids_keep, mask.ids_restore, mask_token_E, pos_SE)
+        return Entry(x_BSE, *self.attn.split_qkv(qkv_BS3E))
+
+    def project_kv(self, kv_BTE: Tensor) -> Tensor:
+        """kv_g [B, T, E] -> keys and values [B, T, 2E]; the plain form of `did.project_prefixes`."""
+        return self.cross_attn.kv(self.norm_kv(kv_BTE))
+
+
+class Decoder(nn.Module):
+    """Decoder g. Its mask token [1, 1, E] is its own in the release's variant; the paper's model has one for all."""
+
+    def __init__(self, config: ModelConfig, skips: ExactSkips) -> None:
+        super().__init__()
+        width = config.decoder_width
+        self.skips = skips
+        if config.variant == "release":
+            self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.blocks = nn.ModuleList(
+            DecoderBlock(width, config.decoder_heads, config.decoder_mlp_width, did=index < config.did_blocks)
+            for index in range(config.decoder_depth)
+        )
+        self.norm = layer_norm(width)
+        self.head = prediction_head(config.variant, width, config.patch_pixels)
+        self.checkpointing = CheckpointPlan()
+
+    def forward(
+        self,
+        e_B1KE: Tensor,
+        shared_mask_token: Tensor | None,
+        context: DecoderContext,
+        cross_inputs: Sequence[Tensor | None],
+    ) -> Tensor:
+        """-> [B, M, Q] if ``context.masked_only``, else [B, N, Q].
+
+        cross_inputs: for each block, what its cross-attention reads: projected keys and values [B, T, 2E] under the kv
+        prefix skip, kv_g [B, T, E] without it, None where the block has no DID.
+        """
+        mask_token = self.mask_token if shared_mask_token is None else shared_mask_token
+        x = e_B1KE
+        for first, last in self.checkpointing.groups(0, len(self.blocks)):
+            run = partial(self._run_blocks, first, last, mask_token, context)
+            x = self.checkpointing.call(run, x, *cross_inputs[first:last])
+        if not context.masked_only:
+            x = x[:, 1:]
+        return self.head(self.norm(x))
+
+    def _run_blocks(
+        self,
+        first: int,
+        last: int,
+        mask_token: Tensor,
+        context: DecoderContext,
+        x: Tensor,
+        *cross_inputs: Tensor | None,
+    ) -> Tensor:
+        """Blocks ``first`` to ``last`` - 1; x is e_g [B, 1 + K, E] before block 0, then the full sequence [B, S, E]."""
+        for index, cross_input in zip(range(first, last), cross_inputs, strict=True):
+            block = self.blocks[index]
+            masked_only = context.masked_only and index == len(self.blocks) - 1
+            entry = self._enter(block, index, x, mask_token.flatten(), context, masked_only)
+            if cross_input is not None and not self.skips.kv_prefix:
+                cross_input = block.project_kv(cross_input)
+            x = block(entry, cross_input)
+        return x
+
+    def _enter(
+        self,
+        block: DecoderBlock,
+        index: int,
+        x: Tensor,
+        mask_token_E: Tensor,
+        context: DecoderContext,
+        masked_only: bool,
+    ) -> Entry:
+        if index == 0:
+            if self.skips.mask_token_table:
+                return block.enter_from_table(x, mask_token_E, context, masked_only)
+            mask = context.mask
+            x = scatter_tokens(x, mask.ids_keep, mask.ids_restore, mask_token_E, context.pos_SE)
+        return block.enter(x, context.mask.masked_rows_BM if masked_only else None)

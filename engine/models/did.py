@@ -1,0 +1,95 @@
+"""Densely connected inputs (DID, Eq. 8): the keys and values that decoder g's cross-attention reads.
+
+kv_g = [e_0, ..., e_{g-1}], e_j [B, T, E] with T = 1 + K, passes a LayerNorm and a Linear E -> 2E of each block that
+reads it. Attention does not see the order of its keys, so every kv_g is the beginning of kv_G. Two more facts make the
+prefix form:
+
+- LayerNorm is (e - mean) / deviation, which depends on e alone, followed by a scale and a shift, which belong to the
+  block. The first part is done once for all blocks.
+- Linear(n * scale + shift) = n (W diag(scale))^T + (W shift + b): scale and shift go into the matrix, which is small.
+
+With tokens first, [G * T, B, E], a prefix is contiguous, so each block's projection is one plain matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.models.layers import NORM_EPS
+
+
+def concatenated_inputs(embeddings: Sequence[Tensor]) -> list[Tensor]:
+    """The plain form: kv_g for g = 1..G from e_0 ... e_{G-1} [B, T, E], each [B, g * T, E]."""
+    return [torch.cat(embeddings[:g], dim=1) for g in range(1, len(embeddings) + 1)]
+
+
+def normalised_prefix_buffer(embeddings: Sequence[Tensor]) -> Tensor:
+    """e_0 ... e_{G-1} [B, T, E], normalised without scale and shift, tokens first: [G * T, B, E]."""
+    buffer_SBE = torch.cat([e_BTE.transpose(0, 1) for e_BTE in embeddings])
+    return F.layer_norm(buffer_SBE, buffer_SBE.shape[-1:], eps=NORM_EPS)
+
+
+def fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Matrix and bias of ``linear`` after the scale and shift of ``norm``."""
+    return linear.weight * norm.weight, F.linear(norm.bias, linear.weight, linear.bias)
+
+
+def project_prefixes(
+    buffer_SBE: Tensor, lengths: Sequence[int], folded: Sequence[tuple[Tensor, Tensor]]
+) -> list[Tensor]:
+    """For each i, Linear_i of the first ``lengths[i]`` tokens: [B, lengths[i], 2E], a view of a tokens-first tensor.
+
+    buffer_SBE: [S, B, E], contiguous. folded: matrix [2E, E] and bias [2E] of each i.
+    """
+    tensors = [buffer_SBE, *(tensor for pair in folded for tensor in pair)]
+    device_type = buffer_SBE.device.type
+    if torch.is_autocast_enabled(device_type):
+        # Autocast does not look inside a custom function.
+        tensors = [tensor.to(torch.get_autocast_dtype(device_type)) for tensor in tensors]
+    return [out.transpose(0, 1) for out in _PrefixProjection.apply(tuple(lengths), *tensors)]
+
+
+class _PrefixProjection(torch.autograd.Function):
+    """All projections in one node of the graph, so that their gradients add up in one buffer.
+
+    As separate nodes each prefix would return a gradient of the whole buffer, zeros included, to be added by autograd.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, lengths: tuple[int, ...], buffer_SBE: Tensor, *folded: Tensor) -> tuple[Tensor, ...]:
+        ctx.lengths = lengths
+        ctx.save_for_backward(buffer_SBE, *folded[::2])
+        ctx.set_materialize_grads(False)
+        return tuple(
+            F.linear(buffer_SBE[:length], weight, bias)
+            for length, weight, bias in zip(lengths, folded[::2], folded[1::2], strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        buffer_SBE, *weights = ctx.saved_tensors
+        tokens, batch, width = buffer_SBE.shape
+        rows_RE = buffer_SBE.view(tokens * batch, width)
+        grad_RE: Tensor | None = None
+        grad_folded: list[Tensor | None] = [None] * (2 * len(weights))
+        # The longest prefix first: it writes the gradient buffer, the others add to its beginning.
+        for i in sorted(range(len(weights)), key=lambda i: -ctx.lengths[i]):
+            if grads[i] is None:
+                continue
+            length = ctx.lengths[i] * batch
+            grad_out = grads[i].reshape(length, -1)
+            grad_folded[2 * i] = grad_out.t() @ rows_RE[:length]
+            grad_folded[2 * i + 1] = grad_out.sum(0)
+            if grad_RE is None:
+                grad_RE = torch.zeros_like(rows_RE) if length < len(rows_RE) else torch.empty_like(rows_RE)
+                torch.mm(grad_out, weights[i], out=grad_RE[:length])
+            else:
+                beginning_RE = grad_RE[:length]
+                torch.addmm(beginning_RE, grad_out, weights[i], out=beginning_RE)
+        grad_buffer = None if grad_RE is None else grad_RE.view_as(buffer_SBE)
+        return (None, grad_buffer, *grad_folded)

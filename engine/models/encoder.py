@@ -1,0 +1,114 @@
+"""The encoder: visible patches in, the latent of every segment out (Eq. 1, 5).
+
+Shapes: B batch, N patches, K kept, P patch side, C channels, Q = P * P * C, D width, G segments.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.models.checkpointing import CheckpointPlan
+from engine.models.config import ModelConfig
+from engine.models.layers import Block, layer_norm
+from engine.models.masking import PatchMask
+from engine.models.pixels import image_layout, normalise_images
+from engine.models.positions import sincos_positions
+from kernels import assemble_tokens, gather_patches, gather_tokens
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution with stride P, also given as the matrix product that it is."""
+
+    def __init__(self, channels: int, width: int, patch_size: int) -> None:
+        super().__init__(channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Patches [B, K, Q] in (p, q, c) order -> [B, K, D]; or images [B, C, H, W] -> [B, N, D]."""
+        if x.ndim == 4:
+            return self._conv_forward(x, self.weight, self.bias).flatten(2).transpose(1, 2)
+        return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Holds the projection under timm's key, ``patch_embed.proj``."""
+
+    def __init__(self, config: ModelConfig, visible_only: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.visible_only = visible_only
+        self.proj = PatchProjection(config.channels, config.width, config.patch_size)
+
+    def forward(self, images: Tensor, ids_keep_BK: Tensor) -> Tensor:
+        """uint8 [B, H, W, C] or normalised float [B, C, H, W] -> projected kept patches [B, K, D]."""
+        config, dtype = self.config, self._compute_dtype(images.device)
+        layout = image_layout(images)
+        if not self.visible_only:
+            x_BND = self.proj(normalise_images(images, config.mean, config.std, dtype))
+            return gather_tokens(x_BND, ids_keep_BK)
+        mean, std = (config.mean, config.std) if layout == "BHWC" else (None, None)
+        patches_BKQ = gather_patches(
+            images, ids_keep_BK, patch_size=config.patch_size, mean=mean, std=std, layout=layout, dtype=dtype
+        )
+        return self.proj(patches_BKQ)
+
+    def _compute_dtype(self, device: torch.device) -> torch.dtype:
+        """What the projection will multiply in, so that pixels are written in it at once."""
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self.proj.weight.dtype
+
+
+class Encoder(nn.Module):
+    """L blocks in G segments, with a LayerNorm of its own for the latent of each segment.
+
+    ``segment_norms`` maps g to LN_g: "0" (only where DID reads z_0) to "G-1"; LN_G is ``norm``, as in any ViT.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(self, config: ModelConfig, visible_only_projection: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config, visible_only_projection)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
+        self.register_buffer("pos_embed", sincos_positions(config.grid, config.width), persistent=False)
+        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_width, rate) for rate in rates)
+        first = 0 if config.did else 1
+        self.segment_norms = nn.ModuleDict({str(g): layer_norm(config.width) for g in range(first, config.segments)})
+        self.norm = layer_norm(config.width)
+        self.checkpointing = CheckpointPlan()
+
+    def forward(self, images: Tensor, mask: PatchMask) -> tuple[Tensor, ...]:
+        """LN_g(z_g), each [B, 1 + K, D], of every g that something reads: under DID 0, then 1..G."""
+        config = self.config
+        x_BSD = self.embed(images, mask.ids_keep)
+        latents = [self.segment_norms["0"](x_BSD)] if config.did else []
+        for g in range(1, config.segments + 1):
+            x_BSD = self.run_segment(g, x_BSD)
+            norm = self.norm if g == config.segments else self.segment_norms[str(g)]
+            latents.append(norm(x_BSD))
+        return tuple(latents)
+
+    def embed(self, images: Tensor, ids_keep_BK: Tensor) -> Tensor:
+        """z_0: class token and kept patches, with their positions: [B, 1 + K, D]."""
+        # Under autocast the projection is bfloat16 and the residual stream stays in the dtype of the weights.
+        x_BKD = self.patch_embed(images, ids_keep_BK).to(self.cls_token.dtype)
+        # The class token's own position is zeros.
+        return assemble_tokens(x_BKD, ids_keep_BK, self.pos_embed[1:].to(x_BKD.dtype), self.cls_token.flatten())
+
+    def run_segment(self, g: int, x_BSD: Tensor) -> Tensor:
+        """z_{g-1} -> z_g."""
+        stop = g * self.config.segment_depth
+        for first, last in self.checkpointing.groups(stop - self.config.segment_depth, stop):
+            x_BSD = self.checkpointing.call(partial(self._run_blocks, first, last), x_BSD)
+        return x_BSD
+
+    def _run_blocks(self, first: int, last: int, x_BSD: Tensor) -> Tensor:
+        for block in self.blocks[first:last]:
+            x_BSD = block(x_BSD)
+        return x_BSD

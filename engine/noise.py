@@ -1,0 +1,24 @@
+"""The random numbers behind the masks: a function of (seed, step, position in the effective batch), and of nothing
+else.
+
+So an image is masked alike however many ranks share the batch, and a resumed run needs no saved generator.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+_WORDS = 4  # 64-bit words that Philox makes for one count
+
+
+def mask_noise(seed: int, step: int, first: int, batch: int, patches: int) -> torch.Tensor:
+    """Noise in [0, 1) for images ``first`` ... ``first + batch - 1`` of the effective batch of ``step``: float32
+    [batch, patches].
+
+    One Philox stream per step; each image owns a range of its counter.
+    """
+    counts = -(-patches // _WORDS)
+    stream = np.random.Philox(key=[seed, 0x4D495251], counter=[first * counts, 0, step, 0])
+    words = stream.random_raw(batch * counts * _WORDS).reshape(batch, counts * _WORDS)[:, :patches]
+    return torch.from_numpy((words >> np.uint64(40)).astype(np.float32) * np.float32(2**-24))

@@ -1,0 +1,129 @@
+"""What a run tells: lines, a progress bar in a terminal, metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+# Peak dense bf16 FLOP/s of one device, from NVIDIA's data sheets (SXM parts, without sparsity).
+PEAK_BF16_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 150e12, "A10": 125e12, "RTX A6000": 155e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak bf16 FLOP/s of ``device``, None where it is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in PEAK_BF16_FLOPS.items() if key in name), None)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory: torch's on a GPU since the last call, the process's resident size now on a CPU."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+class RunLog:
+    """Rank 0 writes, the other ranks are silent.
+
+    ``out`` holds log.txt (the lines), metrics.jsonl (a JSON object a line, full precision) and tensorboard/.
+    """
+
+    def __init__(self, out: Path, *, is_main: bool, total_steps: int, start_step: int, tensorboard: bool) -> None:
+        self.out, self.is_main = out, is_main
+        self._bar: tqdm | None = None
+        self._board: Any = None
+        if not is_main:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        self._lines = (out / "log.txt").open("a")
+        self._metrics = _open_metrics(out / "metrics.jsonl", start_step)
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, leave=False)
+        if tensorboard:
+            # Imported here: it takes a second, and a rank that does not write has no need of it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
+
+    def say(self, line: str) -> None:
+        """One line to the terminal and to log.txt."""
+        if not self.is_main:
+            return
+        if self._bar is None:
+            print(line, flush=True)
+        else:
+            tqdm.write(line)
+        self._lines.write(line + "\n")
+        self._lines.flush()
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar to ``step``."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def metrics(self, values: dict[str, Any], line: str) -> None:
+        """Record ``values`` (they hold "step") and say ``line``."""
+        if not self.is_main:
+            return
+        self.say(line)
+        self._metrics.write(json.dumps(values) + "\n")
+        self._metrics.flush()
+        if self._board is not None:
+            for key, value in values.items():
+                if key != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(key, value, values["step"])
+
+    def event(self, kind: str, step: int, **details: Any) -> None:
+        """An occurrence that is no measurement (a skipped step, a bad image, a checkpoint) in metrics.jsonl."""
+        if self.is_main:
+            self._metrics.write(json.dumps({"event": kind, "step": step, "time": time.time(), **details}) + "\n")
+            self._metrics.flush()
+
+    def picture(self, image: Image.Image, step: int) -> None:
+        if self._board is not None:
+            self._board.add_image("reconstructions", np.asarray(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        if not self.is_main:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        if self._board is not None:
+            self._board.close()
+        self._lines.close()
+        self._metrics.close()
+
+
+def _open_metrics(path: Path, start_step: int) -> Any:
+    """metrics.jsonl without the lines of steps that the resumed run will do again."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start_step]
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(line + "\n" for line in kept))
+        aside.replace(path)
+    return path.open("a")
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a line cut short by a crash counts as later than any."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,136 @@
+"""erf-GELU with the bias of the Linear before it, recomputed in the backward: nothing but its input is kept.
+
+Letters: R rows (all leading axes), F features. gelu(u) = u * Phi(u), u = x + bias; dgelu = Phi(u) + u * phi(u).
+
+Bytes at least, 16-bit: forward 2 * 2RF (x, out), backward 3 * 2RF (x, gradient, dx). The bias gradient is summed by
+persistent programs, one partial row each, and a second stage in a fixed order.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.checks import check_device, check_float, check_shape
+from kernels.column_sum import column_sum
+from kernels.dispatch import uses_triton
+from kernels.launch import TILE_ELEMENTS, TILE_WARPS, ceil_div, column_block, multiprocessors, on_device_of, row_block
+from kernels.registration import KernelOp
+from kernels.triton_import import tl, triton
+
+
+def bias_gelu_reference(x: Tensor, bias_F: Tensor | None) -> Tensor:
+    """The sum is formed in the wider dtype of the two and not rounded before the GELU."""
+    if bias_F is None:
+        return F.gelu(x)
+    return F.gelu(x + bias_F.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+
+
+@triton.jit
+def _gelu_kernel(
+    x_ptr, bias_ptr, out_ptr, rows, features, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = (row[:, None] < rows) & (column[None, :] < features)
+    offset = row[:, None] * features + column[None, :]
+    u = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        u += tl.load(bias_ptr + column, mask=column < features, other=0.0).to(tl.float32)[None, :]
+    value = 0.5 * u * (1.0 + tl.math.erf(u * 0.7071067811865476))
+    tl.store(out_ptr + offset, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gelu_backward_kernel(
+    x_ptr, bias_ptr, grad_ptr, grad_x_ptr, partial_ptr, rows, tiles, features,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    bias_sum = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + column, mask=column < features, other=0.0).to(tl.float32)
+    for tile in range(program, tiles, programs):
+        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        mask = (row[:, None] < rows) & (column[None, :] < features)
+        offset = row[:, None] * features + column[None, :]
+        u = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            u += bias[None, :]
+        cdf = 0.5 * (1.0 + tl.math.erf(u * 0.7071067811865476))
+        density = 0.3989422804014327 * tl.exp(-0.5 * u * u)
+        grad_x = grad * (cdf + u * density)
+        if HAS_BIAS:
+            bias_sum += grad_x
+        tl.store(grad_x_ptr + offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+    if HAS_BIAS:
+        out = program.to(tl.int64) * features + column
+        tl.store(partial_ptr + out, tl.sum(bias_sum, axis=0), mask=column < features)
+
+
+def _tile(features: int, elements: int = TILE_ELEMENTS) -> dict[str, int]:
+    columns = min(256, column_block(features))
+    return {"ROWS": row_block(columns, elements), "COLUMNS": columns, "num_warps": TILE_WARPS}
+
+
+def _bias_gelu(x: Tensor, bias_F: Tensor | None) -> Tensor:
+    x = x.contiguous()
+    features = x.shape[-1]
+    rows, tile = x.numel() // features, _tile(features)
+    out = torch.empty_like(x)
+    with on_device_of(x):
+        _gelu_kernel[(ceil_div(rows, tile["ROWS"]), ceil_div(features, tile["COLUMNS"]))](
+            x, x if bias_F is None else bias_F.contiguous(), out, rows, features, HAS_BIAS=bias_F is not None, **tile
+        )
+    return out
+
+
+def _bias_gelu_backward(x: Tensor, bias_F: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """-> grad_x (shaped as x), grad_bias [F] (empty without a bias)."""
+    x, grad = x.contiguous(), grad.contiguous()
+    features = x.shape[-1]
+    rows, tile = x.numel() // features, _tile(features, TILE_ELEMENTS // 2)  # erf and exp want registers
+    tiles, column_tiles = ceil_div(rows, tile["ROWS"]), ceil_div(features, tile["COLUMNS"])
+    # Without a bias there is nothing to add up, so one tile a program; with one, as many as are resident at once.
+    programs = tiles if bias_F is None else max(1, min(tiles, 6 * multiprocessors(x.device) // column_tiles))
+    grad_x = torch.empty_like(x)
+    partial_1PF = torch.empty(1, 0 if bias_F is None else programs, features, device=x.device, dtype=torch.float32)
+    with on_device_of(x):
+        _gelu_backward_kernel[(programs, column_tiles)](
+            x, x if bias_F is None else bias_F.contiguous(), grad, grad_x, partial_1PF, rows, tiles, features,
+            HAS_BIAS=bias_F is not None, **tile,
+        )  # fmt: skip
+    return grad_x, x.new_empty(0) if bias_F is None else column_sum(partial_1PF, bias_F.dtype)[0]
+
+
+bias_gelu_backward_op = KernelOp(
+    _bias_gelu_backward,
+    lambda x, bias, grad: (x.new_empty(x.shape), x.new_empty(0) if bias is None else torch.empty_like(bias)),
+)
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    x, bias_F = ctx.saved_tensors
+    grad_x, grad_bias = bias_gelu_backward_op(x, bias_F, grad)
+    return grad_x, None if bias_F is None else grad_bias
+
+
+bias_gelu_op = KernelOp(_bias_gelu, lambda x, bias: x.new_empty(x.shape), setup_context=_setup, backward=_backward)
+
+
+def bias_gelu(x: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """gelu(x + bias) with the exact (erf) GELU, in the dtype of x; any leading axes. Differentiable in both.
+
+    Example: gelu(0) = 0, gelu(1) = 0.8413447.
+    Raises: ValueError for wrong shapes, dtypes, devices.
+    """
+    check_float("x", x)
+    if bias_F is not None:
+        check_shape("bias_F", bias_F, (x.shape[-1],), "[F]")
+    check_device(x, bias_F=bias_F)
+    return (bias_gelu_op if uses_triton(x) else bias_gelu_reference)(x, bias_F)

@@ -1,0 +1,42 @@
+"""Which implementation an op runs, decided by where its tensors are; printed by the engine at start.
+
+| tensors | implementation |
+|---|---|
+| on a GPU | Triton (plain torch when Triton is not installed) |
+| on a CPU | plain torch |
+| on a CPU, `TRITON_INTERPRET=1` set before the import | Triton, interpreted: for tests, about 1 ms a program |
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.triton_import import HAS_TRITON, INTERPRETED, TRITON_VERSION
+
+OPS = (
+    "gather_patches",
+    "gather_tokens",
+    "assemble_tokens",
+    "scatter_tokens",
+    "masked_residual_mse",
+    "residual_layer_norm",
+    "bias_gelu",
+)
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """True when an op on `tensor` is to launch its Triton kernel. float64 is for the reference only."""
+    return (INTERPRETED or (tensor.is_cuda and HAS_TRITON)) and tensor.dtype != torch.float64
+
+
+def describe_dispatch(device: torch.device | str | None = None) -> dict[str, str]:
+    """Op name -> implementation for tensors on `device` (default: the GPU if there is one)."""
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    if INTERPRETED:
+        chosen = f"triton {TRITON_VERSION} interpreted on {kind} (slow, for tests)"
+    elif kind == "cpu":
+        chosen = "torch on cpu"
+    elif HAS_TRITON:
+        chosen = f"triton {TRITON_VERSION} on {kind}"
+    else:
+        chosen = f"torch on {kind} (triton is not installed)"
+    return dict.fromkeys(OPS, chosen)

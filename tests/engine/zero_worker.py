@@ -1,0 +1,104 @@
+"""One rank of test_zero.py: trains a tiny model under many settings in one process group and writes the losses of each
+as JSON.
+
+usage: zero_worker.py OUT_PREFIX < cases.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from engine.config import DataConfig, OptimConfig, PretrainConfig, RunConfig  # noqa: E402
+from engine.ds_config import read_ds_config, resolve_batch, resolve_ds_config  # noqa: E402
+from engine.ds_engine import TrainEngine  # noqa: E402
+from engine.launch import Ranks, join, leave  # noqa: E402
+from engine.models import MIRL, model_config  # noqa: E402
+from engine.noise import mask_noise  # noqa: E402
+from engine.optimizer import build_optimizer  # noqa: E402
+
+BATCH, STEPS, LR = 8, 4, 1e-3
+SIZE = {
+    "depth": 4, "width": 48, "heads": 4, "segments": 4, "decoder_width": 32, "decoder_heads": 4, "patch_size": 8,
+    "image_height": 32, "image_width": 32,
+}  # fmt: skip
+
+
+def build(case: dict) -> tuple[PretrainConfig, MIRL]:
+    config = PretrainConfig(
+        recipe="test",
+        model=model_config("vit_s", **SIZE, variant=case.get("variant", "paper")),
+        data=DataConfig(),
+        optim=OptimConfig(batch_size=BATCH, micro_batch=case.get("micro_batch", 0), steps=STEPS, lr=LR, clip_grad=0.5),
+        run=RunConfig(deepspeed_config=case["stage"], precision=case.get("precision", "fp32")),
+    )
+    torch.manual_seed(0)
+    model = MIRL(config.model)
+    model.set_activation_checkpointing(case.get("activation_checkpointing", "none"))
+    return config, model
+
+
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (BATCH, 32, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+def noise(step: int, first: int, batch: int) -> torch.Tensor:
+    return mask_noise(0, step, first, batch, 16)
+
+
+def bare_loop(case: dict) -> list[float]:
+    """The same training without DeepSpeed, in one process."""
+    config, model = build(case | {"stage": "zero2"})
+    optimizer = build_optimizer(model, config.optim, torch.device("cpu"))
+    losses = []
+    for step in range(STEPS):
+        loss = model(images(), noise=noise(step, 0, BATCH)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def train(case: dict, ranks: Ranks) -> list[float]:
+    config, model = build(case)
+    micro, accumulation = resolve_batch(config, ranks.world_size)
+    ds_config = resolve_ds_config(
+        read_ds_config(case["stage"]),
+        config,
+        micro_batch=micro,
+        accumulation=accumulation,
+        precision=config.run.precision,
+        device=ranks.device,
+    )
+    engine = TrainEngine(model, build_optimizer(model, config.optim, ranks.device), ds_config)
+    losses = []
+    for step in range(STEPS):
+        total = torch.zeros(())
+        for part in range(accumulation):
+            first = part * micro * ranks.world_size + ranks.rank * micro
+            output = engine.forward(images()[first : first + micro], noise=noise(step, first, micro))
+            engine.backward(output.loss)
+            applied = engine.step(LR)
+            total += output.loss.detach().float() / accumulation
+        assert applied
+        if ranks.world_size > 1:
+            torch.distributed.all_reduce(total)
+        losses.append(total.item() / ranks.world_size)
+    return losses
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    cases = json.load(sys.stdin)
+    place = join()
+    results = {name: train(case, place) for name, case in cases.items()}
+    if place.is_main:
+        Path(sys.argv[1]).write_text(json.dumps(results))
+    leave()

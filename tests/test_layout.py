@@ -1,0 +1,59 @@
+"""The rules that keep the parts apart."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+PACKAGES = ("engine", "kernels", "dataloaders")
+MODULES = sorted(path for package in PACKAGES for path in (CHECKOUT / package).rglob("*.py"))
+ONLY_IN = {
+    "deepspeed": "engine/ds_engine.py",
+    "nvidia": "dataloaders/dali_pipeline.py",
+    "xformers": "kernels/attention.py",
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of every module that ``path`` imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(CHECKOUT)))
+def test_imports_go_one_way(path):
+    tops = {name.split(".")[0] for name in imported(path)}
+    package = path.relative_to(CHECKOUT).parts[0]
+    allowed = set(PACKAGES) if package == "engine" else {package}
+    assert tops & (set(PACKAGES) | {"benchmarks", "tests"}) <= allowed
+    for library, home in ONLY_IN.items():
+        assert library not in tops or str(path.relative_to(CHECKOUT)) == home, f"{library} belongs in {home}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(CHECKOUT)))
+def test_no_module_shadows_a_standard_one(path):
+    # `deepspeed engine/pretrain.py` would otherwise find ours first.
+    assert path.stem not in sys.stdlib_module_names
+
+
+def test_every_package_is_in_the_wheel():
+    listed = set(tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {".".join(path.parent.relative_to(CHECKOUT).parts) for path in MODULES}
+    assert found | {"engine.ds_configs"} == listed
+
+
+def test_the_kernels_package_is_ours_and_below_the_version_that_transformers_takes_for_its_own():
+    import kernels
+
+    assert kernels.__mirl_engine__
+    assert tuple(map(int, kernels.__version__.split("."))) < (0, 15)
