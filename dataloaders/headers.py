@@ -135,7 +135,8 @@ def _read_webp_lossy(data: bytes) -> Header:
 def _read_with_pillow(data: bytes) -> Header:
     try:
         with Image.open(io.BytesIO(data)) as image:
-            orientation = image.getexif().get(0x0112, 1)
+            # Of a TIFF Pillow gives the upright size before it has decoded anything.
+            orientation = 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
             return _upright(image.format or "?", image.height, image.width, orientation, native=False)
     except Exception as error:  # Pillow's plug-ins raise almost anything on damaged files
         start = data[:64].lstrip()

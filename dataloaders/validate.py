@@ -100,8 +100,8 @@ def _look_at(source: Source, index: int, base: str, channels: int, array_format:
             height, width, _ = array_format.read(data).shape
         else:
             header = read_header(data)
-            kind, height, width = header.format, header.height, header.width
-            decode_with_pillow(data, 3 if channels == 3 else 1)
+            kind = header.format
+            height, width, _ = decode_with_pillow(data, channels).shape
     except ImageError as error:
         reason = str(error)
     return ManifestRow(path, size, height, width, kind, reason)

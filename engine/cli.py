@@ -33,6 +33,15 @@ def _visualize(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def _data_command(name: str) -> Callable[[Sequence[str]], int]:
+    def command(argv: Sequence[str]) -> int:
+        from engine import data_commands
+
+        return getattr(data_commands, name)(argv)
+
+    return command
+
+
 def _doctor(argv: Sequence[str]) -> int:
     from engine.doctor import main
 
@@ -43,6 +52,10 @@ def _doctor(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "pretrain": (_pretrain, "pre-train a model on this machine (several ranks: deepspeed engine/pretrain.py)"),
     "visualize": (_visualize, "reconstruct images with a checkpoint"),
+    "validate-data": (_data_command("validate_data"), "decode every image once and write down the broken ones"),
+    "prepare-data": (_data_command("prepare_data"), "re-encode a data set to small JPEG files or tar shards"),
+    "make-index": (_data_command("make_index"), "index tar shards for reading in any order"),
+    "bench-loader": (_data_command("bench_loader"), "measure the training loader"),
     "doctor": (_doctor, "check that every part the engine needs runs on this machine"),
     "summary": (_summary, "parameters, FLOPs and memory of the models"),
 }

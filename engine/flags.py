@@ -85,7 +85,7 @@ def _parser() -> Parser:
                         "--image-size",
                         dest="model.image_size",
                         default=_ABSENT,
-                        type=_image_size,
+                        type=image_size,
                         metavar="SIDE|HxW",
                         help=f"image size in pixels [{demo.model.image_height}x{demo.model.image_width}]",
                     )
@@ -145,7 +145,8 @@ def _literal_choices(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
 
 
-def _image_size(text: str) -> tuple[int, int]:
+def image_size(text: str) -> tuple[int, int]:
+    """``(height, width)`` of "224" or "192x256"; argparse reports what it raises."""
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is no image size: give one side (224) or height x width (192x256)")

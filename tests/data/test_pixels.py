@@ -1,0 +1,97 @@
+"""Pixels of fixed windows against Pillow: decoding, orientation, bicubic resize, mirror, evaluation crop."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from dataloaders.crops import evaluation_windows
+from dataloaders.dali_pipeline import DaliDecoder, DecodeJob
+from dataloaders.resize import CpuResizer, resize_bicubic
+
+SIZE = (64, 64)
+WINDOWS = [(0, 0, 300, 400), (10, 21, 200, 150), (150, 3, 64, 64), (40, 40, 30, 41), (7, 100, 290, 260)]
+
+
+def pillow(data: bytes, window, mirrored, size=SIZE) -> np.ndarray:
+    top, left, height, width = window
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    image = image.crop((left, top, left + width, top + height)).resize(size[::-1], Image.Resampling.BICUBIC)
+    return np.asarray(ImageOps.mirror(image) if mirrored else image).astype(int)
+
+
+def finish(job: DecodeJob, in_dali: bool) -> np.ndarray:
+    """The images of a job by the path of CPU users, or with DALI's resize as on a GPU."""
+    decoder = DaliDecoder(
+        batch_size=len(job.encoded), image_size=SIZE, channels=3, threads=1, device_id=None, finish=in_dali
+    )
+    decoder.submit(job)
+    images = decoder.collect(lambda i: pytest.fail(f"sample {i} was refused"))
+    if not in_dali:
+        resizer = CpuResizer(SIZE, threads=2)
+        images = resizer(images, job.mirrored, job.sizes, job.offsets)
+        resizer.close()
+    decoder.close()
+    return images.numpy().astype(int)
+
+
+# torch resizes with Pillow's fixed-point arithmetic: equal but for the rounding of a few pixels. DALI's resize works in
+# float with the same kernel, support and pixel centres, so it too may differ in rounding, and is off by 1 more often.
+MOST = {False: (2, 0.02), True: (3, 0.5)}
+
+
+@pytest.mark.parametrize("in_dali", [False, True])
+@pytest.mark.parametrize("orientation", [None, 2, 3, 4, 5, 6, 7, 8])
+def test_windows_of_upright_jpegs_are_those_of_pillow(photo, encoded, orientation, in_dali):
+    width, height = (300, 400) if orientation in (5, 6, 7, 8) else (400, 300)  # upright: 400 wide
+    data = encoded(photo(3, width, height), quality=95, orientation=orientation)
+    mirrored = np.array([False, True, True, False, True])
+    job = DecodeJob([np.frombuffer(data, np.uint8)] * 5, np.array(WINDOWS, np.int32), mirrored)
+    ours = finish(job, in_dali)
+    theirs = np.stack([pillow(data, *pair) for pair in zip(WINDOWS, mirrored, strict=True)])
+    most, mean = MOST[in_dali]
+    assert np.abs(ours - theirs).max() <= most
+    assert np.abs(ours - theirs).mean() <= mean
+    # The test can see a wrong turn: the unmirrored window is far away.
+    assert np.abs(ours[1][:, ::-1] - theirs[1]).mean() > 10
+
+
+@pytest.mark.parametrize("in_dali", [False, True])
+@pytest.mark.parametrize(("width", "height"), [(400, 300), (300, 400), (333, 100), (64, 64)])
+def test_evaluation_equals_resize_and_centre_crop(photo, encoded, width, height, in_dali):
+    data = encoded(photo(4, width, height), "PNG")
+    geometry = evaluation_windows(np.array([(height, width)]), 73, SIZE)
+    ours = finish(DecodeJob([np.frombuffer(data, np.uint8)], *geometry), in_dali)[0]
+    long = int(73 * max(width, height) / min(width, height))
+    size = (73, long) if width < height else (long, 73)
+    top, left = round((size[1] - 64) / 2), round((size[0] - 64) / 2)
+    whole = Image.open(io.BytesIO(data)).resize(size, Image.Resampling.BICUBIC)
+    theirs = np.asarray(whole.crop((left, top, left + 64, top + 64))).astype(int)
+    most, mean = MOST[in_dali]
+    assert np.abs(ours - theirs).max() <= most
+    assert np.abs(ours - theirs).mean() <= mean
+
+
+def test_float_resize_is_the_same_kernel(photo):
+    pixels = np.asarray(photo(5, 200, 150))
+    as_float = resize_bicubic(np.ascontiguousarray(pixels, np.float32), SIZE)
+    as_uint8 = resize_bicubic(pixels.copy(), SIZE)
+    # 8-bit fixed-point weights and two roundings, one after each axis.
+    assert (as_float.clamp(0, 255) - as_uint8.float()).abs().max() <= 1.6
+
+
+def test_many_channels_are_resized_each_by_itself():
+    pixels = torch.rand(40, 50, 7, generator=torch.Generator().manual_seed(0)).numpy()
+    whole = resize_bicubic(pixels, (16, 24))
+    for channel in range(7):
+        alone = resize_bicubic(np.ascontiguousarray(pixels[:, :, channel : channel + 1]), (16, 24))
+        assert torch.allclose(whole[:, :, channel], alone[:, :, 0], atol=1e-6)  # float32 sums in another order
+
+
+def test_an_image_of_the_output_size_is_not_touched(photo):
+    pixels = np.asarray(photo(5, 64, 64)).copy()
+    assert np.array_equal(resize_bicubic(pixels, SIZE).numpy(), pixels)
