@@ -67,7 +67,7 @@ def check_gpu() -> Finding:
         mend = (
             "install a CUDA build of torch (pip install torch)"
             if built is None
-            else f"the driver must support CUDA {{built}}"
+            else f"the driver must support CUDA {built}"
         )
         return Finding(ERROR, "gpu", f"a driver is installed but torch {torch.__version__} sees no GPU", mend)
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

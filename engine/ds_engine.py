@@ -152,8 +152,9 @@ class TrainEngine:
     def _make_moments(self) -> None:
         """The state that AdamW would make at its first step.
 
-        Made now, so that there is something to load into, and because ZeRO 1 and 2 link parameters to their moments only
-        once, during the step of the first group, when those of the other groups would not exist yet (DeepSpeed 0.19.8).
+        Made now, so that there is something to load into, and because ZeRO 1 and 2 link parameters to their moments
+        only once, during the step of the first group, when those of the other groups would not exist yet (DeepSpeed
+        0.19.8).
         """
         stage_3 = self.stage == 3
         flats = (

@@ -16,8 +16,8 @@ if not __package__:
     # Run as a file, engine/ is first on sys.path, where its modules would shadow others; the checkout belongs there.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-# Read once, when torch loads its OpenMP: waiting threads sleep instead of spinning. On a CPU they share the cores with the
-# threads that decode images, and spinning makes a step several times slower (benchmarks/LOG.md).
+# Read once, when torch loads its OpenMP: waiting threads sleep instead of spinning. On a CPU they share the cores with
+# the threads that decode images, and spinning makes a step several times slower (benchmarks/LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from engine.errors import run_entry_point  # noqa: E402

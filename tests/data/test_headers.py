@@ -78,6 +78,7 @@ def test_bytes_after_the_end_do_no_harm(photo, encoded):
     assert read_header(data + bytes(500)) == read_header(data)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow tells of the damage, then reads on
 @pytest.mark.parametrize(("form", "options"), FORMATS)
 def test_damaged_headers_raise_nothing_but_image_errors(photo, encoded, form, options):
     whole = encoded(photo(1), form, orientation=6, **options)

@@ -39,9 +39,16 @@ def finish(job: DecodeJob, in_dali: bool) -> np.ndarray:
     return images.numpy().astype(int)
 
 
-# torch resizes with Pillow's fixed-point arithmetic: equal but for the rounding of a few pixels. DALI's resize works in
-# float with the same kernel, support and pixel centres, so it too may differ in rounding, and is off by 1 more often.
-MOST = {False: (2, 0.02), True: (3, 0.5)}
+def assert_close(ours: np.ndarray, theirs: np.ndarray, in_dali: bool) -> None:
+    """Levels of 255. torch resizes with Pillow's fixed-point arithmetic: equal but for the rounding of a few pixels.
+
+    DALI's resize agrees with the exact float result to a level when it enlarges; when it shrinks, its tabulated kernel
+    is off at sharp edges, by 10 levels where the photograph is shrunk 4.7 times, 0.2 on average.
+    """
+    difference = np.abs(ours - theirs)
+    assert difference.max() <= (16 if in_dali else 2)
+    assert np.quantile(difference, 0.99) <= (3 if in_dali else 1)
+    assert difference.mean() <= (0.4 if in_dali else 0.02)
 
 
 @pytest.mark.parametrize("in_dali", [False, True])
@@ -53,9 +60,7 @@ def test_windows_of_upright_jpegs_are_those_of_pillow(photo, encoded, orientatio
     job = DecodeJob([np.frombuffer(data, np.uint8)] * 5, np.array(WINDOWS, np.int32), mirrored)
     ours = finish(job, in_dali)
     theirs = np.stack([pillow(data, *pair) for pair in zip(WINDOWS, mirrored, strict=True)])
-    most, mean = MOST[in_dali]
-    assert np.abs(ours - theirs).max() <= most
-    assert np.abs(ours - theirs).mean() <= mean
+    assert_close(ours, theirs, in_dali)
     # The test can see a wrong turn: the unmirrored window is far away.
     assert np.abs(ours[1][:, ::-1] - theirs[1]).mean() > 10
 
@@ -71,17 +76,16 @@ def test_evaluation_equals_resize_and_centre_crop(photo, encoded, width, height,
     top, left = round((size[1] - 64) / 2), round((size[0] - 64) / 2)
     whole = Image.open(io.BytesIO(data)).resize(size, Image.Resampling.BICUBIC)
     theirs = np.asarray(whole.crop((left, top, left + 64, top + 64))).astype(int)
-    most, mean = MOST[in_dali]
-    assert np.abs(ours - theirs).max() <= most
-    assert np.abs(ours - theirs).mean() <= mean
+    assert_close(ours, theirs, in_dali)
 
 
 def test_float_resize_is_the_same_kernel(photo):
     pixels = np.asarray(photo(5, 200, 150))
     as_float = resize_bicubic(np.ascontiguousarray(pixels, np.float32), SIZE)
     as_uint8 = resize_bicubic(pixels.copy(), SIZE)
-    # 8-bit fixed-point weights and two roundings, one after each axis.
-    assert (as_float.clamp(0, 255) - as_uint8.float()).abs().max() <= 1.6
+    difference = (as_float.clamp(0, 255) - as_uint8.float()).abs()
+    # 8 bits are rounded after each axis, and overshoot at sharp edges is clipped after the first, as in Pillow.
+    assert difference.mean() <= 0.4 and difference.max() <= 6
 
 
 def test_many_channels_are_resized_each_by_itself():
