@@ -59,6 +59,9 @@ class DecodeJob:
             self.sizes[i], self.offsets[i] = other.sizes[0], other.offsets[0]
 
 
+Exchange = Callable[[int], DecodeJob]
+
+
 class DaliDecoder:
     """Decodes jobs in the order in which they are submitted; at most `depth` are in flight."""
 
@@ -87,30 +90,35 @@ class DaliDecoder:
         self.finish = device_id is not None if finish is None else finish
         if device_id is not None and not self.finish:
             raise ValueError("finish is False with a GPU; decoded windows are only handed out on the CPU")
-        self._in_flight: deque[DecodeJob] = deque()
+        self._in_flight: deque[tuple[DecodeJob, Exchange]] = deque()
+        self._failure: RuntimeError | None = None
         self._probe = None
         self._stream = torch.cuda.Stream(device_id) if device_id is not None else None
         self._pipe = self._build(batch_size, threads, depth)
 
-    def submit(self, job: DecodeJob) -> None:
-        """Starts to decode; call `collect` first when `depth` jobs are in flight."""
+    def submit(self, job: DecodeJob, exchange: Exchange) -> None:
+        """Starts to decode; call `collect` first when `depth` jobs are in flight.
+
+        exchange(i) is called, from `collect`, if DALI refuses sample i, and returns a job of one image to decode in its
+        place; if that is refused too, it is called again.
+        """
         if len(self._in_flight) >= self.depth:
             raise RuntimeError(f"{self.depth} jobs are in flight; collect one first")
-        self._in_flight.append(job)
-        self._feed(self._pipe, job)
-        self._pipe.schedule_run()
+        self._in_flight.append((job, exchange))
+        try:
+            self._start(job)
+        except RuntimeError as error:  # an earlier job in flight has failed meanwhile; `collect` sees to both
+            self._failure = error
 
-    def collect(self, exchange: Callable[[int], DecodeJob]) -> list[np.ndarray] | torch.Tensor:
-        """The oldest job's output: a uint8 [B, H, W, C] tensor, or without finish a list of uint8 [h, w, C] windows.
-
-        exchange(i) is called for a sample that DALI refused and
-        returns a job of one image to decode in its place; if that is refused too, it is called again.
-        """
-        while True:
+    def collect(self) -> list[np.ndarray] | torch.Tensor:
+        """The oldest job's output: a uint8 [B, H, W, C] tensor, or without finish a list of uint8 [h, w, C] windows."""
+        for _ in range(_MAX_EXCHANGES):
             try:
+                if self._failure is not None:
+                    raise self._failure
                 outputs = self._pipe.share_outputs()
             except RuntimeError as error:
-                self._recover(exchange, error)
+                self._recover(error)
                 continue
             try:
                 result = self._take(outputs[0])
@@ -118,17 +126,20 @@ class DaliDecoder:
                 self._pipe.release_outputs()
             self._in_flight.popleft()
             return result
+        raise RuntimeError(f"DALI failed {_MAX_EXCHANGES} times on one batch")
 
     def drain(self) -> None:
         """Throws away what is in flight, so that the next job is the first."""
         while self._in_flight:
             try:
+                if self._failure is not None:
+                    raise self._failure
                 self._pipe.share_outputs()
                 self._pipe.release_outputs()
             except RuntimeError as error:  # a refused sample in a batch that nobody will see
                 _log.debug("dropped batch: %s", error)
-                self._pipe = self._build(self.batch_size, self.threads, self.depth)
                 self._in_flight.clear()
+                self._rebuild()
                 return
             self._in_flight.popleft()
 
@@ -151,27 +162,36 @@ class DaliDecoder:
         self._stream.synchronize()  # in the loader's thread; training does not wait here
         return images_BHWC
 
-    def _recover(self, exchange: Callable, error: RuntimeError) -> None:
-        """Exchanges the refused samples of the oldest job and starts all jobs in flight again."""
-        job = self._in_flight[0]
-        refused = [i for i in range(len(job.encoded)) if not self._accepts(job.one(i))]
-        if not refused:
+    def _recover(self, error: RuntimeError) -> None:
+        """Exchanges the refused samples of the first job that has any and starts all jobs in flight again."""
+        for job, exchange in self._in_flight:
+            refused = [i for i in range(len(job.encoded)) if not self._accepts(job.one(i))]
+            for i in refused:
+                job.put(i, self._exchange_until_accepted(exchange, i, error))
+            if refused:
+                break
+        else:
             raise RuntimeError(
                 "DALI failed on a batch, but on none of its images alone (out of memory, or a fault of the device); "
                 "lower the micro-batch or the prefetch depth"
             ) from error
-        for i in refused:
-            for _ in range(_MAX_EXCHANGES):
-                other = exchange(i)
-                if self._accepts(other):
-                    break
-            else:
-                raise RuntimeError(f"DALI refused {_MAX_EXCHANGES} images in a row") from error
-            job.put(i, other)
-        self._pipe = self._build(self.batch_size, self.threads, self.depth)
-        for waiting in self._in_flight:
-            self._feed(self._pipe, waiting)
-            self._pipe.schedule_run()
+        self._rebuild()
+        for job, _ in self._in_flight:
+            self._start(job)
+
+    def _exchange_until_accepted(self, exchange: Exchange, i: int, error: RuntimeError) -> DecodeJob:
+        for _ in range(_MAX_EXCHANGES):
+            other = exchange(i)
+            if self._accepts(other):
+                return other
+        raise RuntimeError(f"DALI refused {_MAX_EXCHANGES} images in a row") from error
+
+    def _rebuild(self) -> None:
+        self._pipe, self._failure = self._build(self.batch_size, self.threads, self.depth), None
+
+    def _start(self, job: DecodeJob) -> None:
+        self._feed(self._pipe, job)
+        self._pipe.schedule_run()
 
     def _accepts(self, job: DecodeJob) -> bool:
         if self._probe is None:

@@ -78,8 +78,8 @@ def _decode_whole(files: list[bytes], names: list[str], channels: int) -> tuple[
         batch_size=len(files), image_size=(1, 1), channels=channels, threads=1, device_id=None, depth=1
     )
     try:
-        decoder.submit(DecodeJob(encoded, windows_B4, mirrored))
-        decoded = decoder.collect(exchange)
+        decoder.submit(DecodeJob(encoded, windows_B4, mirrored), exchange)
+        decoded = decoder.collect()
         assert isinstance(decoded, list)
         return [np.array(pixels) for pixels in decoded], sizes_B2
     finally:

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -149,7 +150,7 @@ class BatchStream:
                 if len(waiting) == decoder.depth:
                     yield self._finish(*waiting.popleft())
                 job = self._job(plan, samples)
-                decoder.submit(job)
+                decoder.submit(job, partial(self._exchange, plan, samples))
                 waiting.append((plan, samples, job))
             while waiting:
                 yield self._finish(*waiting.popleft())
@@ -161,13 +162,13 @@ class BatchStream:
         geometry = self._geometry(sizes_B2, plan.epoch, plan.positions)
         return DecodeJob([sample.data for sample in samples], *geometry)
 
-    def _finish(self, plan: BatchPlan, samples: list[Sample], job: DecodeJob) -> Batch:
-        def exchange(i: int) -> DecodeJob:
-            samples[i] = self._reader.after_refusal(samples[i])
-            one = BatchPlan(plan.epoch, plan.indices[i : i + 1], plan.positions[i : i + 1])
-            return self._job(one, [samples[i]])
+    def _exchange(self, plan: BatchPlan, samples: list[Sample], i: int) -> DecodeJob:
+        samples[i] = self._reader.after_refusal(samples[i])
+        return self._job(BatchPlan(plan.epoch, plan.indices[i : i + 1], plan.positions[i : i + 1]), [samples[i]])
 
-        decoded = self._decoder.collect(exchange)
+    def _finish(self, plan: BatchPlan, samples: list[Sample], job: DecodeJob) -> Batch:
+        assert self._decoder is not None
+        decoded = self._decoder.collect()
         if self._resizer is not None:
             decoded = self._resizer(decoded, job.mirrored, job.sizes, job.offsets)
         return self._batch(plan, samples, decoded)

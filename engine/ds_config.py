@@ -51,10 +51,8 @@ def read_ds_config(name: str) -> dict[str, Any]:
 
 
 def _shipped(name: str) -> str:
-    checkout = Path(__file__).resolve().parents[1] / "ds_configs" / f"{name}.json"
-    if checkout.is_file():
-        return checkout.read_text()
-    return resources.files("engine.ds_configs").joinpath(f"{name}.json").read_text()
+    """The text of a shipped file: ds_configs/ is a folder of the checkout, and of a wheel too."""
+    return resources.files("ds_configs").joinpath(f"{name}.json").read_text()
 
 
 def resolve_batch(config: PretrainConfig, world_size: int) -> tuple[int, int]:

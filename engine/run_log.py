@@ -17,8 +17,8 @@ from tqdm import tqdm
 # Peak dense bf16 FLOP/s of one device, from NVIDIA's data sheets (SXM parts, without sparsity).
 PEAK_BF16_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12,
-    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 150e12, "A10": 125e12, "RTX A6000": 155e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 150e12, "A10": 125e12,
+    "RTX A6000": 155e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
 

@@ -29,8 +29,8 @@ def finish(job: DecodeJob, in_dali: bool) -> np.ndarray:
     decoder = DaliDecoder(
         batch_size=len(job.encoded), image_size=SIZE, channels=3, threads=1, device_id=None, finish=in_dali
     )
-    decoder.submit(job)
-    images = decoder.collect(lambda i: pytest.fail(f"sample {i} was refused"))
+    decoder.submit(job, lambda i: pytest.fail(f"sample {i} was refused"))
+    images = decoder.collect()
     if not in_dali:
         resizer = CpuResizer(SIZE, threads=2)
         images = resizer(images, job.mirrored, job.sizes, job.offsets)
@@ -99,3 +99,18 @@ def test_many_channels_are_resized_each_by_itself():
 def test_an_image_of_the_output_size_is_not_touched(photo):
     pixels = np.asarray(photo(5, 64, 64)).copy()
     assert np.array_equal(resize_bicubic(pixels, SIZE).numpy(), pixels)
+
+
+def test_decoded_windows_stay_as_they_are_while_later_batches_are_decoded(photo, encoded):
+    files = [np.frombuffer(encoded(photo(number, 200, 150)), np.uint8) for number in range(12)]
+    windows, mirrored = np.tile(np.int32([0, 0, 150, 200]), (4, 1)), np.zeros(4, bool)
+    decoder = DaliDecoder(batch_size=4, image_size=SIZE, channels=3, threads=2, device_id=None)
+    for first in (0, 4):
+        decoder.submit(DecodeJob(files[first : first + 4], windows, mirrored), pytest.fail)
+    held = decoder.collect()
+    copies = [window.copy() for window in held]
+    for repeat in range(20):
+        decoder.submit(DecodeJob(files[8:] if repeat % 2 else files[4:8], windows, mirrored), pytest.fail)
+        decoder.collect()
+    assert all(np.array_equal(window, copy) for window, copy in zip(held, copies, strict=True))
+    decoder.close()
