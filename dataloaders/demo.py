@@ -69,13 +69,13 @@ def _squares(name: str) -> Iterator[Image.Image]:
 
     photograph = Image.fromarray(getattr(data, name)()).convert("RGB")
     short = min(photograph.size)
+    boxes: dict[tuple[int, int, int, int], None] = {}  # a set in order: without room to move, steps coincide
     for share, steps in _SCALES if name in _COLOUR else _TEXTURE_SCALES:
         side = int(short * share)
         for row in range(steps):
             for column in range(steps):
                 left = (photograph.width - side) * column // (steps - 1)
                 top = (photograph.height - side) * row // (steps - 1)
-                if share == 1.0 and row != column and photograph.width == photograph.height:
-                    continue
-                box = (left, top, left + side, top + side)
-                yield photograph.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC, box=box, reducing_gap=None)
+                boxes[left, top, left + side, top + side] = None
+    for box in boxes:
+        yield photograph.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC, box=box)

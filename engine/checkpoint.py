@@ -33,6 +33,7 @@ from engine.launch import Ranks
 FORMAT = 1
 POINTER = "latest"
 COMMIT_TIMEOUT_S = 1800.0
+ABANDON_GRACE_S = 10.0
 
 
 class CheckpointWriter:
@@ -51,6 +52,8 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         self._published: Path | None = None
+        self._stalls_ms: dict[str, float] = {}
+        self._give_up_at = float("inf")
         if ranks.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(".step-*.partial"):
@@ -64,13 +67,24 @@ class CheckpointWriter:
         copies = {fragment.key: fragment.tensor.detach().to("cpu", copy=True) for fragment in fragments}
         self._thread = threading.Thread(target=self._write, args=(step, copies, state), name="checkpoint")
         self._thread.start()
-        self.stall_seconds += time.perf_counter() - started
+        stall_seconds = time.perf_counter() - started
+        self.stall_seconds += stall_seconds
+        self._stalls_ms[_name(step)] = 1000 * stall_seconds
 
     def wait(self) -> None:
         """Until this rank's part of the last save is written (on rank 0: until it is published)."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def abandon(self) -> None:
+        """Finish writing, but wait no longer than a moment for other ranks: some may never come."""
+        self._give_up_at = time.monotonic() + ABANDON_GRACE_S
+        self.wait()
+
+    def stall_ms(self, published: Path) -> float:
+        """How long this rank's training stood still for a checkpoint that `poll` returned."""
+        return self._stalls_ms.pop(published.name)
 
     def poll(self) -> tuple[Path | None, str | None]:
         """``(published, failure)`` since the last call: the path of a new checkpoint, the reason of a failed one."""
@@ -79,7 +93,7 @@ class CheckpointWriter:
         return result
 
     def _write(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-        name = f"step-{step:08d}"
+        name = _name(step)
         partial = self.folder / f".{name}.{self._token}.partial"
         try:
             partial.mkdir(exist_ok=True)
@@ -134,6 +148,8 @@ class CheckpointWriter:
             done = sorted(partial.glob("*.done"))
             if len(done) == self.ranks.world_size:
                 return {f"{marker.stem}.safetensors": json.loads(marker.read_text()) for marker in done}
+            if time.monotonic() > self._give_up_at:
+                raise TimeoutError(f"the run ended when {len(done)} of {self.ranks.world_size} ranks had written")
             if time.monotonic() > deadline:
                 raise TimeoutError(
                     f"only {len(done)} of {self.ranks.world_size} ranks wrote into {partial.parent}: is --out on a "
@@ -145,6 +161,10 @@ class CheckpointWriter:
         if self.keep:
             for old in list_checkpoints(self.folder)[: -self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from engine.errors import UserError
 from engine.models.config import ModelConfig
 
 PRECISIONS = ("auto", "bf16", "fp32")
+SWITCHES = ("auto", "on", "off")
 SCHEDULES = ("cosine", "step")
 
 
@@ -124,20 +125,41 @@ class RunConfig:
         "recompute activations in the backward pass: none, every, segments, or every n-th block (a number)",
         metavar="none|every|segments|N",
     )
+    compile: str = setting(
+        "auto", "compile the bodies of the blocks, once each; auto: on a GPU", choices=SWITCHES
+    )
+    fused: str = setting(
+        "auto", "residual add + LayerNorm and bias + GELU as one kernel each, outside of compiled regions; auto: on a GPU",
+        choices=SWITCHES,
+    )
+    recompute_pointwise: bool = setting(
+        False, "keep only the inputs of LayerNorm and GELU for the backward pass: less memory, the same results"
+    )
     max_minutes: float = setting(0.0, "save and leave after this many minutes (exit code 75); 0: no limit")
     max_nonfinite_steps: int = setting(
         5, "skipped steps in a row (non-finite loss or gradient) after which all ranks stop"
+    )
+    watchdog_minutes: float = setting(
+        10.0, "end a rank that finished no step for this long, after dumping its stacks (exit code 70); 0: never"
     )
     cpu_threads: int = setting(0, "torch threads of a rank on a CPU; 0: the cores of the machine shared by its ranks")
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise UserError(f"precision is {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
+        for name in ("compile", "fused"):
+            if getattr(self, name) not in SWITCHES:
+                raise UserError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(SWITCHES)}")
+        if self.recompute_pointwise and self.activation_checkpointing != "none":
+            raise UserError(
+                f"recompute_pointwise is True and activation_checkpointing is {self.activation_checkpointing!r}, which "
+                "does more of the same: keep one of them"
+            )
         if self.resume and self.init_from:
             raise UserError(
                 "resume and init_from are both given: resume goes on with a run, init_from starts a new one; keep one"
             )
-        for name in ("checkpoint_every", "keep_checkpoints", "max_minutes", "cpu_threads"):
+        for name in ("checkpoint_every", "keep_checkpoints", "max_minutes", "watchdog_minutes", "cpu_threads"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}: give zero or more")
         if self.max_nonfinite_steps < 1:

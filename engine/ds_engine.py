@@ -25,6 +25,15 @@ if shutil.which("ninja") is None:
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+
+_compile, torch.compile = torch.compile, lambda function: function
+try:
+    # DeepSpeed imports its Muon optimiser to ask whether ours is one. Compiling three functions of it on import would
+    # load all of torch's compiler: half of the time that a small run takes to start. We have no use for Muon.
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: E402
+finally:
+    torch.compile = _compile
+
 from deepspeed.utils import (  # noqa: E402
     logger as deepspeed_logger,
 )
@@ -156,14 +165,14 @@ class TrainEngine:
         only once, during the step of the first group, when those of the other groups would not exist yet (DeepSpeed
         0.19.8).
         """
-        stage_3 = self.stage == 3
-        flats = (
-            self._optimizer.fp32_partitioned_groups_flat if stage_3 else self._optimizer.single_partition_of_fp32_groups
-        )
+        if self.stage == 3:
+            flats = self._optimizer.fp32_partitioned_groups_flat
+        else:  # one flat tensor a group, in DeepSpeed's optimisers of ZeRO 1, of ZeRO 1 in bf16, and of ZeRO 2 alike
+            flats = [flat for group in self._optimizer.optimizer.param_groups for flat in group["params"]]
         for flat in flats:
             moments = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
             self._optimizer.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device)} | moments
-        if not stage_3:
+        if self.stage != 3:
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
     @staticmethod

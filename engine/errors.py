@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one line, exit code 2, no traceback."""
+"""Errors that a user can mend: one line, an exit code of their own, no traceback."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import TextIO
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
 EXIT_DIVERGED = 3
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to go on
+# The others are those of sysexits.h.
+EXIT_LOST_RANK = 69  # EX_UNAVAILABLE
+EXIT_HUNG = 70  # EX_SOFTWARE
+EXIT_NOT_SAVED = 74  # EX_IOERR
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again to go on
 
 
 class UserError(ValueError):
@@ -25,11 +30,19 @@ class Preempted(RuntimeError):
     """Training stopped early on request (a signal or a time limit) after saving its state."""
 
 
+class LostRank(RuntimeError):
+    """Another rank is gone, and nothing that needs all of them can go on."""
+
+
+class NotSaved(RuntimeError):
+    """The last checkpoint of the run could not be written."""
+
+
 def run_entry_point(main: Callable[[], int | None]) -> None:
-    """Call ``main`` and leave the process: a ``ValueError`` becomes one line on stderr and exit code 2.
+    """Call ``main`` and leave the process: an error of the user's becomes one line on stderr and an exit code.
 
     On several ranks only rank 0 speaks. The others wait a moment before they leave, because a launcher that sees one
-    worker fail ends the rest, and would otherwise cut off the message.
+    worker fail ends the rest, and would otherwise cut off the message. A lost rank is told by every rank that is left.
     """
     rank = int(os.environ.get("RANK", "0"))
     try:
@@ -42,13 +55,21 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     except Diverged as error:
         code = EXIT_DIVERGED
         _say(rank, f"error: {error}")
+    except NotSaved as error:
+        code = EXIT_NOT_SAVED
+        _say(rank, f"error: {error}")
+    except LostRank as error:
+        if os.environ.get("MIRL_TRACEBACK") == "1":
+            raise
+        code = EXIT_LOST_RANK
+        _print(f"error: rank {rank}: {error}")
     except Preempted as error:
         code = EXIT_PREEMPTED
         _say(rank, f"stopped: {error}")
     except KeyboardInterrupt:
         code = 130
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        _flush(stream)
     sys.exit(code)
 
 
@@ -66,6 +87,23 @@ def _is_users(error: Exception) -> bool:
 
 def _say(rank: int, line: str) -> None:
     if rank == 0:
-        print(line, file=sys.stderr, flush=True)
+        _print(line)
     else:
         time.sleep(3)
+
+
+def _print(line: str) -> None:
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        _flush(sys.stderr)
+
+
+def _flush(stream: TextIO) -> None:
+    """Flush; where nobody reads any more (a closed pipe or ssh session) turn ``stream`` to nowhere, because the
+    interpreter would fail on it once more and leave with a code of its own.
+    """
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

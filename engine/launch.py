@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 import tempfile
 import time
 from dataclasses import dataclass
@@ -19,6 +20,12 @@ import torch.distributed as dist
 from engine.errors import UserError
 
 RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
+# Longer than anything that one rank may wait for while it works (a checkpoint on a slow disk); the watchdog ends hangs.
+CONTROL_TIMEOUT = datetime.timedelta(hours=1)
+# What gloo and NCCL say when the process at the other end is gone.
+LOST_PEER = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "ncclRemoteError",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +100,22 @@ def join() -> Ranks:
         options = {"device_id": device} if backend == "nccl" else {}
         store = _private_store(world_size, local_world_size)
         if store is None:
-            dist.init_process_group(backend, timeout=RENDEZVOUS_TIMEOUT, **options)
+            _choose_interface()
+            try:
+                dist.init_process_group(backend, timeout=RENDEZVOUS_TIMEOUT, **options)
+            except dist.DistNetworkError as error:
+                if "EADDRINUSE" not in str(error):
+                    raise
+                raise UserError(
+                    f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} is taken by another program: "
+                    "choose a free one (deepspeed --master_port N; torchrun --rdzv-endpoint HOST:N; "
+                    "export MASTER_PORT=N under srun)"
+                ) from error
         else:
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=world_size, timeout=RENDEZVOUS_TIMEOUT, **options
             )
-    control = dist.new_group(backend="gloo", timeout=RENDEZVOUS_TIMEOUT) if world_size > 1 else None
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if world_size > 1 else None
     return Ranks(
         rank=rank,
         world_size=world_size,
@@ -107,6 +124,11 @@ def join() -> Ranks:
         device=device,
         control=control,
     )
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank's process is gone."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER)
 
 
 def leave() -> None:
@@ -133,6 +155,33 @@ def _private_store(world_size: int, local_world_size: int) -> dist.Store | None:
     parent = psutil.Process(os.getppid())
     name = f"mirl-{os.getuid()}-{parent.pid}-{int(parent.create_time() * 1000)}-{os.environ['MASTER_PORT']}"
     return dist.FileStore(str(Path(tempfile.gettempdir()) / name), world_size)
+
+
+def _choose_interface() -> None:
+    """Make gloo listen on the network that leads to MASTER_ADDR.
+
+    It would take the address of this host's name, which many systems map to 127.0.1.1, where no other host can reach
+    it. NCCL looks for interfaces itself.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))  # sends nothing
+        except OSError:
+            return  # the rendezvous gives the reason
+        ours = probe.getsockname()[0]
+    addresses = {
+        item.address: interface
+        for interface, items in psutil.net_if_addrs().items()
+        for item in items
+        if item.family == socket.AF_INET
+    }
+    outside = [interface for address, interface in addresses.items() if not address.startswith("127.")]
+    if not ours.startswith("127.") and ours in addresses:
+        os.environ["GLOO_SOCKET_IFNAME"] = addresses[ours]
+    elif outside and not _one_host():
+        os.environ["GLOO_SOCKET_IFNAME"] = outside[0]  # MASTER_ADDR is the name of this host, mapped to 127.0.1.1
 
 
 def _device(local_rank: int) -> torch.device:

@@ -20,6 +20,7 @@ if not __package__:
 # the threads that decode images, and spinning makes a step several times slower (benchmarks/LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from engine import stop_request  # noqa: E402, F401 - notes who started this process before anything slow is imported
 from engine.errors import run_entry_point  # noqa: E402
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -14,11 +16,12 @@ from dataloaders import TrainLoader, build_train_loader, load_images, prepare_de
 from engine.checkpoint import CheckpointWriter
 from engine.checkpoint_reader import CheckpointReader, find_newest_good, locate
 from engine.config import PretrainConfig
+from engine.compiling import CompileChoice, choose_compile, compile_regions
 from engine.ds_config import read_ds_config, resolve_batch, resolve_ds_config, resolve_precision
 from engine.ds_engine import DEEPSPEED_VERSION, TrainEngine
-from engine.errors import UserError
-from engine.launch import Ranks, cores_per_rank, join, leave, seconds_since_process_start
-from engine.models import MIRL
+from engine.errors import LostRank, UserError
+from engine.launch import Ranks, cores_per_rank, is_lost_peer, join, leave, seconds_since_process_start
+from engine.models import MIRL, Execution
 from engine.optimizer import build_optimizer
 from engine.recipes import recipe
 from engine.run_log import RunLog
@@ -26,17 +29,27 @@ from engine.schedule import Durations
 from engine.trainer import Progress, Trainer
 from engine.version import __version__
 
+T = TypeVar("T")
+
 
 def pretrain(config: PretrainConfig) -> Path:
     """Run ``config`` on this rank; returns the run's folder.
 
     Raises:
         UserError: the configuration cannot be run here; nothing was written.
-        engine.errors.Diverged, engine.errors.Preempted: see `Trainer.run`.
+        engine.errors.Diverged, engine.errors.Preempted, engine.errors.NotSaved: see `Trainer.run`.
+        engine.errors.LostRank: another rank is gone.
     """
     ranks = join()
     try:
         return _pretrain(config, ranks)
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        raise LostRank(
+            "another rank is gone (its own message, or its launcher's, says why); checkpoints are intact: the same "
+            "command with --resume auto goes on from the last one"
+        ) from error
     finally:
         leave()
 
@@ -55,7 +68,7 @@ def _pretrain(config: PretrainConfig, ranks: Ranks) -> Path:
         precision=precision,
         device=ranks.device,
     )
-    out = Path(str(ranks.broadcast(str(_choose_out(config)) if ranks.is_main else None)))
+    out = _agree_on_main(ranks, lambda: _choose_out(config))
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(out)))
     reader, remarks = _choose_start(config, ranks, out)
 
@@ -73,16 +86,8 @@ def _pretrain(config: PretrainConfig, ranks: Ranks) -> Path:
     if reader is not None:
         engine.load_fragments(reader.read, optimizer_steps=progress.applied_steps)
 
-    if ranks.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(config.to_json())
-    log = RunLog(
-        out,
-        is_main=ranks.is_main,
-        total_steps=durations.total_steps,
-        start_step=progress.step,
-        tensorboard=config.log.tensorboard,
-    )
+    log = RunLog(out, is_main=ranks.is_main)
+    _agree_on_main(ranks, lambda: _open_out(config, out, log, durations, progress))
     for line in _opening(
         config,
         ranks,
@@ -93,6 +98,7 @@ def _pretrain(config: PretrainConfig, ranks: Ranks) -> Path:
         accumulation,
         f"{precision} ({precision_reason})",
         engine,
+        compiled,
     ):
         log.say(line)
     for remark in remarks:
@@ -125,6 +131,26 @@ def _pretrain(config: PretrainConfig, ranks: Ranks) -> Path:
 # --- where the run writes and starts from
 
 
+def _agree_on_main(ranks: Ranks, call: Callable[[], T]) -> T:
+    """``call()`` of rank 0, on every rank; what the user has to mend is raised on every rank too."""
+    result, problem = None, None
+    if ranks.is_main:
+        try:
+            result = call()
+        except (UserError, OSError) as error:
+            problem = str(error)
+    result, problem = ranks.broadcast((result, problem))
+    if problem:
+        raise UserError(problem)
+    return result
+
+
+def _open_out(config: PretrainConfig, out: Path, log: RunLog, durations: Durations, progress: Progress) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(config.to_json())
+    log.open(total_steps=durations.total_steps, start_step=progress.step, tensorboard=config.log.tensorboard)
+
+
 def _choose_out(config: PretrainConfig) -> Path:
     """The run's folder. The recipe's own name is numbered when it is taken; a folder the user named is never written
     over.
@@ -151,32 +177,27 @@ def _holds_a_run(out: Path) -> bool:
 def _choose_start(config: PretrainConfig, ranks: Ranks, out: Path) -> tuple[CheckpointReader | None, list[str]]:
     """``(reader, remarks)``: the checkpoint whose weights the run starts from, None for fresh ones."""
 
-    def choose() -> tuple[str | None, list[str], str | None]:
-        try:
-            if config.run.resume == "auto":
-                found, remarks = find_newest_good(out / "checkpoints")
-                if found is None and remarks:
-                    raise UserError(
-                        f"no checkpoint in {out / 'checkpoints'} is whole: {'; '.join(remarks)}; move it away to "
-                        "start afresh"
-                    )
-                if found is None:
-                    return None, [f"FRESH START: --resume auto found no checkpoint in {out / 'checkpoints'}"], None
-                return str(found), [*remarks, f"resumed from {found}"], None
-            if config.run.resume:
-                found = locate(Path(config.run.resume))
-                return str(found), [f"resumed from {found}"], None
-            if config.run.init_from:
-                found = locate(Path(config.run.init_from))
-                return str(found), [f"weights from {found}, everything else fresh"], None
-            return None, [], None
-        except UserError as error:
-            return None, [], str(error)
+    def choose() -> tuple[Path | None, list[str]]:
+        if config.run.resume == "auto":
+            found, remarks = find_newest_good(out / "checkpoints")
+            if found is None and remarks:
+                raise UserError(
+                    f"no checkpoint in {out / 'checkpoints'} is whole: {'; '.join(remarks)}; move it away to "
+                    "start afresh"
+                )
+            if found is None:
+                return None, [f"FRESH START: --resume auto found no checkpoint in {out / 'checkpoints'}"]
+            return found, [*remarks, f"resumed from {found}"]
+        if config.run.resume:
+            found = locate(Path(config.run.resume))
+            return found, [f"resumed from {found}"]
+        if config.run.init_from:
+            found = locate(Path(config.run.init_from))
+            return found, [f"weights from {found}, everything else fresh"]
+        return None, []
 
-    path, remarks, problem = ranks.broadcast(choose() if ranks.is_main else None)
-    if problem:
-        raise UserError(problem)
-    return (CheckpointReader(Path(path)) if path else None), remarks
+    path, remarks = _agree_on_main(ranks, choose)
+    return (CheckpointReader(path) if path else None), remarks
 
 
 # --- what the run is made of
@@ -234,6 +255,10 @@ def _build_model(
     mode = config.run.activation_checkpointing
     if mode != "none":
         model.set_activation_checkpointing(mode)
+    fused = ranks.device.type == "cuda" if config.run.fused == "auto" else config.run.fused == "on"
+    model.set_execution(
+        Execution(fused_norm=fused, fused_gelu=fused, recompute=config.run.recompute_pointwise)
+    )
     progress = Progress()
     if reader is not None:
         reader.require_same_model({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
@@ -256,6 +281,20 @@ def _build_model(
     return model.to(ranks.device), progress
 
 
+def _compile(config: PretrainConfig, ranks: Ranks, engine: TrainEngine, micro_batch: int) -> CompileChoice:
+    """Compile the regions where that is chosen and works on every rank."""
+    choice = choose_compile(config.run.compile, ranks.device, engine.stage)
+    if not choice.on:
+        return choice
+    choice = compile_regions(engine.module, micro_batch, ranks.device)
+    if ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(ranks.device)  # the trial step held two sets of gradients
+    failures = [f"rank {rank}: {other.reason}" for rank, other in enumerate(ranks.gather(choice)) if not other.on]
+    if failures and choice.on:
+        engine.module.set_regions(None)
+    return CompileChoice(False, failures[0]) if failures else choice
+
+
 def _picture_images(config: PretrainConfig, ranks: Ranks, loader: TrainLoader) -> torch.Tensor | None:
     """Images spread evenly over the data set, the same in every picture of the run."""
     if not config.log.pictures:
@@ -273,7 +312,7 @@ def _picture_images(config: PretrainConfig, ranks: Ranks, loader: TrainLoader) -
 
 def _opening(
     config: PretrainConfig, ranks: Ranks, durations: Durations, loader: TrainLoader, model_summary: str,
-    micro_batch: int, accumulation: int, precision: str, engine: TrainEngine,
+    micro_batch: int, accumulation: int, precision: str, engine: TrainEngine, compiled: CompileChoice,
 ) -> list[str]:  # fmt: skip
     model, optim = config.model, config.optim
     device = (
@@ -299,6 +338,8 @@ def _opening(
         f"{durations.total_steps} steps",
         f"kernels {_grouped(kernels.describe_dispatch(ranks.device))}",
         f"attention {attention}",
+        f"compiled regions {compiled}; fused norm and GELU {'on' if engine.module.execution.fused_norm else 'off'} outside "
+        f"of them; recomputed {'norm and GELU' if config.run.recompute_pointwise else 'nothing'}",
         f"activation checkpointing {config.run.activation_checkpointing}; checkpoint every "
         f"{durations.checkpoint_every} steps",
     ]

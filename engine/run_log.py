@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,15 @@ class RunLog:
     ``out`` holds log.txt (the lines), metrics.jsonl (a JSON object a line, full precision) and tensorboard/.
     """
 
-    def __init__(self, out: Path, *, is_main: bool, total_steps: int, start_step: int, tensorboard: bool) -> None:
+    def __init__(self, out: Path, *, is_main: bool) -> None:
         self.out, self.is_main = out, is_main
         self._bar: tqdm | None = None
         self._board: Any = None
-        if not is_main:
-            return
-        out.mkdir(parents=True, exist_ok=True)
+        self._problems: set[str] = set()
+
+    def open(self, *, total_steps: int, start_step: int, tensorboard: bool) -> None:
+        """Open the files, on rank 0; OSError where ``out`` cannot be written."""
+        out = self.out
         self._lines = (out / "log.txt").open("a")
         self._metrics = _open_metrics(out / "metrics.jsonl", start_step)
         if sys.stderr.isatty():
@@ -66,12 +69,8 @@ class RunLog:
         """One line to the terminal and to log.txt."""
         if not self.is_main:
             return
-        if self._bar is None:
-            print(line, flush=True)
-        else:
-            tqdm.write(line)
-        self._lines.write(line + "\n")
-        self._lines.flush()
+        self._show(line)
+        self._append(self._lines, line)
 
     def advance(self, step: int) -> None:
         """Move the progress bar to ``step``."""
@@ -83,22 +82,21 @@ class RunLog:
         if not self.is_main:
             return
         self.say(line)
-        self._metrics.write(json.dumps(values) + "\n")
-        self._metrics.flush()
+        self._append(self._metrics, json.dumps(values))
         if self._board is not None:
-            for key, value in values.items():
-                if key != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(key, value, values["step"])
+            numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+            self._on_board(
+                lambda board: [board.add_scalar(key, numbers[key], values["step"]) for key in numbers if key != "step"]
+            )
 
     def event(self, kind: str, step: int, **details: Any) -> None:
         """An occurrence that is no measurement (a skipped step, a bad image, a checkpoint) in metrics.jsonl."""
         if self.is_main:
-            self._metrics.write(json.dumps({"event": kind, "step": step, "time": time.time(), **details}) + "\n")
-            self._metrics.flush()
+            self._append(self._metrics, json.dumps({"event": kind, "step": step, "time": time.time(), **details}))
 
     def picture(self, image: Image.Image, step: int) -> None:
         if self._board is not None:
-            self._board.add_image("reconstructions", np.asarray(image), step, dataformats="HWC")
+            self._on_board(lambda board: board.add_image("reconstructions", np.asarray(image), step, dataformats="HWC"))
 
     def close(self) -> None:
         if not self.is_main:
@@ -106,9 +104,46 @@ class RunLog:
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:
-            self._board.close()
-        self._lines.close()
-        self._metrics.close()
+            self._on_board(lambda board: board.close())
+        for stream in (self._metrics, self._lines):
+            try:
+                stream.close()
+            except OSError as error:
+                self._complain(stream.name, error)
+
+    # A full disk, a lost share or a closed terminal costs lines of the log, never the training.
+
+    def _show(self, line: str) -> None:
+        try:
+            if self._bar is None:
+                print(line, flush=True)
+            else:
+                tqdm.write(line)
+        except OSError as error:
+            self._complain("the terminal", error)
+
+    def _append(self, stream: Any, line: str) -> None:
+        try:
+            stream.write(line + "\n")
+            stream.flush()
+        except OSError as error:
+            self._complain(stream.name, error)
+
+    def _on_board(self, write: Callable[[Any], Any]) -> None:
+        try:
+            write(self._board)
+        except OSError as error:
+            self._board = None
+            self._complain("TensorBoard", error)
+
+    def _complain(self, what: str, error: OSError) -> None:
+        """Say once what is no longer written, wherever that can still be said."""
+        if what not in self._problems:
+            self._problems.add(what)
+            line = f"warning: lines are missing from {what}: {error}; training goes on"
+            self._show(line)
+            if what != self._lines.name:
+                self._append(self._lines, line)
 
 
 def _open_metrics(path: Path, start_step: int) -> Any:

@@ -10,19 +10,51 @@ import time
 from types import FrameType, TracebackType
 from typing import Self
 
+import psutil
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Launchers:
+    """The processes that started this one: its parent and, above DeepSpeed's launch.py, the `deepspeed` runner.
+
+    The runner forwards no signal: ended by SIGTERM, it leaves launch.py and all workers to themselves. Its end shows in
+    launch.py getting another parent. Above any other parent there may be a shell that is free to go.
+    """
+
+    def __init__(self) -> None:
+        # (process, its parent when this object was made)
+        self._parents = {os.getpid(): os.getppid()}
+        try:
+            launcher = psutil.Process(os.getppid())
+            if "deepspeed.launcher.launch" in launcher.cmdline():
+                self._parents[launcher.pid] = launcher.ppid()
+        except psutil.Error:
+            pass  # the parent is gone already: `gone` sees that by itself
+
+    @property
+    def gone(self) -> bool:
+        for process, parent in self._parents.items():
+            try:
+                if psutil.Process(process).ppid() != parent:
+                    return True
+            except psutil.Error:
+                return True
+        return False
+
+
+# Made when the program starts, so that a launcher that ends while this process still imports is noticed too.
+LAUNCHERS = Launchers()
 
 
 class StopRequest:
     """While entered, SIGTERM, SIGUSR1 and the first SIGINT set `requested` instead of ending the process.
 
-    A second SIGINT interrupts at once. A worker whose parent process is gone asks to stop too: nobody would ever end
-    it.
+    A second SIGINT interrupts at once. A worker whose launcher is gone asks to stop too: nobody would ever end it.
     """
 
     def __init__(self, *, max_minutes: float = 0.0) -> None:
         self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
-        self._parent = os.getppid()
         self._signal: signal.Signals | None = None
         self._previous: dict[int, object] = {}
 
@@ -37,7 +69,7 @@ class StopRequest:
             return f"{self._signal.name} came"
         if self._deadline is not None and time.monotonic() > self._deadline:
             return "the time limit of --max-minutes was reached"
-        if os.getppid() != self._parent:
+        if LAUNCHERS.gone:
             return "the launcher is gone"
         return None
 

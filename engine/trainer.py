@@ -16,7 +16,7 @@ from dataloaders import TrainLoader
 from engine.checkpoint import CheckpointWriter
 from engine.config import PretrainConfig
 from engine.ds_engine import TrainEngine
-from engine.errors import Diverged, Preempted, UserError
+from engine.errors import EXIT_PREEMPTED, Diverged, NotSaved, Preempted, UserError
 from engine.flops import training_flops_per_image
 from engine.launch import Ranks
 from engine.noise import mask_noise
@@ -24,6 +24,7 @@ from engine.pictures import reconstruct, save_grid
 from engine.run_log import RunLog, memory_gib, peak_flops
 from engine.schedule import Durations
 from engine.stop_request import StopRequest
+from engine.watchdog import Watchdog
 
 FILES_NAMED = 4  # of a batch that gave a non-finite loss
 
@@ -89,6 +90,8 @@ class Trainer:
         self.picture_images, self.out = picture_images, out
         self.schedule = durations.schedule(config.optim)
         self.stop = StopRequest(max_minutes=config.run.max_minutes)
+        self.watchdog = Watchdog(minutes=config.run.watchdog_minutes, rank=ranks.rank)
+        self._started = time.perf_counter()
         self._gflops_per_image = training_flops_per_image(config.model) / 1e9
         self._peak = peak_flops(ranks.device)
         self._checkpointed_step = progress.step
@@ -102,29 +105,39 @@ class Trainer:
         Raises:
             Preempted: a signal or the time limit ended the run; its state is saved.
             Diverged: too many steps in a row were not finite; the last checkpoint is intact.
+            NotSaved: the run is over and its last checkpoint could not be written.
         """
+        try:
+            # The signals are held until the last checkpoint is written; the watchdog sees the end of the run too.
+            with self.stop, self.watchdog:
+                self._run()
+        except BaseException:
+            self.writer.abandon()
+            raise
+
+    def _run(self) -> None:
         window = self._new_window()
-        with self.stop:
-            while self.progress.step < self.durations.total_steps:
-                applied = self._step(window)
-                step = self.progress.step
-                self.log.advance(step)
-                if not applied:
-                    self._after_skipped_step()
-                last = step == self.durations.total_steps
-                if step % self.durations.log_every == 0 or last:
-                    self._log(window)
-                    window = self._new_window()
-                if self.config.log.pictures and (step % self.durations.picture_every == 0 or last):
-                    self._picture()
-                if step % self.durations.checkpoint_every == 0 or last:
-                    self.save()
-                self._tell_of_checkpoints()
-                stop, too_many_bad = self.ranks.agree_max([float(self.stop.requested), float(self.loader.too_many_bad)])
-                if too_many_bad:
-                    self._refuse_bad_images()
-                if stop and not last:
-                    self._leave_early()
+        while self.progress.step < self.durations.total_steps:
+            applied = self._step(window)
+            step = self.progress.step
+            self.log.advance(step)
+            if not applied:
+                self._after_skipped_step()
+            last = step == self.durations.total_steps
+            if step % self.durations.log_every == 0 or last:
+                self._log(window)
+                window = self._new_window()
+            if self.config.log.pictures and (step % self.durations.picture_every == 0 or last):
+                self._picture()
+            if step % self.durations.checkpoint_every == 0 or last:
+                self.save()
+            self._tell_of_checkpoints()
+            stop, too_many_bad = self.ranks.agree_max([float(self.stop.requested), float(self.loader.too_many_bad)])
+            if too_many_bad:
+                self._refuse_bad_images()
+            if stop and not last:
+                self._leave_early()
+            self.watchdog.beat(f"step {step + 1}")
         self.finish_saving()
 
     # --- one step
@@ -170,9 +183,10 @@ class Trainer:
         if self.ranks.world_size > 1:
             (failed,) = self.ranks.agree_max([float(problem is not None)])
             if failed:
-                problems = [text for text in self.ranks.gather(str(problem) if problem else None) if text]
+                problems = self.ranks.gather(str(problem) if problem else None)
                 self.writer.wait()
-                raise type(problem)(str(problem)) if problem else RuntimeError(f"another rank stopped: {problems[0]}")
+                rank, text = next((rank, text) for rank, text in enumerate(problems) if text)
+                raise UserError(f"rank {rank}: {text}") from problem
         elif problem is not None:
             self.writer.wait()
             raise problem
@@ -220,10 +234,11 @@ class Trainer:
     def _log(self, window: Window) -> None:
         """One line and one record; the only place in the loop where the host waits for the device."""
         sums = torch.cat([window.loss.reshape(1), window.terms]).double() / window.micro_batches
+        sums = torch.cat([sums, sums.new_tensor([float(len(self.loader.bad_images))])])
         if self.ranks.world_size > 1:
             torch.distributed.all_reduce(sums)
-            sums /= self.ranks.world_size
-        loss, *terms = sums.tolist()
+            sums[:-1] /= self.ranks.world_size
+        loss, *terms, bad_images = sums.tolist()
         seconds = time.perf_counter() - window.started
         images_per_s = window.images * self.ranks.world_size / seconds
         step, total = self.progress.step, self.durations.total_steps
@@ -241,7 +256,7 @@ class Trainer:
             "images": self.progress.images,
             "epoch": self.progress.images / self.loader.num_images,
             "skipped_steps": step - self.progress.applied_steps,
-            "bad_images": len(self.loader.bad_images),
+            "bad_images": int(bad_images),
         }
         if self._peak:
             values["mfu_percent"] = (
@@ -270,7 +285,10 @@ class Trainer:
         titles, columns = reconstruct(self.engine.module, self.picture_images, noise.to(self.ranks.device))
         if self.ranks.is_main:
             path = self.out / "pictures" / f"step-{self.progress.step:08d}.png"
-            self.log.picture(save_grid(path, titles, columns), self.progress.step)
+            try:
+                self.log.picture(save_grid(path, titles, columns), self.progress.step)
+            except OSError as error:
+                self.log.say(f"warning: no picture of step {self.progress.step}: {error}; training goes on")
 
     # --- state
 
@@ -300,20 +318,29 @@ class Trainer:
         self._checkpointed_step = self.progress.step
 
     def finish_saving(self) -> None:
-        """Until every rank's part of the last checkpoint is on disk; OSError if the last one failed."""
+        """Until every rank's part of the last checkpoint is on disk; NotSaved if the last one failed."""
         self.writer.wait()
         published, failure = self.writer.poll()
         self._report(published, failure)
         failures = [text for text in self.ranks.gather(failure) if text]
         if failures:
-            raise OSError(f"{failures[0]}; earlier checkpoints in {self.writer.folder} are intact")
+            raise NotSaved(
+                f"{failures[0]}; earlier checkpoints in {self.writer.folder} are intact: make room, and the same "
+                "command with --resume auto goes on from the last one"
+            )
 
     def _tell_of_checkpoints(self) -> None:
         self._report(*self.writer.poll())
 
     def _report(self, published: Path | None, failure: str | None) -> None:
         if published is not None:
-            self.log.event("checkpoint", self.progress.step, path=str(published))
+            self.log.event(
+                "checkpoint",
+                self.progress.step,
+                path=str(published),
+                stall_ms=self.writer.stall_ms(published),
+                stall_percent=100 * self.writer.stall_seconds / (time.perf_counter() - self._started),
+            )
         if failure is not None:
             self.log.say(f"warning: {failure}; training goes on, earlier checkpoints are intact")
             self.log.event("checkpoint_failed", self.progress.step, reason=failure)
@@ -331,6 +358,7 @@ class Trainer:
             self.save()
         self.finish_saving()
         reasons = [reason for reason in self.ranks.gather(self.stop.reason) if reason]
+        self.log.event("stopped", self.progress.step, reason=reasons[0], exit_code=EXIT_PREEMPTED)
         raise Preempted(
             f"{reasons[0]} after step {self.progress.step} of {self.durations.total_steps}; saved in "
             f"{self.writer.folder}; "

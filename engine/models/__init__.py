@@ -20,6 +20,7 @@ _HOME = {
     "model_config": "config",
     "PatchMask": "masking",
     "mask_from_noise": "masking",
+    "Execution": "execution",
     "ExactSkips": "skips",
     "MIRL": "mirl",
     "MIRLOutput": "mirl",

@@ -37,8 +37,8 @@ class CheckpointPlan:
         )
 
     def groups(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """(first, last) of each run of blocks in [start, stop); single blocks where nothing is recomputed."""
-        step = stop - start if self.group is None else max(self.group, 1)
+        """(first, last) of each run of blocks in [start, stop); all of them at once where nothing is recomputed."""
+        step = self.group or stop - start
         for first in range(start, stop, step):
             yield first, min(first + step, stop)
 

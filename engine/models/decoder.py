@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from engine.models.checkpointing import CheckpointPlan
 from engine.models.config import ModelConfig
+from engine.models.execution import Regions
 from engine.models.heads import prediction_head
-from engine.models.layers import Attention, CrossAttention, Mlp, layer_norm
+from engine.models.layers import Attention, CrossAttention, Mlp, ResidualNorm, layer_norm
 from engine.models.masking import PatchMask
 from engine.models.skips import ExactSkips
 from kernels import gather_tokens, scatter_tokens
@@ -58,27 +59,44 @@ class DecoderBlock(nn.Module):
     def __init__(self, width: int, heads: int, mlp_width: int, did: bool) -> None:
         super().__init__()
         self.did = did
-        self.norm1 = layer_norm(width)
+        self.norm1 = ResidualNorm(width)
         self.attn = Attention(width, heads)
         if did:
-            self.norm_q = layer_norm(width)
+            self.norm_q = ResidualNorm(width)
             self.norm_kv = layer_norm(width)
             self.cross_attn = CrossAttention(width, heads)
-        self.norm2 = layer_norm(width)
+        self.norm2 = ResidualNorm(width)
         self.mlp = Mlp(width, mlp_width)
+        self.regions = Regions()
 
     def forward(self, entry: Entry, cross_kv_BT2E: Tensor | None) -> Tensor:
-        """-> [B, R, E]. ``cross_kv_BT2E``: projected keys and values of kv_g, None without DID."""
-        x_BRE = entry.x_BRE + self.attn.attend(entry.q_BRE, entry.kv_BS2E)
+        """-> [B, R, E]. ``cross_kv_BT2E``: projected keys and values of kv_g, None without DID.
+
+        Attention stays between the two regions, because kv_g has another length in every decoder.
+        """
+        x_BRE, attended_BRE = entry.x_BRE, self.attn.attend(entry.q_BRE, entry.kv_BS2E)
         if self.did:
-            x_BRE = x_BRE + self.cross_attn(self.norm_q(x_BRE), cross_kv_BT2E)
-        return x_BRE + self.mlp(self.norm2(x_BRE))
+            x_BRE, q_BRE = self.regions.get(DecoderBlock.ask)(self, x_BRE, attended_BRE)
+            attended_BRE = self.cross_attn.attend(q_BRE, cross_kv_BT2E)
+        return self.regions.get(DecoderBlock.finish)(self, x_BRE, attended_BRE)
+
+    def ask(self, x_BRE: Tensor, attended_BRE: Tensor) -> tuple[Tensor, Tensor]:
+        """End of the self-attention, beginning of the cross-attention: the residual stream and the queries."""
+        x_BRE, y_BRE = self.norm_q(x_BRE, self.attn.proj(attended_BRE))
+        return x_BRE, self.norm_q.feed(self.cross_attn.q, x_BRE, y_BRE)
+
+    def finish(self, x_BRE: Tensor, attended_BRE: Tensor) -> Tensor:
+        """End of the last attention, and the MLP."""
+        proj = self.cross_attn.proj if self.did else self.attn.proj
+        x_BRE, y_BRE = self.norm2(x_BRE, proj(attended_BRE))
+        return x_BRE + self.mlp.after(self.norm2, x_BRE, y_BRE)
 
     def enter(self, x_BSE: Tensor, rows_BR: Tensor | None) -> Entry:
         """From the full sequence; ``rows_BR``: the rows that go on, None for all."""
-        y_BSE = self.norm1(x_BSE)
+        x_BSE, y_BSE = self.norm1(x_BSE)
         if rows_BR is None:
-            return Entry(x_BSE, *self.attn.split_qkv(self.attn.qkv(y_BSE)))
+            qkv_BS3E = self.norm1.feed(self.attn.qkv, x_BSE, y_BSE)
+            return Entry(x_BSE, *self.attn.split_qkv(qkv_BS3E))
         q_BRE = self.attn.qkv(gather_tokens(y_BSE, rows_BR), "q")
         return Entry(gather_tokens(x_BSE, rows_BR), q_BRE, self.attn.qkv(y_BSE, "kv"))
 
@@ -92,8 +110,8 @@ class DecoderBlock(nn.Module):
         """
         mask, pos_SE = context.mask, context.pos_SE
         table_1NE = (mask_token_E + pos_SE[1:])[None]
-        visible_y = self.norm1(e_B1KE + context.visible_pos_B1KE)
-        table_y = self.norm1(table_1NE)
+        _, visible_y = self.norm1(e_B1KE, context.visible_pos_B1KE)
+        _, table_y = self.norm1(table_1NE)
         if masked_only:
             # No visible row goes on, so that the residual stream and the queries come from the table altogether.
             q_NE = self.attn.qkv(table_y, "q")[0]

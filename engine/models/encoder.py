@@ -109,6 +109,7 @@ class Encoder(nn.Module):
         return x_BSD
 
     def _run_blocks(self, first: int, last: int, x_BSD: Tensor) -> Tensor:
+        delta_BSD = None
         for block in self.blocks[first:last]:
-            x_BSD = block(x_BSD)
-        return x_BSD
+            x_BSD, delta_BSD = block.branches(x_BSD, delta_BSD)
+        return x_BSD + delta_BSD

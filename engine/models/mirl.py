@@ -5,6 +5,7 @@ Shapes: B batch, N patches, K kept, M masked, G segments, D encoder width, E dec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from engine.models.checkpointing import CheckpointFunction, CheckpointPlan
 from engine.models.config import ModelConfig
-from engine.models.decoder import Decoder, DecoderContext
+from engine.models.decoder import Decoder, DecoderBlock, DecoderContext
 from engine.models.did import concatenated_inputs, fold_norm, normalised_prefix_buffer, project_prefixes
 from engine.models.encoder import Encoder
+from engine.models.execution import Execution, Method, Regions
 from engine.models.initialise import initialise
-from engine.models.layers import CrossAttention, HeadedAttention
+from engine.models.layers import Block, CrossAttention, HeadedAttention, Mlp, ResidualNorm
 from engine.models.masking import PatchMask, mask_from_noise
 from engine.models.objective import objective_terms, reconstruction_loss
 from engine.models.pixels import image_layout
@@ -62,6 +64,8 @@ class MIRL(nn.Module):
         self.register_buffer("decoder_pos_embed", positions, persistent=False)
         self.attention_backends: dict[str, AttentionBackend] = {}
         self._resolved_for: tuple[torch.device, torch.dtype] | None = None
+        self.execution: Execution | None = None
+        self.regions = Regions()
         initialise(self)
 
     @property
@@ -85,6 +89,9 @@ class MIRL(nn.Module):
         """
         mask = self._resolve_mask(images, noise, mask)
         self.resolve_attention(images.device)
+        if self.execution is None:
+            self.set_execution(Execution.for_device(images.device))
+        self.regions.active = self.training and not full and len(images) == self.regions.batch
         masked_only = self.skips.masked_only_tail and not full
         first = 0 if self.config.did else 1
         latents = dict(enumerate(self.encoder(images, mask), start=first))
@@ -135,6 +142,29 @@ class MIRL(nn.Module):
         plan = CheckpointPlan.make(mode, checkpoint_fn)
         for module in (self.encoder, *self.decoders.values()):
             module.checkpointing = plan
+
+    def set_execution(self, execution: Execution) -> None:
+        """How norms and GELUs are computed; by default, from the first forward pass on, as its device likes it best.
+
+        Raises ValueError where ``recompute`` meets activation checkpointing, which recomputes them already.
+        """
+        if execution.recompute and self.encoder.checkpointing.group != 0:
+            raise ValueError(
+                "recompute is True and activation checkpointing is on, which does more of the same: use one of them"
+            )
+        self.execution = execution
+        for module in self.modules():
+            if isinstance(module, ResidualNorm | Mlp):
+                module.execution = execution
+
+    def set_regions(self, compile_function: Callable[[Method], Method] | None, batch: int = 0) -> None:
+        """Compile the blocks' bodies with ``compile_function`` (torch.compile, or any function of a function) for
+        training steps of ``batch`` images; None: no longer. `engine.compiling` does it with a check.
+        """
+        self.regions = Regions(compile_function, batch)
+        for module in self.modules():
+            if isinstance(module, Block | DecoderBlock):
+                module.regions = self.regions
 
     def resolve_attention(self, device: torch.device) -> dict[str, AttentionBackend]:
         """Choose the attention backends of encoder and decoders, once for each ``device`` and dtype in use.

@@ -106,9 +106,11 @@ def test_a_data_set_that_changed_is_refused_and_one_that_moved_is_not(jpeg_folde
     with build_train_loader(moved, image_size=SIZE, micro_batch=8, seed=5, threads=1) as loader:
         loader.load_state_dict(state)
     (moved / "000.jpg").rename(moved / "new.jpg")
-    with build_train_loader(moved, image_size=SIZE, micro_batch=8, seed=5, threads=1) as loader:
-        with pytest.raises(ValueError, match="restore the data set as it was"):
-            loader.load_state_dict(state)
+    with (
+        build_train_loader(moved, image_size=SIZE, micro_batch=8, seed=5, threads=1) as loader,
+        pytest.raises(ValueError, match="restore the data set as it was"),
+    ):
+        loader.load_state_dict(state)
 
 
 def test_labels_are_those_of_the_images_that_are_shown(jpeg_folder):

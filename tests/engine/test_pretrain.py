@@ -13,53 +13,15 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from skimage import data
 
-from engine.checkpoint_reader import CheckpointReader, find_newest_good
+from engine.checkpoint_reader import find_newest_good
 from tests.conftest import CHECKOUT, launch_environment
-
-TINY = [
-    "--image-size", "32", "--patch-size", "8", "--depth", "4", "--width", "32", "--heads", "2", "--segments", "4",
-    "--decoder-width", "32", "--decoder-heads", "2", "--batch-size", "8", "--precision", "fp32",
-    "--log-every", "1", "--pictures", "2", "--no-tensorboard", "--loader-threads", "1",
-]  # fmt: skip
-ENTRY = str(CHECKOUT / "engine" / "pretrain.py")
+from tests.runs import ENTRY, TINY, equal_tensors, events, losses, write_photographs
 
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory) -> Path:
-    """44 JPEG files: five steps of eight an epoch, and four left over."""
-    folder = tmp_path_factory.mktemp("photographs")
-    pictures = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket()]
-    for number in range(44):
-        picture = Image.fromarray(pictures[number % 4])
-        left, top = (number * 37) % (picture.width - 96), (number * 23) % (picture.height - 96)
-        picture.crop((left, top, left + 96, top + 96)).save(folder / f"{number:03d}.jpg", quality=90)
-    return folder
-
-
-def losses(out: Path) -> dict[int, float]:
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {record["step"]: record["loss"] for record in records if "loss" in record}
-
-
-def events(out: Path, kind: str) -> list[dict]:
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record.get("event") == kind]
-
-
-def tensors(checkpoint: Path) -> dict:
-    reader = CheckpointReader(checkpoint)
-    return {
-        (kind, name): reader.read(name, kind, 0, weight.numel())
-        for name, weight in reader.weights().items()
-        for kind in ("weight", "exp_avg", "exp_avg_sq")
-    }
-
-
-def equal_tensors(one: Path, other: Path) -> bool:
-    first, second = tensors(one), tensors(other)
-    return first.keys() == second.keys() and all(bool((first[key] == second[key]).all()) for key in first)
+    return write_photographs(tmp_path_factory.mktemp("photographs"))
 
 
 # --- resuming

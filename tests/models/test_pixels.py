@@ -106,17 +106,16 @@ def test_initial_values(variant: str) -> None:
 def test_drop_path_drops_whole_images_in_training_only() -> None:
     torch.manual_seed(0)
     block = Block(8, 2, 16, drop_path=0.4)
-    branch = torch.ones(2000, 3, 8)
-    dropped = block.drop(branch)
-    values = dropped[:, 0, 0]
-    assert torch.equal(dropped, values[:, None, None].expand_as(dropped))
+    scale = block.drop_scale(torch.ones(2000, 3, 8))
+    assert scale.shape == (2000, 1, 1)
+    values = scale[:, 0, 0]
     assert set(values.tolist()) == {0.0, values.max().item()}
     # 1 / 0.6, rounded to float32
     assert values.max().item() == pytest.approx(1 / 0.6, rel=1e-6)
     # 2000 draws at 0.6: a standard deviation of 0.011
     assert (values > 0).float().mean().item() == pytest.approx(0.6, abs=0.05)
     block.eval()
-    assert block.drop(branch) is branch
+    assert block.drop_scale(torch.ones(2000, 3, 8)) is None
 
 
 def test_drop_path_rises_over_the_blocks() -> None:

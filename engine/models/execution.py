@@ -1,0 +1,92 @@
+"""How blocks are computed, never what: switches that change speed and memory, and results by rounding at most.
+
+`ExactSkips` says which work is left out; this says how the rest is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Method = Callable[..., Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """Outside compiled regions; inside them the compiler makes these choices itself.
+
+    fused_norm: residual add and the LayerNorm after it as one kernel (`kernels.residual_layer_norm`).
+    fused_gelu: bias of a hidden layer and GELU as one kernel (`kernels.bias_gelu`).
+    recompute: keep the inputs of LayerNorm and GELU for the backward pass, not their outputs as well, which are made
+    again there: 6 of 16 values per token and width of an encoder block, for one more pass over each. Same bits.
+    """
+
+    fused_norm: bool = False
+    fused_gelu: bool = False
+    recompute: bool = False
+
+    @classmethod
+    def for_device(cls, device: torch.device, *, recompute: bool = False) -> Execution:
+        """Fused where the kernels are Triton; on a CPU, where they are plain torch, the plain form is faster."""
+        on_gpu = device.type == "cuda"
+        return cls(fused_norm=on_gpu, fused_gelu=on_gpu, recompute=recompute)
+
+
+def fusing(wanted: bool) -> bool:
+    """Whether to call a fused kernel: inside a compiled region the compiler fuses, and a kernel of ours would stop it.
+    """
+    return wanted and not torch.compiler.is_compiling()
+
+
+class Regions:
+    """Compiled forms of the methods of blocks: each is compiled once and serves every block of its kind.
+
+    Without ``compile_function`` there are none. ``active`` is set by `MIRL.forward`: blocks go through compiled forms
+    only in training steps of the batch size they were made for. Pictures and other batches run eagerly, so nothing is
+    compiled a second time in a run.
+    """
+
+    def __init__(self, compile_function: Callable[[Method], Method] | None = None, batch: int = 0) -> None:
+        self.compile_function, self.batch = compile_function, batch
+        self.active = False
+        self._compiled: dict[Method, Method] = {}
+
+    def get(self, method: Method) -> Method:
+        """The compiled form of ``method``, or itself where there is none or it does not apply."""
+        if not self.active or self.compile_function is None or not torch.is_grad_enabled():
+            return method
+        if method not in self._compiled:
+            self._compiled[method] = self.compile_function(method)
+        return self._compiled[method]
+
+
+def apply_keeping_input(
+    cheap: Callable[[Tensor], Tensor], consumer: Callable[[Tensor], Tensor], x: Tensor, y: Tensor
+) -> Tensor:
+    """``consumer(y)`` of y = cheap(x), where the consumer's graph keeps x in place of y and calls ``cheap`` again.
+
+    ``consumer`` is a linear layer: it keeps y, or a view of all of it. ``cheap`` is deterministic, so the bits are
+    those of keeping y. Under torch.compile this is ``consumer(y)``: its partitioner makes the same trade.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return consumer(y)
+    detached_x = x.detach()
+    address, values = y.data_ptr(), y.numel()
+
+    def pack(tensor: Tensor) -> Any:
+        again = tensor.data_ptr() == address and tensor.numel() == values and tensor.is_contiguous()
+        # A cast under autocast has another address and is kept as it is.
+        return tensor.shape if again else tensor
+
+    def unpack(kept: Any) -> Tensor:
+        if not isinstance(kept, torch.Size):
+            return kept
+        with torch.no_grad():
+            return cheap(detached_x).reshape(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return consumer(y)

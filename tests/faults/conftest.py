@@ -1,0 +1,137 @@
+"""Runs of two ranks, and the check that no process outlives them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import launch_environment
+from tests.runs import TINY, write_photographs
+
+MARK = "MIRL_FAULT_TEST"
+ORPHAN_LIMIT_S = 30.0
+
+
+def marked_processes(mark: str) -> list[psutil.Process]:
+    """Every process that was started, at whatever depth, by the test of this mark."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory) -> Path:
+    return write_photographs(tmp_path_factory.mktemp("photographs"))
+
+
+@pytest.fixture
+def environment() -> Iterator[dict[str, str]]:
+    """The environment of what a test starts by hand; fails the test if any of it still lives 30 s after the test."""
+    mark = uuid.uuid4().hex
+    yield launch_environment() | {MARK: mark}
+    deadline = time.monotonic() + ORPHAN_LIMIT_S
+    while (left := marked_processes(mark)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    commands = [" ".join(process.cmdline()[:4]) for process in left]
+    for process in left:
+        process.kill()
+    assert not commands, f"still alive {ORPHAN_LIMIT_S:g} s after the run: {commands}"
+
+
+@dataclass
+class Run:
+    """Ranks that were started; `end` waits for them."""
+
+    server: RankServer
+    pids: list[int]
+    ranks: list[int]
+    folder: Path
+
+    def output(self, rank: int = 0) -> str:
+        path = self.folder / f"rank-{rank}.txt"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(self, text: str, rank: int = 0, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while text not in self.output(rank):
+            assert time.monotonic() < deadline, f"{text!r} did not come:\n{self.output(rank)[-3000:]}"
+            assert self.end(0) != [0] * len(self.pids), f"ended before {text!r}:\n{self.output(rank)[-3000:]}"
+            time.sleep(0.01)
+
+    def end(self, seconds: float = 60) -> list[int | None]:
+        """Exit code of each rank, minus the signal that ended it, None if it lives on."""
+        return self.server.ask({"wait": {"pids": self.pids, "seconds": seconds}})
+
+
+class RankServer:
+    """tests/faults/rank_server.py behind a function."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("rank_server.py"))],
+            env=launch_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.started: list[int] = []
+
+    def ask(self, request: dict) -> list:
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(
+        self, folder: Path, *arguments: str | Path, ranks: int | list[int] = 2, world_size: int = 0, **start: object
+    ) -> Run:
+        """``engine/pretrain.py`` of the tiny model with ``arguments`` on each rank, in ``folder``."""
+        numbers = list(range(ranks)) if isinstance(ranks, int) else ranks
+        request = {
+            "ranks": numbers,
+            "world_size": world_size or len(numbers),
+            "arguments": [*TINY, *map(str, arguments)],
+            "folder": str(folder),
+            **start,
+        }
+        pids = self.ask({"start": request})
+        self.started += pids
+        return Run(server=self, pids=pids, ranks=numbers, folder=folder)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def _server() -> Iterator[RankServer]:
+    server = RankServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def server(_server: RankServer) -> Iterator[RankServer]:
+    """Fails the test if a rank it started still lives 30 s after the test."""
+    _server.started = []
+    yield _server
+    codes = _server.ask({"wait": {"pids": _server.started, "seconds": ORPHAN_LIMIT_S}})
+    left = [pid for pid, code in zip(_server.started, codes, strict=True) if code is None]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, f"ranks still alive {ORPHAN_LIMIT_S:g} s after the run: {left}"
