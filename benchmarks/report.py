@@ -55,10 +55,20 @@ class Results:
     def __init__(self) -> None:
         self._kernels: dict[tuple[str, str], _Kernel] = {}
         self._attention: list[dict[str, Any]] = []
+        self._steps: list[dict[str, Any]] = []
+        self._memory: list[dict[str, Any]] = []
 
     @property
     def empty(self) -> bool:
-        return not self._kernels and not self._attention
+        return not (self._kernels or self._attention or self._steps or self._memory)
+
+    def add_step(self, row: dict[str, Any]) -> None:
+        """A case of `bench_step`, as it stands in the results."""
+        self._steps.append(row)
+
+    def add_memory(self, row: dict[str, Any]) -> None:
+        """A case of `bench_memory`, as it stands in the results."""
+        self._memory.append(row)
 
     def add_kernel(
         self, name: str, shape: str, dtype: torch.dtype, moved: int, implementation: str, timing: Timing
@@ -95,19 +105,58 @@ class Results:
             "date": when.strftime("%Y-%m-%dT%H:%M:%SZ"),
             "versions": versions(),
             "commit": commit(),
-            "cases": self.rows(),
+            "cases": self.rows() + self._steps,
             "attention": self._attention,
+            "memory": self._memory,
         }
 
     def table(self) -> str:
         """Markdown: kernels, then attention with the fastest backend of each line in bold."""
+        sections = [self._kernel_table(), self._attention_table(), self._step_table(), self._memory_table()]
+        return "\n\n".join("\n".join(section) for section in sections if section)
+
+    def _kernel_table(self) -> list[str]:
+        if not self._kernels:
+            return []
         lines = ["| kernel | shape | ms | spread | GB/s | of clone | eager / ours | compile / ours |", "|---" * 8 + "|"]
         for r in self.rows():
             clone = "-" if r["percent_of_clone"] is None else f"{r['percent_of_clone']:.0f} %"
             ratios = ["-" if r[key] is None else f"{r[key]:.2f}" for key in ("ratio_eager", "ratio_compile")]
             cells = [r["name"], r["shape"], f"{r['ms']:.4f}", f"{r['spread_percent']:.0f} %", f"{r['gbps']:.1f}", clone]
             lines.append(f"| {' | '.join(cells + ratios)} |")
-        return "\n".join(lines + self._attention_table())
+        return lines
+
+    def _step_table(self) -> list[str]:
+        if not self._steps:
+            return []
+        head = "| step | batch | precision | images/s | MFU | peak GiB | eager math / ours | eager SDPA / ours | "
+        lines = [head + "compile / ours | MAE / ours | host ms | device ms | spread |", "|---" * 13 + "|"]
+        for row in self._steps:
+            keys = ("mfu_percent", "peak_memory_gib", "ratio_eager_math", "ratio_eager_sdpa", "ratio_compile")
+            values = [row[key] for key in (*keys, "ratio_mae", "host_ms", "device_ms")]
+            cells = [row["name"].removeprefix("step "), str(row["batch"]), row["precision"]]
+            cells.append(f"{row['images_per_s']:.2f}")
+            cells += ["-" if value is None else f"{value:.2f}" for value in values]
+            cells.append(f"{row['all'][row['measured_as']]['spread_percent']:.0f} %")
+            lines.append(f"| {' | '.join(cells)} |")
+        return lines
+
+    def step_line(self, index: int) -> str:
+        """One measured step in words."""
+        row = self._steps[index]
+        times = "  ".join(f"{name} {value['ms']:.1f} ms" for name, value in row["all"].items())
+        notes = "".join(f"; no {name}: {reason}" for name, reason in row["left_out"].items())
+        case = f"{row['name']} batch {row['batch']} {row['precision']}"
+        return f"{case}: {row['images_per_s']:.2f} images/s  {times}{notes}"
+
+    def _memory_table(self) -> list[str]:
+        if not self._memory:
+            return []
+        lines = ["| memory | batch | depth | recompute | activations GiB | kind |", "|---" * 6 + "|"]
+        for row in self._memory:
+            cells = [row["model"], str(row["batch"]), str(row["depth"]), row["recompute"]]
+            lines.append(f"| {' | '.join(cells)} | {row['activations_gib']:.4f} | {row['kind']} |")
+        return lines
 
     def _attention_table(self) -> list[str]:
         if not self._attention:
@@ -118,7 +167,7 @@ class Results:
             case = (row["direction"], f"{row['queries']} x {row['keys']}", row["head_dim"], row["batch"], row["dtype"])
             by_case.setdefault(case, {})[row["backend"]] = row["ms"]
         head = ["direction", "queries x keys", "head size", "batch", "dtype", *(f"{name} ms" for name in backends)]
-        lines = ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for case, measured in by_case.items():
             best = min(measured.values())
             cells = [f"{measured[b]:.4f}" if b in measured else "-" for b in backends]
@@ -128,16 +177,17 @@ class Results:
             lines.append(f"| {' | '.join([*map(str, case), *cells])} |")
         return lines
 
-    def write(self, folder: Path, when: datetime) -> list[Path]:
-        """Write DEVICE_DATE.json, .md and, where matplotlib is installed, .png; returns what was written."""
+    def write(self, folder: Path, when: datetime, label: str = "") -> list[Path]:
+        """Write DEVICE_DATE[_LABEL].json, .md and, where matplotlib is installed, .png; returns what was written."""
         folder.mkdir(parents=True, exist_ok=True)
-        stem = folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', device_name()).strip('-')}_{when:%Y-%m-%d}"
+        name = f"{re.sub(r'[^A-Za-z0-9]+', '-', device_name()).strip('-')}_{when:%Y-%m-%d}"
+        stem = folder / (f"{name}_{label}" if label else name)
         content = self.as_json(when)
         stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
         title = (
             f"{content['device']}, torch {content['versions']['torch']}, {content['date']}, commit {content['commit']}"
         )
-        note = "" if content["device_type"] == "cuda" else "\nMeasures the plain-torch CPU path, one thread.\n"
+        note = "" if content["device_type"] == "cuda" else "\nMeasures the plain-torch path of CPU users.\n"
         stem.with_suffix(".md").write_text(f"{title}\n{note}\n{self.table()}\n")
         written = [stem.with_suffix(".json"), stem.with_suffix(".md")]
         if picture(content, stem.with_suffix(".png")):

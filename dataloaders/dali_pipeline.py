@@ -80,7 +80,7 @@ class DaliDecoder:
         """channels: 3 (RGB) or 1 (grey). threads: DALI's worker threads. finish: resize in the graph; default: on GPUs.
 
         hw_decoder_load: share of the JPEG files that the hardware decoder of an A100, H100 or newer takes.
-        ImportError with the pip line if DALI is missing.
+        ValueError with the pip line if DALI is missing.
         """
         if channels not in (1, 3):
             raise ValueError(f"channels is {channels}; DALI decodes pictures to 1 or 3 channels")
@@ -225,7 +225,7 @@ class DaliDecoder:
         try:
             from nvidia.dali import Pipeline, fn, types
         except ImportError as error:
-            raise ImportError(f"NVIDIA DALI is missing; {_INSTALL}") from error
+            raise ValueError(f"NVIDIA DALI cannot be imported ({error}), pictures need it; {_INSTALL}") from error
         on_gpu = self.device_id is not None
         pipe = Pipeline(
             batch_size=batch_size,

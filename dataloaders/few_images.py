@@ -26,18 +26,20 @@ def load_images(
     resize_short: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    index_dir: str | Path | None = None,
 ) -> torch.Tensor:
     """A few images by path, resized and centre-cropped, on the CPU: uint8 [B, H, W, C], or for 16-bit and float array
     files float32 [B, C, H, W], normalised.
 
-    paths: files, or members of indexed shards as loaders name them (shard.tar::member). resize_short: the shorter side
+    paths: files, or members of indexed shards as loaders name them (shard.tar::member). index_dir: where the shards'
+    indexes are; default: beside them. resize_short: the shorter side
     before the crop; default: as small as covers image_size. ValueError names the first file that cannot be used.
     """
     if not paths:
         raise ValueError("paths is empty; give at least one image")
     short = 1 if resize_short is None else resize_short
     names = [str(path) for path in paths]
-    files = [_read_named(name) for name in names]
+    files = [_read_named(name, index_dir) for name in names]
     array_format = detect_array_format(files[0], names[0], channels)
     resizer = CpuResizer((image_size[0], image_size[1]), threads=1)
     try:
@@ -93,9 +95,11 @@ def _read_array(array_format: ArrayFormat, file: bytes, name: str) -> np.ndarray
         raise ValueError(f"{name}: {error}; give another image") from None
 
 
-def _read_named(name: str) -> bytes:
+def _read_named(name: str, index_dir: str | Path | None) -> bytes:
     try:
         shard, separator, member = name.partition(".tar::")
-        return read_member(Path(shard + ".tar"), member) if separator else read_whole_file(name)
+        if not separator:
+            return read_whole_file(name)
+        return read_member(Path(shard + ".tar"), member, None if index_dir is None else Path(index_dir))
     except ImageError as error:
         raise ValueError(f"{name}: {error}; check the path") from None

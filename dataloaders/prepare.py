@@ -6,27 +6,24 @@ picture, but from fewer pixels, so more crops are enlarged. `prepare_data` measu
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import re
-import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from dataloaders.arrays import detect_array_format
 from dataloaders.crops import Augmentation
-from dataloaders.errors import ImageError, one_line
-from dataloaders.headers import decode_with_pillow, read_header
+from dataloaders.errors import ImageError
+from dataloaders.headers import read_header
 from dataloaders.listing import ARRAY_SUFFIXES
 from dataloaders.manifest import atomic_writer
 from dataloaders.opening import open_source
 from dataloaders.parallel import Progress, default_workers, parallel_map
+from dataloaders.reencode import Encoder, FileTask, ShardTask, class_name, shrunk_size
 from dataloaders.sources import FileSource, Source
 from dataloaders.tar_index import make_index
 
@@ -129,100 +126,6 @@ def prepare_data(
     )
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """From any encoded picture to the JPEG of the copy."""
-
-    short_side: int
-    quality: int
-
-    def __call__(self, data: bytes) -> bytes:
-        """ImageError if the picture is broken."""
-        header = read_header(data)
-        small = min(header.height, header.width) <= self.short_side
-        if small and header.format == "JPEG" and _is_plain_rgb(data):
-            decode_with_pillow(data)
-            return data
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                # Lets libjpeg leave out detail it would only average away, down to twice the size that is needed.
-                factor = 2 * self.short_side / min(image.size)
-                if factor < 1:
-                    image.draft("RGB", (int(image.width * factor), int(image.height * factor)))
-                upright = ImageOps.exif_transpose(image)
-                width, height = _shrunk(header.width, header.height, self.short_side)
-                small_image = upright.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-        except Exception as error:  # Pillow's plug-ins raise almost anything on damaged files
-            raise ImageError(one_line(error)) from error
-        buffer = io.BytesIO()
-        small_image.save(buffer, "JPEG", quality=self.quality, subsampling="4:2:0", optimize=True)
-        return buffer.getvalue()
-
-
-@dataclass
-class Done:
-    """What one task did."""
-
-    written: int = 0
-    kept: int = 0
-    bytes: int = 0
-    broken: Sequence[tuple[str, str]] = ()
-
-
-@dataclass(frozen=True)
-class FileTask:
-    """One image to one file."""
-
-    source: Source
-    index: int
-    target: Path
-
-    def run(self, encode: Encoder) -> Done:
-        if self.target.exists():
-            return Done(kept=1)
-        try:
-            data = encode(self.source.read(self.index))
-        except ImageError as error:
-            return Done(broken=[(self.source.path(self.index), str(error))])
-        with atomic_writer(self.target, "wb") as file:
-            file.write(data)
-        return Done(written=1, bytes=len(data))
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """A range of images to one tar shard."""
-
-    source: Source
-    first: int
-    end: int
-    target: Path
-    classes: dict[str, int] | None
-
-    def run(self, encode: Encoder) -> Done:
-        if self.target.exists():
-            return Done(kept=self.end - self.first)
-        done, broken = Done(), []
-        with atomic_writer(self.target, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
-            for index in range(self.first, self.end):
-                path = self.source.path(index)
-                try:
-                    data = encode(self.source.read(index))
-                except ImageError as error:
-                    broken.append((path, str(error)))
-                    continue
-                # WebDataset ends the key at the first dot; 70 characters fit the plain tar header.
-                stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(path.partition("::")[2] or path).stem)[:70]
-                key = f"{index:09d}-{stem}"
-                _add(tar, f"{key}.jpg", data)
-                if self.classes is not None:
-                    _add(tar, f"{key}.cls", str(self.classes[_class_name(self.source, index)]).encode())
-                done.written += 1
-                done.bytes += len(data)
-        done.broken = broken
-        return done
-
-
 def _file_tasks(source: Source, target: Path) -> Iterator[FileTask]:
     taken: set[str] = set()
     for index in range(source.num_images):
@@ -235,17 +138,13 @@ def _file_tasks(source: Source, target: Path) -> Iterator[FileTask]:
 
 def _shard_tasks(source: Source, target: Path, shard_size: int) -> Iterator[ShardTask]:
     classes = None
-    if isinstance(source, FileSource) and all("/" in source.paths.name(i) for i in range(source.num_images)):
-        names = sorted({_class_name(source, i) for i in range(source.num_images)})
-        classes = {name: number for number, name in enumerate(names)}
+    if isinstance(source, FileSource):
+        names = {class_name(source, i) for i in range(source.num_images)}
+        if "" not in names:
+            classes = {name: number for number, name in enumerate(sorted(names))}
     for number, first in enumerate(range(0, source.num_images, shard_size)):
         end = min(first + shard_size, source.num_images)
         yield ShardTask(source, first, end, target / f"shard-{number:06d}.tar", classes)
-
-
-def _class_name(source: Source, index: int) -> str:
-    assert isinstance(source, FileSource)
-    return source.paths.name(index).partition("/")[0]
 
 
 def _relative_name(source: Source, index: int) -> str:
@@ -273,16 +172,6 @@ def _claim(target: Path, settings: dict[str, object]) -> None:
         json.dump(settings, file, indent=1)
 
 
-def _is_plain_rgb(data: bytes) -> bool:
-    with Image.open(io.BytesIO(data)) as image:
-        return image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
-
-
-def _shrunk(width: int, height: int, short_side: int) -> tuple[int, int]:
-    factor = min(1.0, short_side / min(width, height))
-    return max(1, round(width * factor)), max(1, round(height * factor))
-
-
 def _enlarged_shares(source: Source, short_side: int, train_size: int) -> tuple[float, float]:
     """Share of random crops with fewer than train_size^2 pixels, of the originals and of the copies."""
     sizes = []
@@ -296,7 +185,7 @@ def _enlarged_shares(source: Source, short_side: int, train_size: int) -> tuple[
             continue  # counted as broken when its turn comes
     if not sizes:
         return float("nan"), float("nan")
-    small = [_shrunk(height, width, short_side) for height, width in sizes]
+    small = [shrunk_size(height, width, short_side) for height, width in sizes]
     crops = Augmentation(image_size=(train_size, train_size))
 
     def share(sizes_B2: np.ndarray) -> float:
@@ -304,9 +193,3 @@ def _enlarged_shares(source: Source, short_side: int, train_size: int) -> tuple[
         return float((windows_B4[:, 2].astype(np.int64) * windows_B4[:, 3] < train_size**2).mean())
 
     return share(np.array(sizes)), share(np.array(small))
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -99,6 +100,10 @@ class BatchStream:
         item = self._ready.get()
         self.wait_seconds += time.perf_counter() - begin
         if isinstance(item, Batch):
+            for tensor in (item.images, item.labels):
+                if tensor is not None and tensor.is_cuda:
+                    # Made on another stream: its memory must not be used again before this stream is done with it.
+                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
             return item
         self._ended = StopIteration() if item is None else item
         raise self._ended
@@ -115,9 +120,10 @@ class BatchStream:
 
     def _work(self) -> None:
         try:
-            for batch in self._make() if self._decoder is not None else self._make_from_arrays():
-                if not self._put(batch):
-                    return
+            with closing(self._make() if self._decoder is not None else self._make_from_arrays()) as batches:
+                for batch in batches:
+                    if not self._put(batch):
+                        return
             self._put(None)
         except BaseException as error:  # handed to the training loop, which raises it
             self._put(error)

@@ -160,9 +160,9 @@ def _header_matches(header: bytes, name: bytes, size: int) -> bool:
     return digits.isdigit() and int(digits, 8) == size
 
 
-def read_member(shard: Path, member: str) -> bytes:
+def read_member(shard: Path, member: str, index_dir: Path | None = None) -> bytes:
     """One member of an indexed shard by name; ImageError if it is not there."""
-    source = TarSource([shard])
+    source = TarSource([shard], index_dir=index_dir)
     try:
         for index in range(source.num_images):
             if source._names.name(index) == member:

@@ -95,24 +95,20 @@ class CheckpointWriter:
     def _write(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         name = _name(step)
         partial = self.folder / f".{name}.{self._token}.partial"
+        path = partial / f"rank-{self.ranks.rank:05d}-of-{self.ranks.world_size:05d}.safetensors"
         try:
             partial.mkdir(exist_ok=True)
-            path = partial / f"rank-{self.ranks.rank:05d}-of-{self.ranks.world_size:05d}.safetensors"
             save_file(tensors, path)
             _sync(path)
             _write_json(partial / f"{path.stem}.done", _describe(path))
             if self.ranks.is_main:
                 self._publish(partial, self.folder / name, state)
-        except (
-            OSError,
-            RuntimeError,
-            TimeoutError,
-        ) as error:  # safetensors raises its own RuntimeError for a full disk
+        except Exception as error:  # whatever it is (safetensors has a type of its own), a thread must hand it on
             self._failure = f"the checkpoint of step {step} was not written: {error}"
             if self.ranks.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             else:
-                _mark_failed(partial, self.ranks.rank, str(error))
+                _mark_failed(path, str(error))
 
     def _publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
         files = self._await_all(partial)
@@ -144,7 +140,7 @@ class CheckpointWriter:
         while True:
             failed = list(partial.glob("*.failed"))
             if failed:
-                raise OSError(f"{failed[0].stem}: {failed[0].read_text().strip()}")
+                raise OSError(f"{failed[0].stem}: {failed[0].read_text().strip() or 'see the output of that rank'}")
             done = sorted(partial.glob("*.done"))
             if len(done) == self.ranks.world_size:
                 return {f"{marker.stem}.safetensors": json.loads(marker.read_text()) for marker in done}
@@ -181,12 +177,16 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def _mark_failed(partial: Path, rank: int, reason: str) -> None:
-    """Tell rank 0; on a disk too full even for this it ends by its own failure or time-out."""
+def _mark_failed(path: Path, reason: str) -> None:
+    """Tell rank 0, which waits for file ``path``. On a full disk there is room for no new file, but for a new name."""
+    marker = path.with_suffix(".failed")
     try:
-        _write_text(partial / f"rank-{rank:05d}.failed", reason)
+        if path.exists():
+            os.truncate(path, 0)
+            os.replace(path, marker)
+        marker.write_text(reason)
     except OSError as error:
-        print(f"rank {rank}: {reason}; and rank 0 could not be told: {error}", flush=True)
+        print(f"{path.stem}: {reason}; rank 0 may not have been told why: {error}", flush=True)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

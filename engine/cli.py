@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -82,6 +83,8 @@ def dispatch(argv: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
+    if sys.argv[1:2] != ["pretrain"]:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `mirl summary | head` ends quietly; a run outlives its reader
     run_entry_point(lambda: dispatch(sys.argv[1:]))
 
 

@@ -7,8 +7,8 @@
 | `DecoderBlock.ask`     | end of self-attention, norm, queries of the cross-attention | one per row count   |
 | `DecoderBlock.finish`  | end of the last attention, norm, MLP                        | one per row count   |
 
-So a model of any depth and number of decoders has `expected_graphs` graphs, all of them made in the trial step. What has
-other shapes in every decoder (cross-attention over kv_g) or in every image (putting tokens back) stays outside.
+So a model of any depth and number of decoders has `expected_graphs` graphs, all of them made in the trial step. What
+has other shapes in every decoder (cross-attention over kv_g) stays outside.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.models import MIRL
+from engine.models.execution import Regions
 
 COMPILE = ("auto", "on", "off")
 # Of loss and gradients, relative. In bfloat16 the compiler rounds at fewer places than eager (two parts in a hundred
@@ -49,7 +50,7 @@ def choose_compile(requested: str, device: torch.device, zero_stage: int) -> Com
         return CompileChoice(True, "as asked")
     if device.type == "cuda":
         return CompileChoice(True, "auto on a GPU")
-    return CompileChoice(False, "auto on a CPU: the gain does not pay for compiling in a short run, see benchmarks/LOG.md")
+    return CompileChoice(False, "auto on a CPU: measured no faster, see benchmarks/LOG.md")
 
 
 def expected_graphs(model: MIRL) -> int:
@@ -64,7 +65,9 @@ def expected_graphs(model: MIRL) -> int:
     return encoder + len(asks) + len(finishes)
 
 
-def compile_regions(model: MIRL, batch: int, device: torch.device) -> CompileChoice:
+def compile_regions(
+    model: MIRL, batch: int, device: torch.device, *, backend: str = "inductor"
+) -> CompileChoice:
     """Compile the regions of ``model`` for training steps of ``batch`` images, and take one such step with and without.
 
     The step is a forward and a backward pass on random pixels; no parameter and no ``.grad`` is changed. Whatever goes
@@ -73,7 +76,7 @@ def compile_regions(model: MIRL, batch: int, device: torch.device) -> CompileCho
     model.set_regions(None)
     expected = _trial(model, batch, device)
     # No break is tolerated: a region in pieces would be slower than eager without anyone knowing.
-    model.set_regions(lambda method: torch.compile(method, dynamic=False, fullgraph=True), batch)
+    model.set_regions(Regions(lambda method: torch.compile(method, backend=backend, dynamic=False, fullgraph=True), batch))
     try:
         problem = _difference(_trial(model, batch, device), expected, model.weight_dtype)
     except Exception as error:  # noqa: BLE001 - anything from a missing g++ to an internal assertion of the compiler

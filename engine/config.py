@@ -32,6 +32,7 @@ class DataConfig:
     data: tuple[str, ...] = setting(
         (), "folder(s), text list(s) or tar shard(s) of images; none: the demo photographs", metavar="PATH"
     )
+    index_dir: str = setting("", "folder of the .idx files of tar shards; none: beside the shards", metavar="DIR")
     crop_scale: tuple[float, float] = setting(
         (0.2, 1.0), "smallest and largest share of the image area that a crop covers"
     )
@@ -125,11 +126,10 @@ class RunConfig:
         "recompute activations in the backward pass: none, every, segments, or every n-th block (a number)",
         metavar="none|every|segments|N",
     )
-    compile: str = setting(
-        "auto", "compile the bodies of the blocks, once each; auto: on a GPU", choices=SWITCHES
-    )
+    compile: str = setting("auto", "compile the bodies of the blocks, once each; auto: on a GPU", choices=SWITCHES)
     fused: str = setting(
-        "auto", "residual add + LayerNorm and bias + GELU as one kernel each, outside of compiled regions; auto: on a GPU",
+        "auto",
+        "add + LayerNorm and bias + GELU as one kernel each, outside of compiled regions; auto: on a GPU",
         choices=SWITCHES,
     )
     recompute_pointwise: bool = setting(

@@ -4,6 +4,7 @@ deepspeed.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -30,7 +31,8 @@ _compile, torch.compile = torch.compile, lambda function: function
 try:
     # DeepSpeed imports its Muon optimiser to ask whether ours is one. Compiling three functions of it on import would
     # load all of torch's compiler: half of the time that a small run takes to start. We have no use for Muon.
-    import deepspeed.runtime.zero.muon.original_muon  # noqa: E402
+    with contextlib.suppress(ImportError):  # only time is lost where another version keeps it elsewhere
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: E402
 finally:
     torch.compile = _compile
 

@@ -18,6 +18,10 @@ EXIT_NOT_SAVED = 74  # EX_IOERR
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again to go on
 
 
+# What a user can mend, where our own code raises it.
+USERS = (ValueError, ImportError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
 class UserError(ValueError):
     """Something the user asked for cannot be done; the message names the field, the value and the mend."""
 
@@ -47,7 +51,7 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     try:
         code = main() or EXIT_OK
-    except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+    except USERS as error:
         if os.environ.get("MIRL_TRACEBACK") == "1" or not _is_users(error):
             raise
         code = EXIT_USER_ERROR

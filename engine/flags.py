@@ -62,6 +62,8 @@ _ABSENT = object()
 def _parser() -> Parser:
     parser = Parser(
         prog="engine/pretrain.py",
+        usage="deepspeed engine/pretrain.py --deepspeed_config ds_configs/zero2.json [--recipe NAME] [--data PATH ...] "
+        "[flags]",
         allow_abbrev=False,
         description="Pre-train a Vision Transformer by Masked Image Residual Learning.",
         epilog="A flag that is not given keeps the recipe's value. Values in brackets are those of the demo recipe.",
@@ -107,6 +109,8 @@ def _add_flag(group: Any, section: str, item: dataclasses.Field, hint: Any, defa
         else default
     )
     text = item.metadata["help"].replace("%", "%%")
+    if flag == "--model":
+        text = f"all fields of a model of the paper: {', '.join(MODEL_NAMES)}; the flags below change single ones"
     options: dict[str, Any] = {"dest": f"{section}.{item.name}", "default": _ABSENT}
     options["help"] = f"{text} [{shown:g}]" if isinstance(shown, float) else f"{text} [{shown}]"
     kind = _plain(hint)

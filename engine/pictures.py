@@ -107,6 +107,10 @@ def save_grid(path: Path, titles: list[str], columns: list[np.ndarray]) -> Image
     picture = grid_image(titles, columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp.png")
-    picture.save(aside)
-    aside.replace(path)
+    try:
+        picture.save(aside)
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     return picture

@@ -15,8 +15,8 @@ import kernels
 from dataloaders import TrainLoader, build_train_loader, load_images, prepare_demo
 from engine.checkpoint import CheckpointWriter
 from engine.checkpoint_reader import CheckpointReader, find_newest_good, locate
-from engine.config import PretrainConfig
 from engine.compiling import CompileChoice, choose_compile, compile_regions
+from engine.config import PretrainConfig
 from engine.ds_config import read_ds_config, resolve_batch, resolve_ds_config, resolve_precision
 from engine.ds_engine import DEEPSPEED_VERSION, TrainEngine
 from engine.errors import LostRank, UserError
@@ -86,6 +86,8 @@ def _pretrain(config: PretrainConfig, ranks: Ranks) -> Path:
     if reader is not None:
         engine.load_fragments(reader.read, optimizer_steps=progress.applied_steps)
 
+    _require_attention(engine, ranks)
+    compiled = _compile(config, ranks, engine, micro_batch)
     log = RunLog(out, is_main=ranks.is_main)
     _agree_on_main(ranks, lambda: _open_out(config, out, log, durations, progress))
     for line in _opening(
@@ -234,15 +236,13 @@ def _build_loader(config: PretrainConfig, ranks: Ranks, *, micro_batch: int, acc
         channels=model.channels,
         mean=model.mean,
         std=model.std,
+        index_dir=data.index_dir or None,
         bad_image_limit=data.max_bad_images,
         raise_on_bad_limit=False,  # the trainer lets all ranks agree to stop
     )
-    counts = set(ranks.gather((loader.num_images, loader.steps_per_epoch)))
-    if len(counts) > 1:
-        raise UserError(
-            f"the ranks see different data sets (images, steps per epoch): {sorted(counts)}; give every host the "
-            "same files"
-        )
+    if len(set(ranks.gather(loader.fingerprint))) > 1:
+        seen = ", ".join(f"rank {rank} {count}" for rank, count in enumerate(ranks.gather(loader.num_images)))
+        raise UserError(f"the ranks see different data sets (images: {seen}): give every host the same files")
     return loader
 
 
@@ -256,9 +256,7 @@ def _build_model(
     if mode != "none":
         model.set_activation_checkpointing(mode)
     fused = ranks.device.type == "cuda" if config.run.fused == "auto" else config.run.fused == "on"
-    model.set_execution(
-        Execution(fused_norm=fused, fused_gelu=fused, recompute=config.run.recompute_pointwise)
-    )
+    model.set_execution(Execution(fused_norm=fused, fused_gelu=fused, recompute=config.run.recompute_pointwise))
     progress = Progress()
     if reader is not None:
         reader.require_same_model({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
@@ -295,16 +293,38 @@ def _compile(config: PretrainConfig, ranks: Ranks, engine: TrainEngine, micro_ba
     return CompileChoice(False, failures[0]) if failures else choice
 
 
+def _require_attention(engine: TrainEngine, ranks: Ranks) -> None:
+    """UserError where the attention that was asked for by name does not run here."""
+    try:
+        engine.module.resolve_attention(ranks.device)
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
+
+
 def _picture_images(config: PretrainConfig, ranks: Ranks, loader: TrainLoader) -> torch.Tensor | None:
-    """Images spread evenly over the data set, the same in every picture of the run."""
-    if not config.log.pictures:
-        return None
+    """Images spread evenly over the data set, the same in every picture of the run.
+
+    A broken one is no reason not to train: the image after it is taken. None where sixteen in a row are broken.
+    """
+    model = config.model
     count = min(config.log.pictures, loader.num_images)
-    paths = loader.paths([index * loader.num_images // count for index in range(count)])
-    images = load_images(
-        paths, image_size=(config.model.image_height, config.model.image_width), channels=config.model.channels
-    )
-    return images.to(ranks.device)
+    chosen = []
+    for first in (number * loader.num_images // count for number in range(count)):
+        for index in range(first, min(first + 16, loader.num_images)):
+            try:
+                image = load_images(
+                    loader.paths([index]),
+                    image_size=(model.image_height, model.image_width),
+                    channels=model.channels,
+                    mean=model.mean,
+                    std=model.std,
+                    index_dir=config.data.index_dir or None,
+                )
+            except ValueError:  # named, counted and reported by the loader when its turn comes
+                continue
+            chosen.append(image)
+            break
+    return torch.cat(chosen).to(ranks.device) if chosen else None
 
 
 # --- what is said
@@ -338,8 +358,9 @@ def _opening(
         f"{durations.total_steps} steps",
         f"kernels {_grouped(kernels.describe_dispatch(ranks.device))}",
         f"attention {attention}",
-        f"compiled regions {compiled}; fused norm and GELU {'on' if engine.module.execution.fused_norm else 'off'} outside "
-        f"of them; recomputed {'norm and GELU' if config.run.recompute_pointwise else 'nothing'}",
+        f"compiled regions {compiled}; fused norm and GELU "
+        f"{'on' if engine.module.execution.fused_norm else 'off'}; recomputed "
+        f"{'norm and GELU' if config.run.recompute_pointwise else 'nothing'}",
         f"activation checkpointing {config.run.activation_checkpointing}; checkpoint every "
         f"{durations.checkpoint_every} steps",
     ]

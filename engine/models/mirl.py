@@ -5,7 +5,6 @@ Shapes: B batch, N patches, K kept, M masked, G segments, D encoder width, E dec
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, DecoderBlock, DecoderContext
 from engine.models.did import concatenated_inputs, fold_norm, normalised_prefix_buffer, project_prefixes
 from engine.models.encoder import Encoder
-from engine.models.execution import Execution, Method, Regions
+from engine.models.execution import Execution, Regions
 from engine.models.initialise import initialise
 from engine.models.layers import Block, CrossAttention, HeadedAttention, Mlp, ResidualNorm
 from engine.models.masking import PatchMask, mask_from_noise
@@ -157,11 +156,11 @@ class MIRL(nn.Module):
             if isinstance(module, ResidualNorm | Mlp):
                 module.execution = execution
 
-    def set_regions(self, compile_function: Callable[[Method], Method] | None, batch: int = 0) -> None:
-        """Compile the blocks' bodies with ``compile_function`` (torch.compile, or any function of a function) for
-        training steps of ``batch`` images; None: no longer. `engine.compiling` does it with a check.
+    def set_regions(self, regions: Regions | None) -> None:
+        """Run the blocks' bodies through ``regions`` in training steps of their batch size; None: eagerly.
+        `engine.compiling` makes regions and checks them.
         """
-        self.regions = Regions(compile_function, batch)
+        self.regions = regions or Regions()
         for module in self.modules():
             if isinstance(module, Block | DecoderBlock):
                 module.regions = self.regions

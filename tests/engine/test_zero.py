@@ -29,6 +29,10 @@ CASES = {
 }
 
 
+# One rank communicates with nobody: there the stages themselves are enough.
+CASES_OF = {1: {name: case for name, case in CASES.items() if name.endswith("-paper")}, 2: CASES}
+
+
 def train(tmp_path: Path, world_size: int) -> dict[str, list[float]]:
     """Losses of every case, trained by ``world_size`` processes."""
     with socket.socket() as probe:
@@ -53,7 +57,7 @@ def train(tmp_path: Path, world_size: int) -> dict[str, list[float]]:
         for rank in range(world_size)
     ]
     for process in processes:
-        process.stdin.write(json.dumps(CASES))
+        process.stdin.write(json.dumps(CASES_OF[world_size]))
         process.stdin.close()
         process.stdin = None
     outputs = [process.communicate(timeout=300)[0] for process in processes]
@@ -61,9 +65,10 @@ def train(tmp_path: Path, world_size: int) -> dict[str, list[float]]:
     return json.loads(out.read_text())
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def losses(request, tmp_path_factory) -> dict[str, list[float]]:
-    return train(tmp_path_factory.mktemp("zero"), request.param)
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory) -> dict[int, dict[str, list[float]]]:
+    """By number of ranks, then by case."""
+    return {world_size: train(tmp_path_factory.mktemp("zero"), world_size) for world_size in CASES_OF}
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +76,15 @@ def expected() -> dict[str, list[float]]:
     return {variant: bare_loop({"variant": variant}) for variant in ("paper", "release")}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_losses_equal_those_of_a_plain_loop(case, losses, expected):
+@pytest.mark.parametrize(("world_size", "case"), [(size, case) for size, cases in CASES_OF.items() for case in cases])
+def test_losses_equal_those_of_a_plain_loop(world_size, case, losses, expected):
+    found = losses[world_size][case]
     wanted = expected[CASES[case].get("variant", "paper")]
     assert wanted[-1] < 0.95 * wanted[0]  # it trains: four equal numbers would prove nothing
     if CASES[case].get("precision") == "bf16":
         # bf16 has 8 bits: a unit in the last place is 0.4 %; four steps of rounded weights add up to less than 1 %.
-        assert losses[case] == pytest.approx(wanted, rel=1e-2)
-        assert losses[case] != wanted
+        assert found == pytest.approx(wanted, rel=1e-2)
+        assert found != wanted
     else:
         # fp32 sums in another order.
-        assert losses[case] == pytest.approx(wanted, rel=1e-6)
+        assert found == pytest.approx(wanted, rel=1e-6)

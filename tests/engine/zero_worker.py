@@ -22,7 +22,7 @@ from engine.models import MIRL, model_config  # noqa: E402
 from engine.noise import mask_noise  # noqa: E402
 from engine.optimizer import build_optimizer  # noqa: E402
 
-BATCH, STEPS, LR = 8, 4, 1e-3
+BATCH, STEPS, LR = 8, 3, 2e-3
 SIZE = {
     "depth": 4, "width": 48, "heads": 4, "segments": 4, "decoder_width": 32, "decoder_heads": 4, "patch_size": 8,
     "image_height": 32, "image_width": 32,

@@ -71,7 +71,7 @@ class Run:
         deadline = time.monotonic() + seconds
         while text not in self.output(rank):
             assert time.monotonic() < deadline, f"{text!r} did not come:\n{self.output(rank)[-3000:]}"
-            assert self.end(0) != [0] * len(self.pids), f"ended before {text!r}:\n{self.output(rank)[-3000:]}"
+            assert self.end(0)[self.ranks.index(rank)] is None, f"ended before {text!r}:\n{self.output(rank)[-3000:]}"
             time.sleep(0.01)
 
     def end(self, seconds: float = 60) -> list[int | None]:

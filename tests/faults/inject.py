@@ -38,4 +38,3 @@ def kill_in_save(phase: str, step: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-

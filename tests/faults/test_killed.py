@@ -8,7 +8,6 @@ import signal
 import subprocess
 import time
 
-
 from engine.checkpoint_reader import find_newest_good, verify
 from engine.errors import EXIT_LOST_RANK
 from tests.faults.inject import PHASES

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from engine.flops import pretraining_parameters
 from engine.memory import activation_bytes, state_bytes, step_gib
-from engine.models import MIRL, MODEL_NAMES, ModelConfig, model_config
+from engine.models import MIRL, MODEL_NAMES, Execution, ModelConfig, model_config
 from engine.summary import run_summary, summarise
 from tests.models.helpers import make_inputs
+
+PLAIN = Execution()
 
 
 def config_of(**overrides: Any) -> ModelConfig:
@@ -24,10 +26,13 @@ def config_of(**overrides: Any) -> ModelConfig:
     return ModelConfig(**(base | overrides))
 
 
-def kept_bytes(config: ModelConfig, mode: str | int, batch: int) -> int:
+def kept_bytes(
+    config: ModelConfig, mode: str | int, batch: int, execution: Execution = PLAIN
+) -> int:
     """Bytes of all storages that the graph of one forward pass in bfloat16 holds, the model's own left out."""
     model = MIRL(config).bfloat16()
     model.set_activation_checkpointing(mode)
+    model.set_execution(execution)
     images, noise = make_inputs(config, batch)
     model(images, noise=noise)  # resolves attention, which runs some
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}

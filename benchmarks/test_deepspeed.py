@@ -1,0 +1,16 @@
+"""A small run of bench_deepspeed.py, to see that it works; its figure on a shared machine is only printed."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.bench_deepspeed import run
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_deepspeed_costs_little(world_size: int, capsys: pytest.CaptureFixture) -> None:
+    figures = run(world_size, "--steps", "3", "--batch", "8")
+    with capsys.disabled():
+        print(f"\nDeepSpeed over a bare loop, {world_size} ranks: {figures['ratio']:.3f}")
+    # Far above the target of 1.05: machines that run tests are shared, three steps are few.
+    assert figures["ratio"] < 1.5

@@ -1,0 +1,82 @@
+"""What one rank's images can do: break, or hold NaN."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+
+from dataloaders.order import EpochOrder
+from engine.checkpoint_reader import find_newest_good, verify
+from engine.errors import EXIT_USER_ERROR
+from tests.runs import events, losses, records
+
+
+def image_of(step: int, rank: int, images: int) -> int:
+    """The number of an image that ``rank`` of two shows in ``step`` (from 1) of the first epoch."""
+    return int(EpochOrder(images, 0)(0)[8 * (step - 1) + 4 * rank])
+
+
+def test_broken_images_of_one_rank_are_replaced_and_too_many_end_all_ranks(server, photographs, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(photographs, data)
+    for step in (2, 4):
+        broken = data / f"{image_of(step, 1, 44):03d}.jpg"
+        broken.write_bytes(broken.read_bytes()[:300])
+    run = server.start(tmp_path, "--data", data, "--steps", "12", "--checkpoint-every", "100", "--out", "out")
+    codes = run.end()
+    assert codes[0] == codes[1] == EXIT_USER_ERROR, run.output()[-3000:] + run.output(1)[-3000:]
+    # Reading runs ahead of training; what a step shows is counted when it is shown.
+    logged = [record["bad_images"] for record in records(tmp_path / "out") if "bad_images" in record]
+    assert logged == [0, 1, 1, 2]
+    assert f"broken image {data}/{image_of(2, 1, 44):03d}.jpg" in run.output(1)
+    assert "error: 2 of 44 images are broken, more than the 1 that bad_image_limit 0.001 allows" in run.output()
+    assert "mirl validate-data" in run.output()
+    found, remarks = find_newest_good(tmp_path / "out" / "checkpoints")
+    assert (found.name, remarks) == ("step-00000004", [])
+    # With them allowed the same run goes on.
+    more = server.start(
+        tmp_path, "--data", data, "--steps", "12", "--out", "out", "--resume", "auto", "--max-bad-images", "0.1"
+    )
+    assert more.end() == [0, 0], more.output()[-3000:]
+    assert set(losses(tmp_path / "out")) == set(range(1, 13))
+
+
+def test_nan_on_one_rank_skips_the_step_on_all_and_names_rank_and_file(server, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(44):
+        np.save(data / f"{number:03d}.npy", generator.standard_normal((40, 40, 3), dtype=np.float32))
+    bad = data / f"{image_of(3, 1, 44):03d}.npy"
+    np.save(bad, np.full((40, 40, 3), np.nan, dtype=np.float32))
+    run = server.start(tmp_path, "--data", data, "--steps", "5", "--checkpoint-every", "1", "--out", "out")
+    assert run.end() == [0, 0], run.output()[-3000:]
+    (skipped,) = events(tmp_path / "out", "skipped_step")
+    assert skipped["step"] == 3 and skipped["in_a_row"] == 1
+    assert "step 3 was skipped, 1 in a row: not finite (rank 1: loss of pair_1_4, pair_2_3, files" in run.output()
+    assert str(bad) in skipped["detail"]
+    known = {record["step"]: record for record in records(tmp_path / "out") if "loss" in record}
+    assert [known[step]["skipped_steps"] for step in range(1, 6)] == [0, 0, 1, 1, 1]
+    assert all(np.isfinite(known[step]["loss"]) for step in (1, 2, 4, 5)) and not np.isfinite(known[3]["loss"])
+    checkpoints = tmp_path / "out" / "checkpoints"
+    assert verify(checkpoints / "step-00000005") is None
+    # Every rank kept the weights of before: the checkpoints on either side of the skipped step differ in nothing else.
+    shards = sorted(path.name for path in checkpoints.glob("step-00000003/rank-*.safetensors"))
+    assert len(shards) == 2
+
+
+def test_nan_again_and_again_ends_all_ranks_with_the_checkpoint_intact(server, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(44):
+        np.save(data / f"{number:03d}.npy", generator.standard_normal((40, 40, 3), dtype=np.float32))
+    for step in (3, 4):
+        np.save(data / f"{image_of(step, 1, 44):03d}.npy", np.full((40, 40, 3), np.nan, dtype=np.float32))
+    flags = ["--steps", "9", "--checkpoint-every", "2", "--max-nonfinite-steps", "2", "--out", "out"]
+    run = server.start(tmp_path, "--data", data, *flags)
+    assert run.end() == [3, 3], run.output()[-3000:]
+    assert "error: step 4: loss or gradient was not finite for 2 steps in a row (rank 1: loss of" in run.output()
+    found, remarks = find_newest_good(tmp_path / "out" / "checkpoints")
+    assert (found.name, remarks) == ("step-00000002", [])
