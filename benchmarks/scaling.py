@@ -6,12 +6,14 @@ Counted: parameters, FLOPs and bytes of memory (engine/flops.py, engine/memory.p
 printed with the tables: the GPU's peak, the utilisation that a step reaches, the speed of the links, the share of the
 traffic that hides behind the backward pass.
 
-Bytes that one rank sends in a step, P parameters, R ranks, bf16 (2 bytes), ring collectives of (R - 1) / R each:
+Bytes that one rank sends in a step, P parameters, R ranks, ring collectives of (R - 1) / R each; weights travel in bf16
+(2 bytes), gradients in bf16 in stages 2 and 3, in fp32 in stage 1, which sends what it has added up:
 
-| stage | collectives                                                        | bytes                         |
-|-------|--------------------------------------------------------------------|-------------------------------|
-| 1, 2  | reduce-scatter of gradients, all-gather of weights after the step  | 2 x 2 P (R - 1) / R           |
-| 3     | the same, and all-gather of weights in forward and backward        | 3 x 2 P (R - 1) / R           |
+| stage | collectives                                                  | bytes, times P (R - 1) / R |
+|-------|--------------------------------------------------------------|----------------------------|
+| 1     | reduce-scatter of gradients, all-gather of weights           | 4 + 2                      |
+| 2     | the same                                                     | 2 + 2                      |
+| 3     | the same, weights gathered in the forward and backward pass  | 2 + 2 x 2                  |
 
 With k micro-batches of accumulation: stage 1 reduces once, stages 2 and 3 in each micro-batch, and stage 3 gathers
 twice in each. A ring over nodes leaves each node once, so a node's network ports together carry what one rank sends.
@@ -75,10 +77,9 @@ class Row:
 
 def sent_bytes(parameters: int, stage: int, ranks: int, accumulation: int) -> float:
     """Bytes that one rank sends in an optimiser step."""
-    once = 2 * parameters * (ranks - 1) / ranks
-    reductions = 1 if stage == 1 else accumulation
-    gathers = 2 * accumulation if stage == 3 else 1
-    return once * (reductions + gathers)
+    reduced = 4 if stage == 1 else 2 * accumulation
+    gathered = 2 * 2 * accumulation if stage == 3 else 2
+    return (reduced + gathered) * parameters * (ranks - 1) / ranks
 
 
 def hops(parameters: int, stage: int, ranks: int, accumulation: int) -> float:

@@ -3,9 +3,9 @@
     pytest benchmarks/test_loop_overhead.py -s
 
 The two take turns, a few steps each, with the loader's threads running all the time, as in training. The design wants
-less than 1 % where the device computes and the host's cores decode. On a CPU both share the cores, so decoding costs its
-processor time; that share is printed with the bound it should keep to, and not asserted: on a machine that runs tests
-it would measure the neighbours. What is asserted is that the loader kept up, and that it gave other pixels every time.
+less than 1 % where the device computes and the host's cores decode. On a CPU both share the cores, so decoding costs
+its processor time; that share is printed with the bound it should keep to, and not asserted: on a machine that runs
+tests it would measure the neighbours. Asserted is that the loader kept up, and that it gave other pixels every time.
 """
 
 from __future__ import annotations

@@ -16,13 +16,7 @@ from PIL import Image
 
 from engine.checkpoint_reader import find_newest_good
 from tests.conftest import CHECKOUT, launch_environment
-from tests.runs import ENTRY, TINY, equal_tensors, events, losses, write_photographs
-
-
-@pytest.fixture(scope="session")
-def photographs(tmp_path_factory) -> Path:
-    return write_photographs(tmp_path_factory.mktemp("photographs"))
-
+from tests.runs import ENTRY, TINY, equal_tensors, events, losses
 
 # --- resuming
 
