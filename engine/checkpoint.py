@@ -129,7 +129,7 @@ class CheckpointWriter:
             shutil.rmtree(final)
         os.replace(partial, final)
         _sync(self.folder)
-        _write_text(self.folder / POINTER, final.name + "\n")
+        write_whole(self.folder / POINTER, final.name + "\n")
         _sync(self.folder)
         self._published = final
         self._prune()
@@ -190,10 +190,10 @@ def _mark_failed(path: Path, reason: str) -> None:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(values, indent=1) + "\n")
+    write_whole(path, json.dumps(values, indent=1) + "\n")
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """All of ``text`` or nothing."""
     aside = path.with_name(f".{path.name}.tmp")
     with aside.open("w") as stream:

@@ -65,9 +65,7 @@ def expected_graphs(model: MIRL) -> int:
     return encoder + len(asks) + len(finishes)
 
 
-def compile_regions(
-    model: MIRL, batch: int, device: torch.device, *, backend: str = "inductor"
-) -> CompileChoice:
+def compile_regions(model: MIRL, batch: int, device: torch.device, *, backend: str = "inductor") -> CompileChoice:
     """Compile the regions of ``model`` for training steps of ``batch`` images, and take one such step with and without.
 
     The step is a forward and a backward pass on random pixels; no parameter and no ``.grad`` is changed. Whatever goes
@@ -76,7 +74,9 @@ def compile_regions(
     model.set_regions(None)
     expected = _trial(model, batch, device)
     # No break is tolerated: a region in pieces would be slower than eager without anyone knowing.
-    model.set_regions(Regions(lambda method: torch.compile(method, backend=backend, dynamic=False, fullgraph=True), batch))
+    model.set_regions(
+        Regions(lambda method: torch.compile(method, backend=backend, dynamic=False, fullgraph=True), batch)
+    )
     try:
         problem = _difference(_trial(model, batch, device), expected, model.weight_dtype)
     except Exception as error:  # noqa: BLE001 - anything from a missing g++ to an internal assertion of the compiler

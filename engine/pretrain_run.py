@@ -13,7 +13,7 @@ import torch
 
 import kernels
 from dataloaders import TrainLoader, build_train_loader, load_images, prepare_demo
-from engine.checkpoint import CheckpointWriter
+from engine.checkpoint import CheckpointWriter, write_whole
 from engine.checkpoint_reader import CheckpointReader, find_newest_good, locate
 from engine.compiling import CompileChoice, choose_compile, compile_regions
 from engine.config import PretrainConfig
@@ -149,7 +149,7 @@ def _agree_on_main(ranks: Ranks, call: Callable[[], T]) -> T:
 
 def _open_out(config: PretrainConfig, out: Path, log: RunLog, durations: Durations, progress: Progress) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(config.to_json())
+    write_whole(out / "config.json", config.to_json())
     log.open(total_steps=durations.total_steps, start_step=progress.step, tensorboard=config.log.tensorboard)
 
 

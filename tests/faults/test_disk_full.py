@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.checkpoint_reader import find_newest_good, verify
-from engine.errors import EXIT_NOT_SAVED
+from engine.errors import EXIT_NOT_SAVED, EXIT_USER_ERROR
 from tests.runs import losses
 
 
@@ -56,9 +56,15 @@ def test_a_full_disk_costs_the_new_checkpoints_and_never_an_old_one(server, smal
     reached = int(found.name.split("-")[1])
     assert 4 <= reached < 60
 
+    fill(small_disk / "more")
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
     full = server.start(tmp_path, *flags, "--resume", "auto")
-    assert full.end()[0] != 0
-    (small_disk / "filler").unlink()
+    assert full.end() == [EXIT_USER_ERROR, EXIT_USER_ERROR], full.output()[-3000:]
+    assert "error: [Errno 28] No space left on device" in full.output()
+    kept = {path: path.read_bytes() for path in before}
+    assert kept == before
+    for file in ("filler", "more"):
+        (small_disk / file).unlink()
     again = server.start(tmp_path, *flags, "--resume", "auto")
     assert again.end() == [0, 0], again.output()[-3000:]
     assert f"step-{reached:08d}" in again.output()
