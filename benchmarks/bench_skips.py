@@ -1,10 +1,11 @@
-"""What each exact skip, and each form of execution, brings: the step without the optimiser, one thing changed at a time.
+"""What each exact skip, and each form of execution, brings: forward and backward pass, one thing changed at a time.
 
     python benchmarks/bench_skips.py [--model vit_b] [--batch 8] [--rounds 5]
 
 All forms share their Parameters and take turns. A gain is the time without the thing over the time with it, of medians
 and of the fastest rounds; on a CPU it is processor time, which neighbours on the machine disturb less than wall time.
-FLOPs are counted with and without the skip (engine/flops.py): where time is matrix products, that is the gain to expect.
+FLOPs are counted with and without the skip (engine/flops.py): where time is matrix products, that is the gain to
+expect.
 """
 
 from __future__ import annotations
