@@ -30,17 +30,17 @@ def _loss_kernel(
     Q: tl.constexpr = P * P * C
     program, programs = tl.program_id(0), tl.num_programs(0)
     batch, row = (program // rows).to(tl.int64), program % rows
+    offset = tl.arange(0, PIXELS)
+    inside = offset < Q
     if FULL:  # rows are all N patches: find out whether this one is masked
         slot = tl.arange(0, MASKED)
         ids = tl.load(ids_ptr + batch * masked + slot, mask=slot < masked, other=-1)
         is_masked = tl.max((ids == row).to(tl.int32), axis=0) > 0
         patch = row.to(tl.int64)
+        wanted = offset < tl.where(is_masked, Q, 0)  # Triton 3.9's interpreter cannot `&` a block with a scalar
     else:
-        is_masked = row < rows
         patch = tl.load(ids_ptr + batch * rows + row)
-    offset = tl.arange(0, PIXELS)
-    inside = offset < Q
-    wanted = inside & is_masked
+        wanted = inside
     source = batch * stride_b + row * stride_r + offset
     # The first pair's loads come before the reductions of the pixels, which hold up what follows them.
     first = tl.load(main_ptrs[0] + source, mask=wanted, other=0.0)
