@@ -10,6 +10,7 @@ tests it would measure the neighbours. Asserted is that the loader kept up, and 
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
@@ -87,6 +88,6 @@ def test_real_images_in_the_loop(capsys: pytest.CaptureFixture) -> None:
             f"waited for data {wait_percent:.1f} % of the time"
         )
     assert len(seen) == (ROUNDS + 1) * STEPS
-    assert not any(torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(seen))
     # A loader without read-ahead would wait as long as it decodes; ten times the target leaves room for neighbours.
     assert wait_percent < 10 * TARGET_PERCENT
