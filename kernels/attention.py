@@ -12,8 +12,8 @@ Orders tried by `auto`:
 | CPU | both | math, sdpa |
 
 On a CPU `math` is never far behind and mostly ahead. Forward + backward, batch 4, H * d = 384, one thread of a Xeon,
-torch 2.13, fastest of 16 alternating runs, milliseconds math / sdpa, from before math's bfloat16 softmax was made native
-(current figures: benchmarks/results):
+torch 2.13, fastest of 16 alternating runs, milliseconds math / sdpa, from before math's bfloat16 softmax was made
+native (current figures: benchmarks/results):
 
 | queries x keys | float32 d 32 | float32 d 64 | bfloat16 d 32 | bfloat16 d 64 |
 |---|---|---|---|---|
