@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from engine.errors import UserError
 from engine.models.config import ModelConfig
@@ -189,15 +189,22 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """One pre-training run. ``recipe`` names where its defaults came from."""
+class Config:
+    """What every run has. ``recipe`` names where its defaults came from. A kind of run adds sections of its own."""
 
     recipe: str
-    model: ModelConfig
     data: DataConfig
     optim: OptimConfig
     run: RunConfig = field(default_factory=RunConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @classmethod
+    def sections(cls) -> dict[str, type]:
+        """The dataclass of each section, by the name of its field, a run's own sections first."""
+        hints = typing.get_type_hints(cls)
+        common = set(Config.__annotations__)
+        kinds = {item.name: hints[item.name] for item in dataclasses.fields(cls) if item.name != "recipe"}
+        return {name: kinds[name] for name in sorted(kinds, key=lambda name: name in common)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, as config.json holds them."""
@@ -207,14 +214,20 @@ class PretrainConfig:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], *, source: str) -> PretrainConfig:
+    def from_dict(cls, values: dict[str, Any], *, source: str) -> Self:
         """The inverse of `to_dict`; UserError names ``source`` and the field that does not fit."""
-        sections = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "run": RunConfig, "log": LogConfig}
         try:
-            made = {name: section_from_dict(kind, values[name], source=source) for name, kind in sections.items()}
+            made = {name: section_from_dict(kind, values[name], source=source) for name, kind in cls.sections().items()}
             return cls(recipe=values["recipe"], **made)
         except (KeyError, TypeError) as error:
             raise UserError(f"{source} is not a configuration of this engine: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(Config):
+    """One pre-training run."""
+
+    model: ModelConfig
 
 
 def section_from_dict(kind: type, values: dict[str, Any], *, source: str) -> Any:
@@ -226,11 +239,3 @@ def section_from_dict(kind: type, values: dict[str, Any], *, source: str) -> Any
             f"{source}: {kind.__name__} has no field {unknown[0]!r}; it was written by another version of the engine"
         )
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-
-
-def read_config(path: Path) -> PretrainConfig:
-    """The configuration in a config.json."""
-    try:
-        return PretrainConfig.from_dict(json.loads(path.read_text()), source=str(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from engine.config import PretrainConfig
+from engine.config import Config
 from engine.errors import UserError
 
 NAMES = ("zero1", "zero2", "zero3", "zero2_offload")
@@ -55,7 +55,7 @@ def _shipped(name: str) -> str:
     return resources.files("ds_configs").joinpath(f"{name}.json").read_text()
 
 
-def resolve_batch(config: PretrainConfig, world_size: int) -> tuple[int, int]:
+def resolve_batch(config: Config, world_size: int) -> tuple[int, int]:
     """``(micro_batch, accumulation)`` so that micro_batch * accumulation * world_size is the effective batch.
 
     Raises:
@@ -90,7 +90,7 @@ def resolve_precision(requested: str, device: torch.device) -> tuple[str, str]:
 
 def resolve_ds_config(
     values: dict[str, Any],
-    config: PretrainConfig,
+    config: Config,
     *,
     micro_batch: int,
     accumulation: int,

@@ -7,29 +7,46 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from engine.config import DataConfig, LogConfig, OptimConfig, PretrainConfig, RunConfig
+from engine.config import Config, OptimConfig, PretrainConfig
 from engine.errors import UserError
 from engine.models import MODEL_NAMES, ModelConfig, model_config
-from engine.recipes import DEFAULT_RECIPE, RECIPES, recipe
-
-SECTIONS: dict[str, type] = {
-    "model": ModelConfig,
-    "data": DataConfig,
-    "optim": OptimConfig,
-    "run": RunConfig,
-    "log": LogConfig,
-}
+from engine.recipes import DEFAULT_RECIPE, RECIPES
 
 TITLES = {
     "model": "model (section 3 and Table 1 of the paper)",
+    "finetune": "classifier and augmentation",
     "data": "data",
     "optim": "optimiser and length",
     "run": "run",
     "log": "log and pictures",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """A kind of run as its entry point offers it: the configuration, its named defaults, and the help text."""
+
+    kind: type[Config]
+    recipes: Mapping[str, Callable[[], Config]]
+    default: str
+    prog: str
+    usage: str
+    description: str
+
+
+PRETRAIN = CommandLine(
+    kind=PretrainConfig,
+    recipes=RECIPES,
+    default=DEFAULT_RECIPE,
+    prog="engine/pretrain.py",
+    usage="deepspeed engine/pretrain.py --deepspeed_config ds_configs/zero2.json [--recipe NAME] [--data PATH ...] "
+    "[flags]",
+    description="Pre-train a Vision Transformer by Masked Image Residual Learning.",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,59 +57,65 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_pretrain(argv: Sequence[str]) -> PretrainConfig:
+    """The pre-training configuration that ``argv`` asks for; see `parse`."""
+    return parse(PRETRAIN, argv)
+
+
+def parse(command: CommandLine, argv: Sequence[str]) -> Any:
     """The configuration that ``argv`` asks for: a recipe with single fields overridden.
 
     Raises:
         UserError: an unknown flag (with the nearest known one), a value that does not fit, a configuration that cannot
         be.
     """
-    parser = _parser()
+    parser = build_parser(command)
     known, unknown = parser.parse_known_args([_dashed(token) for token in argv])
     if unknown:
         _refuse_unknown(parser, unknown)
-    base = recipe(known.recipe)
+    base = command.recipes[known.recipe]()
     given = {key: value for key, value in vars(known).items() if value is not _ABSENT}
-    made = {name: _override(getattr(base, name), kind, given, name) for name, kind in SECTIONS.items()}
-    return PretrainConfig(recipe=known.recipe, **made)
+    made = {name: _override(getattr(base, name), kind, given, name) for name, kind in command.kind.sections().items()}
+    return command.kind(recipe=known.recipe, **made)
 
 
 _ABSENT = object()
 
 
-def _parser() -> Parser:
+def build_parser(command: CommandLine) -> Parser:
+    """The parser of `parse`, whose values stay absent where no flag was given."""
     parser = Parser(
-        prog="engine/pretrain.py",
-        usage="deepspeed engine/pretrain.py --deepspeed_config ds_configs/zero2.json [--recipe NAME] [--data PATH ...] "
-        "[flags]",
+        prog=command.prog,
+        usage=command.usage,
         allow_abbrev=False,
-        description="Pre-train a Vision Transformer by Masked Image Residual Learning.",
-        epilog="A flag that is not given keeps the recipe's value. Values in brackets are those of the demo recipe.",
+        description=command.description,
+        epilog="A flag that is not given keeps the recipe's value. Values in brackets are those of the "
+        f"{command.default} recipe.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
     )
     parser.add_argument(
         "--recipe",
-        default=DEFAULT_RECIPE,
-        choices=sorted(RECIPES),
+        default=command.default,
+        choices=sorted(command.recipes),
         metavar="NAME",
-        help=f"where the defaults come from: {', '.join(RECIPES)} [{DEFAULT_RECIPE}]",
+        help=f"where the defaults come from: {', '.join(command.recipes)} [{command.default}]",
     )
-    demo = recipe(DEFAULT_RECIPE)
-    for section, kind in SECTIONS.items():
+    shown = command.recipes[command.default]()
+    for section, kind in command.kind.sections().items():
         group = parser.add_argument_group(TITLES[section])
         hints = typing.get_type_hints(kind)
+        values = getattr(shown, section)
         for item in dataclasses.fields(kind):
-            if item.name in ("image_height", "image_width"):
-                if item.name == "image_height":
-                    group.add_argument(
-                        "--image-size",
-                        dest="model.image_size",
-                        default=_ABSENT,
-                        type=image_size,
-                        metavar="SIDE|HxW",
-                        help=f"image size in pixels [{demo.model.image_height}x{demo.model.image_width}]",
-                    )
-                continue
-            _add_flag(group, section, item, hints[item.name], getattr(getattr(demo, section), item.name))
+            if item.name == "image_height":
+                group.add_argument(
+                    "--image-size",
+                    dest=f"{section}.image_size",
+                    default=_ABSENT,
+                    type=image_size,
+                    metavar="SIDE|HxW",
+                    help=f"image size in pixels [{values.image_height}x{values.image_width}]",
+                )
+            elif item.name != "image_width":
+                _add_flag(group, section, item, hints[item.name], getattr(values, item.name))
     launcher = parser.add_argument_group("given by launchers, ignored")
     launcher.add_argument("--local-rank", dest="launcher.local_rank", default=_ABSENT, help=argparse.SUPPRESS)
     launcher.add_argument(

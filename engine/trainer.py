@@ -1,30 +1,28 @@
-"""The training loop: loader -> masks -> model -> loss -> step, with log, pictures, checkpoints and an orderly end."""
+"""The training loop: loader -> task -> loss -> step, with log, checkpoints and an orderly end."""
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dataloaders import TrainLoader
 from engine.checkpoint import CheckpointWriter
-from engine.config import PretrainConfig
-from engine.ds_engine import TrainEngine
+from engine.config import Config
+from engine.ds_engine import Fragment, TrainEngine
 from engine.errors import EXIT_PREEMPTED, Diverged, NotSaved, Preempted, UserError
-from engine.flops import training_flops_per_image
 from engine.launch import Ranks
-from engine.noise import mask_noise
-from engine.pictures import reconstruct, save_grid
 from engine.run_log import RunLog, memory_gib, peak_flops
 from engine.schedule import Durations
 from engine.stop_request import StopRequest
+from engine.task import Place, Task
 from engine.watchdog import Watchdog
+from engine.window import Window, line_of
 
 FILES_NAMED = 4  # of a batch that gave a non-finite loss
 
@@ -40,24 +38,6 @@ class Progress:
 
 
 @dataclass(kw_only=True)
-class Window:
-    """What happened since the last log line. Loss terms stay on the device until then."""
-
-    started: float = field(default_factory=time.perf_counter)
-    terms: Tensor | None = None
-    loss: Tensor | None = None
-    micro_batches: int = 0
-    images: int = 0
-    wait_started: float = 0.0
-
-    def add(self, loss: Tensor, terms: Tensor, images: int) -> None:
-        self.terms = terms.detach().clone() if self.terms is None else self.terms + terms.detach()
-        self.loss = loss.detach().clone() if self.loss is None else self.loss + loss.detach()
-        self.micro_batches += 1
-        self.images += images
-
-
-@dataclass(kw_only=True)
 class Seen:
     """One micro-batch of the current step: enough to say which files gave a non-finite loss."""
 
@@ -70,10 +50,11 @@ class Trainer:
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: Config,
         *,
         ranks: Ranks,
         engine: TrainEngine,
+        task: Task,
         loader: TrainLoader,
         durations: Durations,
         writer: CheckpointWriter,
@@ -81,21 +62,16 @@ class Trainer:
         progress: Progress,
         micro_batch: int,
         accumulation: int,
-        picture_images: Tensor | None,
-        out: Path,
     ) -> None:
-        self.config, self.ranks, self.engine, self.loader = config, ranks, engine, loader
+        self.config, self.ranks, self.engine, self.task, self.loader = config, ranks, engine, task, loader
         self.durations, self.writer, self.log, self.progress = durations, writer, log, progress
         self.micro_batch, self.accumulation = micro_batch, accumulation
-        self.picture_images, self.out = picture_images, out
         self.schedule = durations.schedule(config.optim)
         self.stop = StopRequest(max_minutes=config.run.max_minutes)
         self.watchdog = Watchdog(minutes=config.run.watchdog_minutes, rank=ranks.rank)
         self._started = time.perf_counter()
-        self._gflops_per_image = training_flops_per_image(config.model) / 1e9
         self._peak = peak_flops(ranks.device)
         self._checkpointed_step = progress.step
-        self._term_names: tuple[str, ...] = engine.module.term_names
         self._seen: list[Seen] = []
         self._parameter_shapes: dict[str, list[int]] = {}
 
@@ -127,8 +103,8 @@ class Trainer:
             if step % self.durations.log_every == 0 or last:
                 self._log(window)
                 window = self._new_window()
-            if self.config.log.pictures and (step % self.durations.picture_every == 0 or last):
-                self._picture()
+            if reported := self.task.report(step, last=last):
+                self.log.event("report", step, **reported)
             if step % self.durations.checkpoint_every == 0 or last:
                 self.save()
             self._tell_of_checkpoints()
@@ -144,28 +120,23 @@ class Trainer:
 
     def _step(self, window: Window) -> bool:
         """One optimiser step over all micro-batches of the effective batch; False when it was skipped."""
-        config, device = self.config, self.ranks.device
         lr = self.schedule.lr(self.progress.applied_steps)
-        if config.model.drop_path:
-            torch.manual_seed(
-                (config.run.seed * 1_000_003 + self.progress.step) * self.ranks.world_size + self.ranks.rank
-            )
         seen: list[Seen] = []
         applied = None
         for part in range(self.accumulation):
             batch = self._next_batch()
             # The place of this micro-batch in the effective batch, as dataloaders.order.StepPlan divides it.
             first = (part * self.ranks.world_size + self.ranks.rank) * self.micro_batch
-            noise = mask_noise(config.run.seed, self.progress.step, first, self.micro_batch, config.model.num_patches)
-            output = self.engine.forward(batch.images, noise=noise.to(device, non_blocking=True))
-            self.engine.backward(output.loss)
+            loss, terms = self.task.forward(batch, Place(step=self.progress.step, first=first))
+            self.engine.backward(loss)
             applied = self.engine.step(lr)
-            window.add(output.loss, output.terms, self.micro_batch)
-            seen.append(Seen(terms=output.terms.detach(), sample_ids=batch.sample_ids))
+            window.add(loss, terms, self.micro_batch)
+            seen.append(Seen(terms=terms, sample_ids=batch.sample_ids))
         assert applied is not None, "DeepSpeed did not reach the accumulation boundary"
         self.progress.step += 1
-        self.progress.images += config.optim.batch_size
+        self.progress.images += self.config.optim.batch_size
         self._seen = seen
+        self.task.after_step(applied)
         if applied:
             self.progress.applied_steps += 1
             self.progress.nonfinite_in_a_row = 0
@@ -201,7 +172,7 @@ class Trainer:
         for item in self._seen:
             names = [
                 name
-                for name, finite in zip(self._term_names, item.terms.isfinite().tolist(), strict=True)
+                for name, finite in zip(self.task.term_names, item.terms.isfinite().tolist(), strict=True)
                 if not finite
             ]
             if names:
@@ -233,62 +204,22 @@ class Trainer:
 
     def _log(self, window: Window) -> None:
         """One line and one record; the only place in the loop where the host waits for the device."""
-        sums = torch.cat([window.loss.reshape(1), window.terms]).double() / window.micro_batches
-        sums = torch.cat([sums, sums.new_tensor([float(len(self.loader.bad_images))])])
-        if self.ranks.world_size > 1:
-            torch.distributed.all_reduce(sums)
-            sums[:-1] /= self.ranks.world_size
-        loss, *terms, bad_images = sums.tolist()
-        seconds = time.perf_counter() - window.started
-        images_per_s = window.images * self.ranks.world_size / seconds
-        step, total = self.progress.step, self.durations.total_steps
-        named_terms = dict(zip(self._term_names, terms, strict=True)) if len(terms) > 1 else {}
-        values: dict[str, Any] = {"step": step, "loss": loss} | {
-            f"loss_{name}": term for name, term in named_terms.items()
-        }
+        step = self.progress.step
+        reduced = window.reduce(self.ranks, self.task.term_names, len(self.loader.bad_images))
+        values: dict[str, Any] = {"step": step} | reduced
+        values |= window.speed(self.ranks, self.accumulation, self.loader.wait_seconds)
         values |= {
             "lr": self.schedule.lr(max(0, self.progress.applied_steps - 1)),
             "gradient_norm": self.engine.gradient_norm(),
-            "images_per_s": images_per_s,
-            "step_ms": 1000 * seconds / max(1, window.micro_batches // self.accumulation),
-            "data_wait_percent": 100 * (self.loader.wait_seconds - window.wait_started) / seconds,
             "memory_gib": memory_gib(self.ranks.device),
             "images": self.progress.images,
             "epoch": self.progress.images / self.loader.num_images,
             "skipped_steps": step - self.progress.applied_steps,
-            "bad_images": int(bad_images),
         }
         if self._peak:
-            values["mfu_percent"] = (
-                100 * images_per_s / self.ranks.world_size * self._gflops_per_image * 1e9 / self._peak
-            )
-        left = (total - step) * values["step_ms"] / 1000
-        parts = [f"step {step:>{len(str(total))}}/{total}", f"loss {loss:.4f}"]
-        parts += [f"{name} {term:.4f}" for name, term in named_terms.items()]
-        parts += [
-            f"lr {values['lr']:.2e}",
-            f"grad {values['gradient_norm']:.2f}",
-            f"{images_per_s:.0f} images/s",
-            f"wait {values['data_wait_percent']:.1f}%",
-            f"mem {values['memory_gib']:.1f}GiB",
-        ]
-        parts += [f"mfu {values['mfu_percent']:.1f}%"] if self._peak else []
-        parts.append(f"left {_clock(left)}")
-        self.log.metrics(values, "  ".join(parts))
-
-    def _picture(self) -> None:
-        """A grid of reconstructions; under ZeRO-3 every rank takes part, because each holds a part of the weights."""
-        if self.picture_images is None or not (self.ranks.is_main or self.engine.stage == 3):
-            return
-        batch = self.picture_images.shape[0]
-        noise = mask_noise(self.config.run.seed + 1, 0, 0, batch, self.config.model.num_patches)
-        titles, columns = reconstruct(self.engine.module, self.picture_images, noise.to(self.ranks.device))
-        if self.ranks.is_main:
-            path = self.out / "pictures" / f"step-{self.progress.step:08d}.png"
-            try:
-                self.log.picture(save_grid(path, titles, columns), self.progress.step)
-            except OSError as error:
-                self.log.say(f"warning: no picture of step {self.progress.step}: {error}; training goes on")
+            flops = values["images_per_s"] / self.ranks.world_size * self.task.gflops_per_image * 1e9
+            values["mfu_percent"] = 100 * flops / self._peak
+        self.log.metrics(values, line_of(values, self.durations.total_steps))
 
     # --- state
 
@@ -314,8 +245,12 @@ class Trainer:
 
     def save(self) -> None:
         """Start writing a checkpoint of this step."""
-        self.writer.save(self.progress.step, self.engine.fragments(), self.state())
+        self.writer.save(self.progress.step, self._fragments(), self.state())
         self._checkpointed_step = self.progress.step
+
+    def _fragments(self) -> Iterator[Fragment]:
+        yield from self.engine.fragments()
+        yield from self.task.fragments()
 
     def finish_saving(self) -> None:
         """Until every rank's part of the last checkpoint is on disk; NotSaved if the last one failed."""
@@ -364,11 +299,3 @@ class Trainer:
             f"{self.writer.folder}; "
             "the same command with --resume auto goes on"
         )
-
-
-def _clock(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from engine.config import PretrainConfig
-from engine.flags import SECTIONS, _parser, parse_pretrain
+from engine.flags import PRETRAIN, build_parser, parse_pretrain
 from engine.recipes import RECIPES, recipe
 
 
@@ -24,9 +24,9 @@ def test_every_recipe_survives_its_json(name):
 
 
 def test_every_field_has_a_flag():
-    options = {option for action in _parser()._actions for option in action.option_strings}
+    options = {option for action in build_parser(PRETRAIN)._actions for option in action.option_strings}
     special = {"name": "--model", "image_height": "--image-size", "image_width": "--image-size"}
-    for kind in SECTIONS.values():
+    for kind in PretrainConfig.sections().values():
         for item in dataclasses.fields(kind):
             assert special.get(item.name, "--" + item.name.replace("_", "-")) in options
 
