@@ -13,7 +13,6 @@ any other wrote. Nothing is pickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -27,11 +26,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from engine.checkpoint_files import POINTER, describe, list_checkpoints, sync, write_json, write_manifest, write_whole
 from engine.ds_engine import Fragment
 from engine.launch import Ranks
 
-FORMAT = 1
-POINTER = "latest"
 COMMIT_TIMEOUT_S = 1800.0
 ABANDON_GRACE_S = 10.0
 
@@ -99,8 +97,8 @@ class CheckpointWriter:
         try:
             partial.mkdir(exist_ok=True)
             save_file(tensors, path)
-            _sync(path)
-            _write_json(partial / f"{path.stem}.done", _describe(path))
+            sync(path)
+            write_json(partial / f"{path.stem}.done", describe(path))
             if self.ranks.is_main:
                 self._publish(partial, self.folder / name, state)
         except Exception as error:  # whatever it is (safetensors has a type of its own), a thread must hand it on
@@ -112,25 +110,16 @@ class CheckpointWriter:
 
     def _publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
         files = self._await_all(partial)
-        _write_json(partial / "state.json", state)
-        files["state.json"] = _describe(partial / "state.json")
-        config = json.dumps(state.get("config"), sort_keys=True).encode()
-        manifest = {
-            "format": FORMAT,
-            "world_size": self.ranks.world_size,
-            "config_sha256": hashlib.sha256(config).hexdigest(),
-            "files": files,
-        }
-        _write_json(partial / "manifest.json", manifest)
+        write_manifest(partial, state, files, world_size=self.ranks.world_size)
         for marker in partial.glob("*.done"):
             marker.unlink()
-        _sync(partial)
+        sync(partial)
         if final.exists():  # a checkpoint of the same step, from before the run was resumed at an earlier one
             shutil.rmtree(final)
         os.replace(partial, final)
-        _sync(self.folder)
+        sync(self.folder)
         write_whole(self.folder / POINTER, final.name + "\n")
-        _sync(self.folder)
+        sync(self.folder)
         self._published = final
         self._prune()
 
@@ -163,20 +152,6 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Published checkpoints in ``folder``, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
 def _mark_failed(path: Path, reason: str) -> None:
     """Tell rank 0, which waits for file ``path``. On a full disk there is room for no new file, but for a new name."""
     marker = path.with_suffix(".failed")
@@ -187,25 +162,3 @@ def _mark_failed(path: Path, reason: str) -> None:
         marker.write_text(reason)
     except OSError as error:
         print(f"{path.stem}: {reason}; rank 0 may not have been told why: {error}", flush=True)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(values, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All of ``text`` or nothing."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(aside, path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

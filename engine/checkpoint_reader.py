@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from engine.checkpoint import FORMAT, POINTER, list_checkpoints, sha256_of
+from engine.checkpoint_files import FORMAT, POINTER, list_checkpoints, sha256_of
 from engine.errors import UserError
 
 

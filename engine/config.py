@@ -74,6 +74,7 @@ class OptimConfig:
     )
     betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's decay rates of the two moments")
     weight_decay: float = setting(0.05, "AdamW's weight decay, on matrices only")
+    teacher_decay: float = setting(0.999, "share of the old average that the teacher of --feature-loss keeps in a step")
     clip_grad: float = setting(0.0, "largest global gradient norm; 0: no clipping")
 
     def __post_init__(self) -> None:
@@ -97,6 +98,8 @@ class OptimConfig:
             raise UserError(f"base_lr is {self.base_lr}: give a positive learning rate, e.g. 1.5e-4")
         if self.schedule not in SCHEDULES:
             raise UserError(f"schedule is {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
+        if not 0 <= self.teacher_decay < 1:
+            raise UserError(f"teacher_decay is {self.teacher_decay}: give a number in [0, 1), e.g. 0.999")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas is {self.betas}: give two numbers in [0, 1), e.g. 0.9 0.95")
 
@@ -117,6 +120,9 @@ class RunConfig:
     )
     resume: str = setting(
         "", "auto: go on from the newest good checkpoint in --out; or a checkpoint's path", metavar="auto|PATH"
+    )
+    vgg_weights: str = setting(
+        "", "file of torchvision's vgg16 weights (.pth or .safetensors), for --vgg-loss", metavar="FILE"
     )
     init_from: str = setting("", "start a new run from the weights of this checkpoint", metavar="PATH")
     checkpoint_every: int = setting(0, "optimiser steps between checkpoints; 0: twenty in a run")
@@ -228,6 +234,13 @@ class PretrainConfig(Config):
     """One pre-training run."""
 
     model: ModelConfig
+
+    def __post_init__(self) -> None:
+        if self.model.vgg_loss and not self.run.vgg_weights:
+            raise UserError(
+                f"vgg_loss is {self.model.vgg_loss} and vgg_weights is not given: name a file of torchvision's vgg16 "
+                "weights (vgg16-397923af.pth), or set vgg_loss to 0"
+            )
 
 
 def section_from_dict(kind: type, values: dict[str, Any], *, source: str) -> Any:

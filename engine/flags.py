@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from engine.config import Config, OptimConfig, PretrainConfig
 from engine.errors import UserError
 from engine.models import MODEL_NAMES, ModelConfig, model_config
+from engine.models.config import SINGLE_DECODER
 from engine.recipes import DEFAULT_RECIPE, RECIPES
 
 TITLES = {
@@ -189,6 +190,9 @@ def _override(section: Any, kind: type, given: dict[str, Any], name: str) -> Any
         changes["image_height"], changes["image_width"] = changes.pop("image_size")
     if kind is ModelConfig and "name" in changes:
         return model_config(changes.pop("name"), **changes)
+    if kind is ModelConfig and changes.get("objective") in SINGLE_DECODER and section.objective not in SINGLE_DECODER:
+        # The recipe's decoders belong to another objective; what the flags say still holds.
+        changes = {"segments": 1, "did": False, "decoder_depth": None} | changes
     if kind is OptimConfig:
         _drop_the_other(changes, "epochs", "steps")
         _drop_the_other(changes, "warmup_epochs", "warmup_steps")

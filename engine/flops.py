@@ -36,17 +36,20 @@ class ForwardFlops:
     embeds: float
     decoders: float
     heads: float
+    teacher: float = 0.0
 
     @property
     def total(self) -> float:
+        """Of the trained model, without the teacher of the feature loss."""
         return self.patch_projection + self.encoder + self.embeds + self.decoders + self.heads
 
     @property
     def training(self) -> float:
         """Forward and backward without recomputation: a product of the forward pass has two in the backward pass, one
-        for the gradient of each factor, but pixels need no gradient.
+        for the gradient of each factor, but pixels need no gradient. The teacher has a forward pass only. The VGG-16 of
+        the perceptual loss is not counted.
         """
-        return 3 * self.total - self.patch_projection
+        return 3 * self.total - self.patch_projection + self.teacher
 
 
 def forward_flops(config: ModelConfig, skips: ExactSkips = PLAIN) -> ForwardFlops:
@@ -58,11 +61,18 @@ def forward_flops(config: ModelConfig, skips: ExactSkips = PLAIN) -> ForwardFlop
     sources = config.segments + (1 if config.did else 0)
     return ForwardFlops(
         patch_projection=2 * projected * config.patch_pixels * width,
-        encoder=config.depth * encoder_block_flops(config, kept_tokens),
+        encoder=config.built_depth * encoder_block_flops(config, kept_tokens),
         embeds=2 * sources * kept_tokens * width * dec,
         decoders=sum(decoder_flops(config, g, skips) for g in range(1, config.segments + 1)),
-        heads=2 * config.segments * predicted * dec * config.patch_pixels,
+        heads=2 * config.segments * predicted * dec * (config.patch_pixels + (width if config.feature_loss else 0)),
+        teacher=_teacher_flops(config) if config.feature_loss else 0.0,
     )
+
+
+def _teacher_flops(config: ModelConfig) -> float:
+    """The encoder on all patches."""
+    projection = 2 * config.num_patches * config.patch_pixels * config.width
+    return projection + config.built_depth * encoder_block_flops(config, 1 + config.num_patches)
 
 
 def encoder_block_flops(config: ModelConfig, tokens: int) -> float:
@@ -123,7 +133,7 @@ def classifier_parameters(config: ModelConfig) -> int:
 def encoder_parameters(config: ModelConfig) -> int:
     """Trained parameters of the encoder while it is pre-trained, the norms of its segments included."""
     norms = config.segments + (1 if config.did else 0)
-    blocks = config.depth * _block(config.width, config.mlp_width)
+    blocks = config.built_depth * _block(config.width, config.mlp_width)
     return _patch_projection(config) + config.width + blocks + norms * 2 * config.width
 
 
@@ -133,7 +143,7 @@ def decoder_parameters(config: ModelConfig) -> int:
     sources = count + (1 if config.did else 0)
     cross = 4 * dec**2 + 4 * dec + 2 * 2 * dec
     decoder = config.decoder_depth * _block(dec, config.decoder_mlp_width) + config.did_blocks * cross
-    decoder += 2 * dec + (dec + 1) * config.patch_pixels
+    decoder += 2 * dec + (dec + 1) * (config.patch_pixels + (config.width if config.feature_loss else 0))
     mask_tokens = dec if config.variant == "paper" else count * dec
     return sources * (config.width + 1) * dec + count * decoder + mask_tokens
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from engine.models.config import ModelConfig
 from engine.models.masking import PatchMask
 from engine.models.mirl import MIRL
+from engine.models.objective import part_images
 from engine.models.pixels import normalise_images, patch_statistics, patchify, to_uint8, unpatchify
 
 GREY = 128
@@ -39,9 +40,7 @@ def reconstruct(model: MIRL, images: Tensor, noise: Tensor) -> tuple[list[str], 
     true = patchify(pixels, config.patch_size)
     mask: PatchMask = output.mask
     hidden = mask.mask_BN[..., None]
-    mean, deviation = (
-        patch_statistics(true) if config.norm_pix else (torch.zeros_like(true[..., :1]), torch.ones_like(true[..., :1]))
-    )
+    mean, deviation = _statistics(config, true)
 
     def image(patches: Tensor) -> np.ndarray:
         return to_uint8(unpatchify(patches, config.grid, config.patch_size), config.mean, config.std).cpu().numpy()
@@ -77,10 +76,24 @@ def reconstruct(model: MIRL, images: Tensor, noise: Tensor) -> tuple[list[str], 
             titles += [f"main {pair + 1}", f"residual {pair + 1}", f"sum {pair + 1}"]
             columns += [predicted(main), around_grey(residual), predicted(main + residual)]
     else:
-        for number, prediction in enumerate(predictions, start=1):
-            titles.append("reconstruction" if len(predictions) == 1 else f"decoder {number}")
-            columns.append(predicted(prediction))
+        parts = part_images(config, pixels, torch.float32)
+        for term, prediction in zip(model.terms, predictions, strict=True):
+            if term.part == "all":
+                titles.append("reconstruction" if len(predictions) == 1 else f"decoder {term.main}")
+            else:
+                # A part is put back with its own statistics: a fine one around grey, as a residual is.
+                titles.append(f"{term.part} {term.main}")
+                true = patchify(parts[term.part], config.patch_size)
+                mean, deviation = _statistics(config, true)
+            columns.append(around_grey(prediction) if term.part == "fine" else predicted(prediction))
     return titles, columns
+
+
+def _statistics(config: ModelConfig, patches_BNQ: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [B, N, 1] by which a prediction is put back."""
+    if config.norm_pix:
+        return patch_statistics(patches_BNQ)
+    return torch.zeros_like(patches_BNQ[..., :1]), torch.ones_like(patches_BNQ[..., :1])
 
 
 def grid_image(titles: list[str], columns: list[np.ndarray]) -> Image.Image:

@@ -11,10 +11,14 @@ from dataloaders import TrainLoader, load_images
 from engine.checkpoint import CheckpointWriter
 from engine.config import PretrainConfig
 from engine.ds_engine import DEEPSPEED_VERSION, TrainEngine
+from engine.errors import UserError
 from engine.launch import Ranks, seconds_since_process_start
 from engine.models import MIRL, Execution
+from engine.models.perceptual import PerceptualLoss, read_vgg
+from engine.models.teacher import EmaTeacher
 from engine.optimizer import build_optimizer
 from engine.pretrain_task import PretrainTask
+from engine.pretrained import load_weights
 from engine.recipes import recipe
 from engine.run_data import ImageShape, build_loader
 from engine.run_log import RunLog
@@ -59,6 +63,7 @@ def _pretrain(config: PretrainConfig, ranks: Ranks) -> Path:
     if plan.reader is not None:
         engine.load_fragments(plan.reader.read, optimizer_steps=progress.applied_steps)
 
+    teacher = _build_teacher(plan, engine)
     require_attention(engine, ranks)
     compiled = compile_where_chosen(plan, engine)
     log = RunLog(out, is_main=ranks.is_main)
@@ -77,6 +82,7 @@ def _pretrain(config: PretrainConfig, ranks: Ranks) -> Path:
         log=log,
         picture_images=_picture_images(config, ranks, loader),
         out=out,
+        teacher=teacher,
     )
     trainer = Trainer(
         config,
@@ -112,9 +118,28 @@ def _build_model(plan: Plan) -> MIRL:
     fused = device.type == "cuda" if config.run.fused == "auto" else config.run.fused == "on"
     model.set_execution(Execution(fused_norm=fused, fused_gelu=fused, recompute=config.run.recompute_pointwise))
     if plan.reader is not None:
-        plan.reader.require_same_model({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
-        model.load_state_dict(plan.reader.weights(), strict=True)
+        load_weights(model, plan.reader)
+    if config.model.vgg_loss:
+        perceptual = PerceptualLoss(read_vgg(config.run.vgg_weights), config.model.mean, config.model.std)
+        dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+        model.set_perceptual(perceptual.to(device, dtype))
     return model.to(device)
+
+
+def _build_teacher(plan: Plan, engine: TrainEngine) -> EmaTeacher | None:
+    """The teacher of the feature loss: as saved, or a copy of the weights that the run begins with."""
+    config = plan.config
+    if not config.model.feature_loss:
+        return None
+    if engine.stage == 3:
+        raise UserError(
+            f"feature_loss is {config.model.feature_loss} and {config.run.deepspeed_config} is ZeRO stage 3, where no "
+            "rank has the weights that its teacher averages: use --deepspeed_config zero2"
+        )
+    teacher = EmaTeacher(engine.module, config.model, config.optim.teacher_decay)
+    if plan.reader is not None and config.run.resume:
+        PretrainTask.load_teacher(teacher, plan.reader.read)
+    return teacher
 
 
 def _picture_images(config: PretrainConfig, ranks: Ranks, loader: TrainLoader) -> torch.Tensor | None:

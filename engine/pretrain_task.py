@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,24 @@ from torch import Tensor
 
 from dataloaders import Batch
 from engine.config import PretrainConfig
-from engine.ds_engine import Fragment, TrainEngine
+from engine.ds_engine import Fragment, FragmentReader, TrainEngine
 from engine.flops import training_flops_per_image
 from engine.launch import Ranks
+from engine.models.teacher import EmaTeacher
 from engine.noise import mask_noise
 from engine.pictures import reconstruct, save_grid
 from engine.run_log import RunLog
 from engine.schedule import Durations
 from engine.task import Place
 
+TEACHER = "teacher"
+"""Kind of the fragments that hold the EMA teacher."""
+
 
 class PretrainTask:
-    """One rank's part. ``picture_images``: what the picture grids show, None for none."""
+    """One rank's part. ``picture_images``: what the picture grids show, None for none. ``teacher``: of the feature
+    loss; every rank has a whole one and updates it alike.
+    """
 
     def __init__(
         self,
@@ -34,11 +40,13 @@ class PretrainTask:
         log: RunLog,
         picture_images: Tensor | None,
         out: Path,
+        teacher: EmaTeacher | None = None,
     ) -> None:
         self.config, self.ranks, self.engine, self.durations, self.log = config, ranks, engine, durations, log
         self.picture_images, self.out = picture_images, out
         self.term_names: tuple[str, ...] = engine.module.term_names
         self.gflops_per_image = training_flops_per_image(config.model) / 1e9
+        self.teacher = teacher
 
     def forward(self, batch: Batch, place: Place) -> tuple[Tensor, Tensor]:
         """Loss and terms of `engine.models.MIRL`."""
@@ -46,11 +54,21 @@ class PretrainTask:
         if self.config.model.drop_path:
             # Keyed like the mask, but for the whole micro-batch: a resumed run drops the same paths.
             torch.manual_seed((self.config.run.seed * 1_000_003 + place.step) * 1_000_003 + place.first)
-        output = self.engine.forward(batch.images, noise=noise)
+        output = self.engine.forward(batch.images, noise=noise, **self._features(batch.images))
         return output.loss, output.terms.detach()
 
+    def _features(self, images: Tensor) -> dict[str, Tensor]:
+        if self.teacher is None:
+            return {}
+        # The average is kept in fp32 and computes in the precision of the model.
+        dtype = self.engine.weight_dtype
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return {"teacher_features": self.teacher(images).to(dtype)}
+
     def after_step(self, applied: bool) -> None:
-        """Nothing: the weights are all there is."""
+        """Move the teacher towards the weights that the step gave."""
+        if self.teacher is not None and applied:
+            self.teacher.update(self.engine.module)
 
     def report(self, step: int, *, last: bool) -> dict[str, Any]:
         """A grid of reconstructions, at the interval of the configuration and at the end."""
@@ -58,8 +76,19 @@ class PretrainTask:
             self._picture(step)
         return {}
 
-    def fragments(self) -> Iterable[Fragment]:
-        return ()
+    def fragments(self) -> Iterator[Fragment]:
+        """The teacher, its parameters dealt out to the ranks, which all have the same."""
+        if self.teacher is not None:
+            for index, (name, parameter) in enumerate(self.teacher.named_parameters()):
+                if index % self.ranks.world_size == self.ranks.rank:
+                    yield Fragment(name=name, kind=TEACHER, start=0, tensor=parameter.detach().flatten())
+
+    @staticmethod
+    @torch.no_grad()
+    def load_teacher(teacher: EmaTeacher, read: FragmentReader) -> None:
+        """Set ``teacher`` from a checkpoint of a run that had one; the reader raises UserError where it had none."""
+        for name, parameter in teacher.named_parameters():
+            parameter.copy_(read(name, TEACHER, 0, parameter.numel()).reshape(parameter.shape))
 
     def _noise(self, seed: int, step: int, first: int, batch: int) -> Tensor:
         noise = mask_noise(seed, step, first, batch, self.config.model.num_patches)

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 VARIANTS = ("paper", "release")
-OBJECTIVES = ("mirl", "mae", "multi_decoder")
+OBJECTIVES = ("mirl", "mae", "truncated", "multi_decoder", "coarse_to_fine", "fine_to_coarse")
+SINGLE_DECODER = ("mae", "truncated")
+FREQUENCY = ("coarse_to_fine", "fine_to_coarse")
 ATTENTION_BACKENDS = ("auto", "xformers", "sdpa", "math")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -55,8 +57,22 @@ class ModelConfig:
     objective: str = _setting(
         "mirl",
         "mirl: pairs of decoders predict main component and residual (Eq. 6); mae: one decoder; "
-        "multi_decoder: every decoder predicts the target alone",
+        "truncated: the same on the first --truncated-depth blocks, the only ones built; multi_decoder: every decoder "
+        "predicts the target alone; coarse_to_fine, fine_to_coarse: shallow decoders predict the one of its two "
+        "frequency parts, deep decoders the other",
         choices=OBJECTIVES,
+    )
+    truncated_depth: int | None = _setting(
+        None, "blocks that are built and pre-trained under objective truncated; fine-tuning has all of depth"
+    )
+    log_sigma: float = _setting(
+        1.0, "width of the Laplacian of Gaussian that separates fine from coarse, in pixels (coarse_to_fine, ...)"
+    )
+    feature_loss: float = _setting(
+        0.0, "weight of predicting an EMA teacher's features of the masked patches, beside the pixels; 0: off"
+    )
+    vgg_loss: float = _setting(
+        0.0, "weight of the perceptual loss in the features of a VGG-16 (--vgg-weights), beside the pixels; 0: off"
     )
     mask_ratio: float = _setting(0.75, "share of patches hidden from the encoder")
     norm_pix: bool = _setting(True, "reconstruct pixels normalised patch by patch, rather than raw ones")
@@ -77,7 +93,7 @@ class ModelConfig:
 
         if self.decoder_depth is None:
             shallow = (self.variant, self.name) == ("release", "vit_s_54")
-            fill("decoder_depth", 8 if self.objective == "mae" else 1 if shallow else 2)
+            fill("decoder_depth", 8 if self.objective in SINGLE_DECODER else 1 if shallow else 2)
         known = self.channels == len(IMAGENET_MEAN)
         for name, imagenet in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             values = getattr(self, name)
@@ -93,6 +109,13 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}: give a whole number of 1 or more")
+        if (self.truncated_depth is None) == (self.objective == "truncated"):
+            raise ValueError(
+                f"objective is {self.objective!r} and truncated_depth is {self.truncated_depth}: the objective "
+                "'truncated' needs the number of blocks to build, and no other has one"
+            )
+        if self.truncated_depth is not None and not 1 <= self.truncated_depth <= self.depth:
+            raise ValueError(f"truncated_depth is {self.truncated_depth}: give a number from 1 to depth ({self.depth})")
         for width, heads in (("width", "heads"), ("decoder_width", "decoder_heads")):
             width_value, heads_value = getattr(self, width), getattr(self, heads)
             if width_value % heads_value:
@@ -147,15 +170,28 @@ class ModelConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
-        if self.objective == "mae" and (self.segments != 1 or self.did):
+        if self.objective in SINGLE_DECODER and (self.segments != 1 or self.did):
             raise ValueError(
-                f"objective is 'mae', segments is {self.segments} and did is {self.did}: "
-                "MAE has one decoder and no DID, set segments to 1 and did to False"
+                f"objective is {self.objective!r}, segments is {self.segments} and did is {self.did}: "
+                "it has one decoder and no DID, set segments to 1 and did to False"
             )
-        if self.objective == "multi_decoder" and self.segments == 1:
+        if self.objective in ("multi_decoder", *FREQUENCY) and self.segments == 1:
             raise ValueError(
-                "objective is 'multi_decoder' and segments is 1: give an even number of segments, or use 'mae'"
+                f"objective is {self.objective!r} and segments is 1: give an even number of segments, or use 'mae'"
             )
+        for name in ("feature_loss", "vgg_loss"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a weight of zero or more")
+            if getattr(self, name) and self.objective in FREQUENCY:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} and objective is {self.objective!r}, whose decoders predict "
+                    "parts of the image: use it with another objective"
+                )
+        if self.vgg_loss and self.channels != 3:
+            raise ValueError(f"vgg_loss is {self.vgg_loss} and channels is {self.channels}: VGG-16 sees three channels")
+        # Below a third of a pixel the sampled filter is nothing but its own error; beyond a patch all is coarse.
+        if not 1 / 3 <= self.log_sigma <= self.patch_size:
+            raise ValueError(f"log_sigma is {self.log_sigma}: give a width from 0.34 to patch_size ({self.patch_size})")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -191,9 +227,14 @@ class ModelConfig:
         return int(self.decoder_width * self.mlp_ratio)
 
     @property
+    def built_depth(self) -> int:
+        """Blocks that the pre-trained encoder has: L, or the first ones of them under ``truncated``."""
+        return self.depth if self.truncated_depth is None else self.truncated_depth
+
+    @property
     def segment_depth(self) -> int:
         """Blocks of one encoder segment, L / G."""
-        return self.depth // self.segments
+        return self.built_depth // self.segments
 
     @property
     def did_blocks(self) -> int:
@@ -218,7 +259,7 @@ MODEL_NAMES = tuple(_SIZES)
 def model_config(name: str, **overrides: Any) -> ModelConfig:
     """The configuration of a size of the paper, with single fields replaced.
 
-    ``objective="mae"`` also sets ``segments=1`` and ``did=False``, unless they are given.
+    Objectives ``mae`` and ``truncated`` also set ``segments=1`` and ``did=False``, unless they are given.
     Raises ValueError on an unknown name or field.
     """
     if name not in _SIZES:
@@ -232,6 +273,6 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
         hint = f"did you mean {close[0]!r}?" if close else f"fields are {', '.join(sorted(known))}"
         raise ValueError(f"a model has no field {unknown[0]!r}: {hint}")
     values: dict[str, Any] = {"name": name, **_SIZES[name]}
-    if overrides.get("objective") == "mae":
+    if overrides.get("objective") in SINGLE_DECODER:
         values |= {"segments": 1, "did": False}
     return ModelConfig(**(values | overrides))

@@ -144,6 +144,7 @@ class Decoder(nn.Module):
         )
         self.norm = layer_norm(width)
         self.head = prediction_head(config.variant, width, config.patch_pixels)
+        self.feature_head = nn.Linear(width, config.width) if config.feature_loss else None
         self.checkpointing = CheckpointPlan()
 
     def forward(
@@ -152,8 +153,8 @@ class Decoder(nn.Module):
         shared_mask_token: Tensor | None,
         context: DecoderContext,
         cross_inputs: Sequence[Tensor | None],
-    ) -> Tensor:
-        """-> [B, M, Q] if ``context.masked_only``, else [B, N, Q].
+    ) -> tuple[Tensor, Tensor | None]:
+        """-> pixels [B, M, Q] if ``context.masked_only``, else [B, N, Q]; and features [.., D] for the feature loss.
 
         cross_inputs: for each block, what its cross-attention reads: projected keys and values [B, T, 2E] under the kv
         prefix skip, kv_g [B, T, E] without it, None where the block has no DID.
@@ -165,7 +166,8 @@ class Decoder(nn.Module):
             x = self.checkpointing.call(run, x, *cross_inputs[first:last])
         if not context.masked_only:
             x = x[:, 1:]
-        return self.head(self.norm(x))
+        x = self.norm(x)
+        return self.head(x), None if self.feature_head is None else self.feature_head(x)
 
     def _run_blocks(
         self,

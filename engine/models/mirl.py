@@ -5,25 +5,23 @@ Shapes: B batch, N patches, K kept, M masked, G segments, D encoder width, E dec
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from engine.models.checkpointing import CheckpointFunction, CheckpointPlan
+from engine.models.compute_choices import ComputeChoices
 from engine.models.config import ModelConfig
-from engine.models.decoder import Decoder, DecoderBlock, DecoderContext
+from engine.models.decoder import Decoder, DecoderContext
 from engine.models.did import concatenated_inputs, fold_norm, normalised_prefix_buffer, project_prefixes
 from engine.models.encoder import Encoder
-from engine.models.execution import Execution, Regions
 from engine.models.initialise import initialise
-from engine.models.layers import Block, CrossAttention, HeadedAttention, Mlp, ResidualNorm
 from engine.models.masking import PatchMask, mask_from_noise
-from engine.models.objective import objective_terms, reconstruction_loss
-from engine.models.pixels import image_layout
+from engine.models.objective import feature_loss, objective_terms, perceptual_loss, reconstruction_loss
+from engine.models.perceptual import PerceptualLoss
 from engine.models.positions import sincos_positions
 from engine.models.skips import ExactSkips
-from kernels import AttentionBackend, resolve_attention_backend
 
 
 class MIRLOutput(NamedTuple):
@@ -38,7 +36,7 @@ class MIRLOutput(NamedTuple):
     mask: PatchMask
 
 
-class MIRL(nn.Module):
+class MIRL(ComputeChoices):
     """The model of a `ModelConfig`, initialised from torch's global random numbers.
 
     State dict: ``encoder.*`` with timm's names; ``embeds.g`` is Linear_g (g = 1..G, and 0 under DID); ``decoders.g``
@@ -49,8 +47,7 @@ class MIRL(nn.Module):
     decoder_pos_embed: Tensor
 
     def __init__(self, config: ModelConfig, skips: ExactSkips | None = None) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.skips = skips or ExactSkips()
         self.terms = objective_terms(config)
         self.encoder = Encoder(config, self.skips.visible_only_projection)
@@ -61,57 +58,92 @@ class MIRL(nn.Module):
         self.decoders = nn.ModuleDict({str(g): Decoder(config, self.skips) for g in range(1, config.segments + 1)})
         positions = sincos_positions(config.grid, config.decoder_width)
         self.register_buffer("decoder_pos_embed", positions, persistent=False)
-        self.attention_backends: dict[str, AttentionBackend] = {}
-        self._resolved_for: tuple[torch.device, torch.dtype] | None = None
-        self.execution: Execution | None = None
-        self.regions = Regions()
+        self._perceptual: tuple[PerceptualLoss, ...] = ()
         initialise(self)
 
     @property
-    def weight_dtype(self) -> torch.dtype:
-        """Of the parameters. Buffers may differ: DeepSpeed can cast parameters alone."""
-        return self.encoder.cls_token.dtype
-
-    @property
     def term_names(self) -> tuple[str, ...]:
-        return tuple(term.name for term in self.terms)
+        """Of the terms that `forward` returns: those of the pixels, then "feature" and "vgg" where they are on."""
+        extra = [name for name in ("feature", "vgg") if getattr(self.config, f"{name}_loss")]
+        return (*(term.name for term in self.terms), *extra)
+
+    def set_perceptual(self, loss: PerceptualLoss) -> None:
+        """The VGG-16 of ``vgg_loss``. It is no part of the model: neither trained nor sharded nor saved with it."""
+        self._perceptual = (loss,)  # a module in a tuple is not registered
 
     def forward(
-        self, images: Tensor, *, noise: Tensor | None = None, mask: PatchMask | None = None, full: bool = False
+        self,
+        images: Tensor,
+        *,
+        noise: Tensor | None = None,
+        mask: PatchMask | None = None,
+        teacher_features: Tensor | None = None,
+        full: bool = False,
     ) -> MIRLOutput:
         """Loss of reconstructing the masked patches of ``images`` from the kept ones.
 
         images: uint8 [B, H, W, C], normalised inside, or float [B, C, H, W], already normalised.
         noise: float [B, N], the K smallest of a row are kept; or mask: a `PatchMask`. Exactly one of them.
-        full: predict all N patches and return the predictions; the loss stays that of the masked ones.
-        Raises ValueError for images or a mask of another shape than the model's.
+        teacher_features: [B, N, D] of `EmaTeacher`, what ``feature_loss`` predicts where the patches are masked.
+        full: predict all N patches and return the predictions; the loss stays that of the masked ones. Without
+        teacher_features, or without a VGG-16, that term is then left out.
+        Raises ValueError for images, a mask or features of another shape than the model's, or if an extra loss lacks
+        what it needs.
         """
+        self.choose(images, plain=full)
         mask = self._resolve_mask(images, noise, mask)
-        self.resolve_attention(images.device)
-        if self.execution is None:
-            self.set_execution(Execution.for_device(images.device))
-        self.regions.active = self.training and not full and len(images) == self.regions.batch
         masked_only = self.skips.masked_only_tail and not full
         first = 0 if self.config.did else 1
         latents = dict(enumerate(self.encoder(images, mask), start=first))
-        predictions = self.decode(latents, mask, masked_only)
+        predictions, features = self.decode(latents, mask, masked_only)
         loss, terms = reconstruction_loss(
             self.config, self.terms, predictions, images, mask,
             masked_only=masked_only, shared_gradient=self.skips.shared_loss_gradient,
         )  # fmt: skip
+        for weight, term in self._extra_losses(predictions, features, images, mask, teacher_features, full):
+            loss = loss + weight * term
+            terms = torch.cat([terms, term.detach().reshape(1).to(terms.dtype)])
         return MIRLOutput(loss, terms, tuple(predictions) if full else None, mask)
 
-    def decode(self, latents: dict[int, Tensor], mask: PatchMask, masked_only: bool) -> list[Tensor]:
-        """Predictions of decoders 1..G from LN_g(z_g) [B, 1 + K, D]: [B, M, Q] if ``masked_only``, else [B, N, Q]."""
+    def decode(
+        self, latents: dict[int, Tensor], mask: PatchMask, masked_only: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """From LN_g(z_g) [B, 1 + K, D], of decoders 1..G: predictions [B, M, Q] if ``masked_only``, else [B, N, Q];
+        and predicted features, with D in place of Q, or nothing where there is no feature loss.
+        """
         dtype = self.weight_dtype  # under autocast, too, the residual stream stays in it
         embedded = {g: self.embeds[str(g)](latent_BTD).to(dtype) for g, latent_BTD in latents.items()}
         cross_inputs = self.dense_inputs(embedded)
         context = DecoderContext.make(mask, self.decoder_pos_embed.to(dtype), masked_only)
         mask_token = self.mask_token if self.config.variant == "paper" else None
-        return [
+        decoded = [
             self.decoders[str(g)](embedded[g], mask_token, context, cross_inputs[g])
             for g in range(1, self.config.segments + 1)
         ]
+        return [pixels for pixels, _ in decoded], [features for _, features in decoded if features is not None]
+
+    def _extra_losses(
+        self,
+        predictions: list[Tensor],
+        features: list[Tensor],
+        images: Tensor,
+        mask: PatchMask,
+        teacher_features: Tensor | None,
+        full: bool,
+    ) -> Iterator[tuple[float, Tensor]]:
+        """Weight and value of the losses beside that of the pixels."""
+        config = self.config
+        if config.feature_loss and not (full and teacher_features is None):
+            wanted = (len(images), config.num_patches, config.width)
+            if teacher_features is None or tuple(teacher_features.shape) != wanted:
+                raise ValueError(
+                    f"feature_loss is {config.feature_loss}: give teacher_features {list(wanted)} of an EmaTeacher"
+                )
+            yield config.feature_loss, feature_loss(self.terms, features, teacher_features, mask)
+        if config.vgg_loss and not (full and not self._perceptual):
+            if not self._perceptual:
+                raise ValueError(f"vgg_loss is {config.vgg_loss}: give the model a VGG-16 by set_perceptual")
+            yield config.vgg_loss, perceptual_loss(config, self.terms, predictions, images, mask, self._perceptual[0])
 
     def dense_inputs(self, embedded: dict[int, Tensor]) -> dict[int, list[Tensor | None]]:
         """What the cross-attention of each block of decoder g reads (Eq. 8), for g = 1..G; see `Decoder.forward`."""
@@ -132,73 +164,13 @@ class MIRL(nn.Module):
         projected = iter(project_prefixes(normalised_prefix_buffer(sources), lengths, folded))
         return {g: [next(projected) for _ in range(config.did_blocks)] + without for g in numbers}
 
-    def set_activation_checkpointing(self, mode: str | int, checkpoint_fn: CheckpointFunction | None = None) -> None:
-        """Recompute activations in the backward pass instead of keeping them; results are the same to the bit.
-
-        mode: "none"; "every": each block alone; "segments": an encoder segment, or a decoder, at a time; n: n blocks.
-        checkpoint_fn(function, *tensors): torch's non-reentrant checkpoint by default.
-        """
-        plan = CheckpointPlan.make(mode, checkpoint_fn)
-        for module in (self.encoder, *self.decoders.values()):
-            module.checkpointing = plan
-
-    def set_execution(self, execution: Execution) -> None:
-        """How norms and GELUs are computed; by default, from the first forward pass on, as its device likes it best.
-
-        Raises ValueError where ``recompute`` meets activation checkpointing, which recomputes them already.
-        """
-        if execution.recompute and self.encoder.checkpointing.group != 0:
-            raise ValueError(
-                "recompute is True and activation checkpointing is on, which does more of the same: use one of them"
-            )
-        self.execution = execution
-        for module in self.modules():
-            if isinstance(module, ResidualNorm | Mlp):
-                module.execution = execution
-
-    def set_regions(self, regions: Regions | None) -> None:
-        """Run the blocks' bodies through ``regions`` in training steps of their batch size; None: eagerly.
-        `engine.compiling` makes regions and checks them.
-        """
-        self.regions = regions or Regions()
-        for module in self.modules():
-            if isinstance(module, Block | DecoderBlock):
-                module.regions = self.regions
-
-    def resolve_attention(self, device: torch.device) -> dict[str, AttentionBackend]:
-        """Choose the attention backends of encoder and decoders, once for each ``device`` and dtype in use.
-
-        The first forward pass does it unless a caller, who wants to print the choice, did.
-        """
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.weight_dtype
-        if self._resolved_for == (device, dtype):
-            return self.attention_backends
-        for layer in self.modules():
-            if not isinstance(layer, HeadedAttention):
-                continue
-            purpose = "cross" if isinstance(layer, CrossAttention) else "self"
-            layer.backend = resolve_attention_backend(
-                self.config.attention, device=device, dtype=dtype, head_dim=layer.head_dim, purpose=purpose
-            )
-            self.attention_backends[f"{purpose}, head size {layer.head_dim}"] = layer.backend
-        self._resolved_for = (device, dtype)
-        return self.attention_backends
-
     def _resolve_mask(self, images: Tensor, noise: Tensor | None, mask: PatchMask | None) -> PatchMask:
-        """The mask to use, after checking the shapes of all inputs."""
-        config = self.config
-        size = (config.image_height, config.image_width)
-        expected = (*size, config.channels) if image_layout(images) == "BHWC" else (config.channels, *size)
-        if tuple(images.shape[1:]) != expected:
-            raise ValueError(
-                f"images have shape {list(images.shape)} and dtype {images.dtype}: this model takes uint8 "
-                f"[B, {size[0]}, {size[1]}, {config.channels}] or float [B, {config.channels}, {size[0]}, {size[1]}]"
-            )
+        """The mask to use, after checking its shape."""
         if (noise is None) == (mask is None):
             raise ValueError(
                 "give noise [B, N], or a mask: exactly one of them (the model itself draws no random numbers)"
             )
+        config = self.config
         wanted = (len(images), config.num_patches)
         if mask is None:
             if tuple(noise.shape) != wanted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
@@ -29,3 +30,25 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
         halves += [angle_NF.sin(), angle_NF.cos()]
     patches_ND = torch.cat(halves, dim=1)
     return torch.cat([patches_ND.new_zeros(1, width), patches_ND]).float()
+
+
+def resample_positions(table_ND: Tensor, source_grid: tuple[int, int], target_grid: tuple[int, int]) -> Tensor:
+    """A table of ``source_grid`` (rows, columns) for the patches of ``target_grid``: [1 + N, D] -> [1 + N', D].
+
+    Bicubic, with antialiasing where the grid gets smaller, in float32, as timm's ``resample_abs_pos_embed``; row 0, the
+    class token's, is kept. The same grid gives the same table. A leading axis of 1, which timm's tables have, is kept.
+    ValueError if the table is not of ``source_grid``.
+    """
+    rows, columns = source_grid
+    if table_ND.ndim not in (2, 3) or table_ND.shape[:-1] not in ((1 + rows * columns,), (1, 1 + rows * columns)):
+        raise ValueError(
+            f"positions have shape {list(table_ND.shape)} and their grid is {rows}x{columns}: give "
+            f"[{1 + rows * columns}, width], or the grid that they were made for"
+        )
+    if tuple(source_grid) == tuple(target_grid):
+        return table_ND
+    class_row, patches = table_ND.split((1, rows * columns), dim=-2)
+    image_1DHW = patches.reshape(1, rows, columns, -1).permute(0, 3, 1, 2).float()
+    image_1DHW = F.interpolate(image_1DHW, size=tuple(target_grid), mode="bicubic", antialias=True)
+    patches = image_1DHW.permute(0, 2, 3, 1).reshape(*table_ND.shape[:-2], -1, table_ND.shape[-1])
+    return torch.cat([class_row, patches.to(table_ND.dtype)], dim=-2)

@@ -1,0 +1,112 @@
+"""How the blocks of a model are computed: attention backend, kernels, compiled regions, recomputation.
+
+What `MIRL` and the classifier share. None of it changes what is computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from engine.models.checkpointing import CheckpointFunction, CheckpointPlan
+from engine.models.config import ModelConfig
+from engine.models.decoder import Decoder, DecoderBlock
+from engine.models.encoder import Encoder
+from engine.models.execution import Execution, Regions
+from engine.models.layers import Block, CrossAttention, HeadedAttention, Mlp, ResidualNorm
+from engine.models.pixels import image_layout
+from kernels import AttentionBackend, resolve_attention_backend
+
+
+class ComputeChoices(nn.Module):
+    """Base of a model with an ``encoder``. A forward pass begins with `choose`."""
+
+    encoder: Encoder
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.attention_backends: dict[str, AttentionBackend] = {}
+        self._resolved_for: tuple[torch.device, torch.dtype] | None = None
+        self.execution: Execution | None = None
+        self.regions = Regions()
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of the parameters. Buffers may differ: DeepSpeed can cast parameters alone."""
+        return self.encoder.cls_token.dtype
+
+    def choose(self, images: Tensor, *, plain: bool = False) -> None:
+        """Make the choices that no caller made. ``plain``: an unusual pass, for which no region was compiled.
+
+        Raises ValueError for images of another shape than the model's.
+        """
+        self._check_images(images)
+        self.resolve_attention(images.device)
+        if self.execution is None:
+            self.set_execution(Execution.for_device(images.device))
+        self.regions.active = self.training and not plain and len(images) == self.regions.batch
+
+    def set_activation_checkpointing(self, mode: str | int, checkpoint_fn: CheckpointFunction | None = None) -> None:
+        """Recompute activations in the backward pass instead of keeping them; results are the same to the bit.
+
+        mode: "none"; "every": each block alone; "segments": an encoder segment, or a decoder, at a time; n: n blocks.
+        checkpoint_fn(function, *tensors): torch's non-reentrant checkpoint by default.
+        """
+        plan = CheckpointPlan.make(mode, checkpoint_fn)
+        for module in self.modules():
+            if isinstance(module, Encoder | Decoder):
+                module.checkpointing = plan
+
+    def set_execution(self, execution: Execution) -> None:
+        """How norms and GELUs are computed; by default, from the first forward pass on, as its device likes it best.
+
+        Raises ValueError where ``recompute`` meets activation checkpointing, which recomputes them already.
+        """
+        if execution.recompute and self.encoder.checkpointing.group != 0:
+            raise ValueError(
+                "recompute is True and activation checkpointing is on, which does more of the same: use one of them"
+            )
+        self.execution = execution
+        for module in self.modules():
+            if isinstance(module, ResidualNorm | Mlp):
+                module.execution = execution
+
+    def set_regions(self, regions: Regions | None) -> None:
+        """Run the blocks' bodies through ``regions`` in training steps of their batch size; None: eagerly.
+        `engine.compiling` makes regions and checks them.
+        """
+        self.regions = regions or Regions()
+        for module in self.modules():
+            if isinstance(module, Block | DecoderBlock):
+                module.regions = self.regions
+
+    def resolve_attention(self, device: torch.device) -> dict[str, AttentionBackend]:
+        """Choose the attention backends of all layers, once for each ``device`` and dtype in use.
+
+        The first forward pass does it unless a caller, who wants to print the choice, did.
+        """
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.weight_dtype
+        if self._resolved_for == (device, dtype):
+            return self.attention_backends
+        for layer in self.modules():
+            if not isinstance(layer, HeadedAttention):
+                continue
+            purpose = "cross" if isinstance(layer, CrossAttention) else "self"
+            layer.backend = resolve_attention_backend(
+                self.config.attention, device=device, dtype=dtype, head_dim=layer.head_dim, purpose=purpose
+            )
+            self.attention_backends[f"{purpose}, head size {layer.head_dim}"] = layer.backend
+        self._resolved_for = (device, dtype)
+        return self.attention_backends
+
+    def _check_images(self, images: Tensor) -> None:
+        config = self.config
+        size = (config.image_height, config.image_width)
+        expected = (*size, config.channels) if image_layout(images) == "BHWC" else (config.channels, *size)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"images have shape {list(images.shape)} and dtype {images.dtype}: this model takes uint8 "
+                f"[B, {size[0]}, {size[1]}, {config.channels}] or float [B, {config.channels}, {size[0]}, {size[1]}]"
+            )
