@@ -8,6 +8,7 @@ from dataloaders.errors import BadImage, ImageError, TooManyBadImages
 from dataloaders.eval_loader import EvalLoader, build_eval_loader
 from dataloaders.few_images import load_images
 from dataloaders.opening import open_source
+from dataloaders.sources import SubsetSource
 from dataloaders.stream import Batch
 from dataloaders.train_loader import TrainLoader, build_train_loader
 
@@ -16,6 +17,7 @@ __all__ = [
     "Batch",
     "EvalLoader",
     "ImageError",
+    "SubsetSource",
     "TooManyBadImages",
     "TrainLoader",
     "build_eval_loader",

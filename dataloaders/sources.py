@@ -126,3 +126,27 @@ def read_whole_file(path: str) -> bytes:
     except OSError as error:
         known = {errno.ENOENT: "the file no longer exists", errno.EACCES: "permission denied"}
         raise ImageError(known.get(error.errno or 0, f"cannot be read: {error.strerror}")) from error
+
+
+class SubsetSource:
+    """Some items of another source, numbered anew in the order of ``indices``."""
+
+    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+        self.source, self.indices = source, list(indices)
+        self.classes, self.num_images = source.classes, len(self.indices)
+
+    def path(self, index: int) -> str:
+        return self.source.path(self.indices[index])
+
+    def read(self, index: int) -> bytes:
+        return self.source.read(self.indices[index])
+
+    def label(self, index: int) -> int:
+        return self.source.label(self.indices[index])
+
+    def fingerprint(self) -> str:
+        numbers = ",".join(map(str, self.indices))
+        return hashlib.sha256(f"{self.source.fingerprint()} {numbers}".encode()).hexdigest()
+
+    def close(self) -> None:
+        self.source.close()

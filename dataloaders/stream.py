@@ -58,6 +58,7 @@ class Batch:
     bad: list[BadImage] = field(default_factory=list)
 
 
+Transform = Callable[[Batch], Batch]
 # (sizes [B, 2], epoch, positions) -> windows [B, 4], mirrored [B], resized sizes [B, 2] or None, offsets or None
 Geometry = Callable[[np.ndarray, int, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]]
 
@@ -76,12 +77,15 @@ class BatchStream:
         device: torch.device,
         prefetch: int,
         statistics: tuple[Sequence[float] | None, Sequence[float] | None] = (None, None),
+        transform: Transform | None = None,
     ) -> None:
         """decoder None: an array data set, whose samples are pixels already. resizer None: the decoder finishes.
-        prefetch: batches that may wait, finished, for the training loop."""
+        prefetch: batches that may wait, finished, for the training loop.
+        transform: called on each batch in the thread, before it is on the device (where the decoder left it)."""
         self._plans, self._reader, self._geometry = plans, reader, geometry
         self._decoder, self._resizer = decoder, resizer
-        self._device, self._statistics = device, statistics
+        self._device, self._statistics, self._transform = device, statistics, transform
+        self._upload_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=max(1, prefetch))
         self._stop = threading.Event()
         self._ended: BaseException | None = None
@@ -195,9 +199,9 @@ class BatchStream:
     def _batch(self, plan: BatchPlan, samples: list[Sample], images: torch.Tensor) -> Batch:
         labels = None
         if self._reader.labels:
-            labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64).to(self._device)
-        return Batch(
-            images=images.to(self._device),
+            labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+        batch = Batch(
+            images=images,
             sample_ids=np.array([sample.index for sample in samples], dtype=np.int64),
             epoch=plan.epoch,
             positions=np.asarray(plan.positions, dtype=np.int64),
@@ -205,3 +209,15 @@ class BatchStream:
             valid=plan.valid,
             bad=[self._reader.bad_image(sample) for sample in samples if sample.reason],
         )
+        if self._transform is not None:
+            batch = self._transform(batch)
+        return self._upload(batch)
+
+    def _upload(self, batch: Batch) -> Batch:
+        """Images and labels on the device. This thread waits for the copy, and never for the training step's work."""
+        with torch.cuda.stream(self._upload_stream):
+            batch.images = batch.images.to(self._device)
+            batch.labels = None if batch.labels is None else batch.labels.to(self._device)
+        if self._upload_stream is not None:
+            self._upload_stream.synchronize()
+        return batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dataloaders.order import EpochOrder, StepPlan
 from dataloaders.resize import CpuResizer
 from dataloaders.samples import SampleReader
 from dataloaders.sources import Source
-from dataloaders.stream import Batch, BatchPlan, BatchStream
+from dataloaders.stream import Batch, BatchPlan, BatchStream, Transform
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def build_train_loader(
     labels: bool = False,
     bad_image_limit: float = 0.001,
     raise_on_bad_limit: bool = True,
-    batch_transform: Callable[[Batch], Batch] | None = None,
+    batch_transform: Transform | None = None,
     prefetch: int = 2,
     read_threads: int | None = None,
     hw_decoder_load: float = 0.65,
@@ -63,7 +63,8 @@ def build_train_loader(
     bad_image_limit: distinct broken images, as a share of the data set, that this rank puts up with (at least one,
     unless 0). Past it `next_micro_batch` raises TooManyBadImages; with raise_on_bad_limit False it goes on, and
     `too_many_bad` is True, so that ranks can agree to stop at one step.
-    batch_transform: called on each batch on its device, before it is handed out (RandAugment, mixup).
+    batch_transform: called on each batch in the loader's thread, ahead of the training loop, before it is on the device
+    (RandAugment). A function of the batch alone: a batch may be made twice, or never be used.
     prefetch: finished batches that may wait.
     ValueError, one line with the mend, for data or settings that cannot work.
     """
@@ -138,7 +139,7 @@ class TrainLoader:
         statistics: tuple[Sequence[float] | None, Sequence[float] | None],
         bad_image_limit: float,
         raise_on_bad_limit: bool,
-        batch_transform: Callable[[Batch], Batch] | None,
+        batch_transform: Transform | None,
         prefetch: int,
     ) -> None:
         self.source, self.plan, self.augmentation, self.seed = source, plan, augmentation, seed
@@ -188,11 +189,12 @@ class TrainLoader:
                 device=self._device,
                 prefetch=self._prefetch,
                 statistics=self._statistics,
+                transform=self._transform,
             )
         batch = next(self._stream)
         self._micro_step += 1
         self._count_bad(batch.bad)
-        return batch if self._transform is None else self._transform(batch)
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands, at the last whole optimiser step. The same on all ranks; a few numbers."""

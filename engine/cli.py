@@ -43,6 +43,36 @@ def _data_command(name: str) -> Callable[[Sequence[str]], int]:
     return command
 
 
+def _finetune(argv: Sequence[str]) -> int:
+    from engine.finetune import main
+
+    return main(list(argv))
+
+
+def _probe(argv: Sequence[str]) -> int:
+    from engine.probe import main
+
+    return main(argv)
+
+
+def _depth_report(argv: Sequence[str]) -> int:
+    from engine.depth_report import main
+
+    return main(argv)
+
+
+def _import(argv: Sequence[str]) -> int:
+    from engine.import_command import run
+
+    return run(argv)
+
+
+def _export(argv: Sequence[str]) -> int:
+    from engine.export_command import run
+
+    return run(argv)
+
+
 def _doctor(argv: Sequence[str]) -> int:
     from engine.doctor import main
 
@@ -52,6 +82,14 @@ def _doctor(argv: Sequence[str]) -> int:
 # Each imports what it needs when it is called, so that `mirl --help` answers at once.
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "pretrain": (_pretrain, "pre-train a model on this machine (several ranks: deepspeed engine/pretrain.py)"),
+    "finetune": (
+        _finetune,
+        "fine-tune a pre-trained encoder as a classifier (several ranks: deepspeed engine/finetune.py)",
+    ),
+    "probe": (_probe, "linear probe and nearest neighbours on frozen features"),
+    "depth-report": (_depth_report, "what each block does: gradient norm, probe accuracy, effect of making it fresh"),
+    "import": (_import, "read a checkpoint of the MIRL release or of MAE"),
+    "export": (_export, "write the encoder for timm, Hugging Face, or as plain safetensors"),
     "visualize": (_visualize, "reconstruct images with a checkpoint"),
     "validate-data": (_data_command("validate_data"), "decode every image once and write down the broken ones"),
     "prepare-data": (_data_command("prepare_data"), "re-encode a data set to small JPEG files or tar shards"),
@@ -83,7 +121,7 @@ def dispatch(argv: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
-    if sys.argv[1:2] != ["pretrain"]:
+    if sys.argv[1:2] not in (["pretrain"], ["finetune"]):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `mirl summary | head` ends quietly; a run outlives its reader
     run_entry_point(lambda: dispatch(sys.argv[1:]))
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.models import MIRL
+from engine.models.compute_choices import ComputeChoices
 from engine.models.execution import Regions
 
 COMPILE = ("auto", "on", "off")
@@ -53,10 +54,16 @@ def choose_compile(requested: str, device: torch.device, zero_stage: int) -> Com
     return CompileChoice(False, "auto on a CPU: measured no faster, see benchmarks/LOG.md")
 
 
-def expected_graphs(model: MIRL) -> int:
+def expected_graphs(model: ComputeChoices) -> int:
     """Graphs that the regions of ``model`` compile to, by the count of the table above."""
     config = model.config
-    encoder = 1 + (config.segment_depth > 1) * (1 + (config.drop_path > 0))
+    # A block is the first of its segment or not, and drops paths or not: the very first never does.
+    kinds = {
+        (index % config.segment_depth == 0, index > 0 and config.drop_path > 0) for index in range(config.built_depth)
+    }
+    encoder = len(kinds)
+    if not isinstance(model, MIRL):
+        return encoder
     masked_last = model.skips.masked_only_tail
     rows = ["all"] * (config.decoder_depth - 1) + ["masked" if masked_last else "all"]
     did = [index < config.did_blocks for index in range(config.decoder_depth)]
@@ -65,7 +72,9 @@ def expected_graphs(model: MIRL) -> int:
     return encoder + len(asks) + len(finishes)
 
 
-def compile_regions(model: MIRL, batch: int, device: torch.device, *, backend: str = "inductor") -> CompileChoice:
+def compile_regions(
+    model: ComputeChoices, batch: int, device: torch.device, *, backend: str = "inductor"
+) -> CompileChoice:
     """Compile the regions of ``model`` for training steps of ``batch`` images, and take one such step with and without.
 
     The step is a forward and a backward pass on random pixels; no parameter and no ``.grad`` is changed. Whatever goes
@@ -88,16 +97,15 @@ def compile_regions(model: MIRL, batch: int, device: torch.device, *, backend: s
     return CompileChoice(False, f"FELL BACK TO EAGER: {problem}")
 
 
-def _trial(model: MIRL, batch: int, device: torch.device) -> tuple[Tensor, ...]:
+def _trial(model: ComputeChoices, batch: int, device: torch.device) -> tuple[Tensor, ...]:
     """Loss and gradients of one step."""
     config = model.config
     generator = torch.Generator().manual_seed(0)
     shape = (batch, config.image_height, config.image_width, config.channels)
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
-    noise = torch.rand(batch, config.num_patches, generator=generator).to(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)  # stochastic depth
-        loss = model(images, noise=noise).loss
+        loss = model.trial_loss(images, generator)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # Not backward(): hooks of a distributed engine must not see these gradients.
     return loss.detach(), *torch.autograd.grad(loss, parameters)

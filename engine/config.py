@@ -21,7 +21,10 @@ SCHEDULES = ("cosine", "step")
 
 
 def setting(default: Any, text: str, **metadata: Any) -> Any:
-    """A dataclass field with the help text of its command-line flag."""
+    """A dataclass field with the help text of its command-line flag.
+
+    ``of`` in ``metadata``: the section of the only kind of run that offers the flag.
+    """
     return field(default=default, metadata={"help": text, **metadata})
 
 
@@ -74,7 +77,9 @@ class OptimConfig:
     )
     betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's decay rates of the two moments")
     weight_decay: float = setting(0.05, "AdamW's weight decay, on matrices only")
-    teacher_decay: float = setting(0.999, "share of the old average that the teacher of --feature-loss keeps in a step")
+    teacher_decay: float = setting(
+        0.999, "share of the old average that the teacher of --feature-loss keeps in a step", of="model"
+    )
     clip_grad: float = setting(0.0, "largest global gradient norm; 0: no clipping")
 
     def __post_init__(self) -> None:
@@ -122,9 +127,9 @@ class RunConfig:
         "", "auto: go on from the newest good checkpoint in --out; or a checkpoint's path", metavar="auto|PATH"
     )
     vgg_weights: str = setting(
-        "", "file of torchvision's vgg16 weights (.pth or .safetensors), for --vgg-loss", metavar="FILE"
+        "", "file of torchvision's vgg16 weights (.pth or .safetensors), for --vgg-loss", metavar="FILE", of="model"
     )
-    init_from: str = setting("", "start a new run from the weights of this checkpoint", metavar="PATH")
+    init_from: str = setting("", "start a new run from the weights of this checkpoint", metavar="PATH", of="model")
     checkpoint_every: int = setting(0, "optimiser steps between checkpoints; 0: twenty in a run")
     keep_checkpoints: int = setting(3, "newest checkpoints kept; 0: all")
     activation_checkpointing: str = setting(
@@ -184,8 +189,8 @@ class LogConfig:
     """What the run tells while it goes on."""
 
     log_every: int = setting(0, "optimiser steps between log lines; 0: two hundred in a run")
-    picture_every: int = setting(0, "optimiser steps between picture grids; 0: six in a run")
-    pictures: int = setting(4, "images in a picture grid; 0: no pictures")
+    picture_every: int = setting(0, "optimiser steps between picture grids; 0: six in a run", of="model")
+    pictures: int = setting(4, "images in a picture grid; 0: no pictures", of="model")
     tensorboard: bool = setting(True, "write TensorBoard event files")
 
     def __post_init__(self) -> None:
@@ -209,7 +214,11 @@ class Config:
         """The dataclass of each section, by the name of its field, a run's own sections first."""
         hints = typing.get_type_hints(cls)
         common = set(Config.__annotations__)
-        kinds = {item.name: hints[item.name] for item in dataclasses.fields(cls) if item.name != "recipe"}
+        kinds = {
+            item.name: hints[item.name]
+            for item in dataclasses.fields(cls)
+            if dataclasses.is_dataclass(hints[item.name])
+        }
         return {name: kinds[name] for name in sorted(kinds, key=lambda name: name in common)}
 
     def to_dict(self) -> dict[str, Any]:

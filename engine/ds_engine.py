@@ -107,13 +107,14 @@ class TrainEngine:
         self._engine.backward(loss)
 
     def step(self, lr: float) -> bool | None:
-        """Apply the step at learning rate ``lr`` once all micro-batches are in.
+        """Apply the step at learning rate ``lr``, times "lr_scale" of a parameter group that has one, once all
+        micro-batches are in.
 
         Returns None inside an accumulation, True after an applied step, False after one that was skipped on every rank
         because a gradient was not finite.
         """
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         boundary = self._engine.is_gradient_accumulation_boundary()
         self._engine.step()
         return (not self._optimizer.overflow) if boundary else None

@@ -101,19 +101,23 @@ def build_parser(command: CommandLine) -> Parser:
         help=f"where the defaults come from: {', '.join(command.recipes)} [{command.default}]",
     )
     shown = command.recipes[command.default]()
-    for section, kind in command.kind.sections().items():
+    sections = command.kind.sections()
+    for section, kind in sections.items():
         group = parser.add_argument_group(TITLES[section])
         hints = typing.get_type_hints(kind)
         values = getattr(shown, section)
         for item in dataclasses.fields(kind):
+            if item.metadata.get("of", section) not in sections:
+                continue
             if item.name == "image_height":
+                side = f"{values.image_height}x{values.image_width}" if values.image_height else "of pre-training"
                 group.add_argument(
                     "--image-size",
                     dest=f"{section}.image_size",
                     default=_ABSENT,
                     type=image_size,
                     metavar="SIDE|HxW",
-                    help=f"image size in pixels [{values.image_height}x{values.image_width}]",
+                    help=f"image size in pixels [{side}]",
                 )
             elif item.name != "image_width":
                 _add_flag(group, section, item, hints[item.name], getattr(values, item.name))

@@ -22,3 +22,11 @@ def mask_noise(seed: int, step: int, first: int, batch: int, patches: int) -> to
     stream = np.random.Philox(key=[seed, 0x4D495251], counter=[first * counts, 0, step, 0])
     words = stream.random_raw(batch * counts * _WORDS).reshape(batch, counts * _WORDS)[:, :patches]
     return torch.from_numpy((words >> np.uint64(40)).astype(np.float32) * np.float32(2**-24))
+
+
+def seed_stochastic_depth(seed: int, step: int, first: int) -> None:
+    """Seed torch's global generators for one micro-batch, so that a resumed run drops the same paths.
+
+    Which paths, unlike the masks, still depends on how the effective batch is divided.
+    """
+    torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + first)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from engine.ds_engine import Fragment, FragmentReader, TrainEngine
 from engine.flops import training_flops_per_image
 from engine.launch import Ranks
 from engine.models.teacher import EmaTeacher
-from engine.noise import mask_noise
+from engine.noise import mask_noise, seed_stochastic_depth
 from engine.pictures import reconstruct, save_grid
 from engine.run_log import RunLog
 from engine.schedule import Durations
@@ -52,8 +51,7 @@ class PretrainTask:
         """Loss and terms of `engine.models.MIRL`."""
         noise = self._noise(self.config.run.seed, place.step, place.first, len(batch.images))
         if self.config.model.drop_path:
-            # Keyed like the mask, but for the whole micro-batch: a resumed run drops the same paths.
-            torch.manual_seed((self.config.run.seed * 1_000_003 + place.step) * 1_000_003 + place.first)
+            seed_stochastic_depth(self.config.run.seed, place.step, place.first)
         output = self.engine.forward(batch.images, noise=noise, **self._features(batch.images))
         return output.loss, output.terms.detach()
 
@@ -70,11 +68,10 @@ class PretrainTask:
         if self.teacher is not None and applied:
             self.teacher.update(self.engine.module)
 
-    def report(self, step: int, *, last: bool) -> dict[str, Any]:
+    def report(self, step: int, *, last: bool) -> None:
         """A grid of reconstructions, at the interval of the configuration and at the end."""
         if self.config.log.pictures and (step % self.durations.picture_every == 0 or last):
             self._picture(step)
-        return {}
 
     def fragments(self) -> Iterator[Fragment]:
         """The teacher, its parameters dealt out to the ranks, which all have the same."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.checkpoint_reader import CheckpointReader, locate
 from engine.config import section_from_dict
@@ -38,7 +38,7 @@ def load_pretrained(path: Path | str, *, device: torch.device | str = "cpu") -> 
     return model.to(device).eval()
 
 
-def load_weights(model: MIRL, reader: CheckpointReader) -> None:
+def load_weights(model: nn.Module, reader: CheckpointReader) -> None:
     """Set every parameter of ``model``. Buffers, which are fixed and in no checkpoint, keep their values.
 
     Raises:
@@ -59,6 +59,10 @@ def load_encoder(path: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
         UserError: no checkpoint at ``path``, a damaged one, or one that lacks a weight of the encoder.
     """
     reader = CheckpointReader(locate(Path(path)))
+    if "head.weight" in reader.shapes:
+        raise UserError(
+            f"{reader.path} is a fine-tuned classifier: give a pre-trained checkpoint (mirl export takes both)"
+        )
     config = _model_config(reader)
     stored = {name.removeprefix(_ENCODER): shape for name, shape in reader.shapes.items() if name.startswith(_ENCODER)}
     wanted = encoder_shapes(config)

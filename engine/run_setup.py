@@ -169,6 +169,10 @@ def first_progress(plan: Plan, loader: TrainLoader) -> Progress:
     if plan.reader is None or not plan.config.run.resume:
         return Progress()
     state, batch_size = plan.reader.state, plan.config.optim.batch_size
+    if "optim" not in state["config"]:
+        raise UserError(
+            f"{plan.reader.path} was imported: it holds weights alone, and no run to resume; start one by --init-from"
+        )
     if state["config"]["optim"]["batch_size"] != batch_size:
         raise UserError(
             f"batch_size is {batch_size} and {plan.reader.path} was trained with "

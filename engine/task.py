@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -39,8 +39,8 @@ class Task(Protocol):
         """After every optimiser step; ``applied`` is False where it was skipped."""
         ...
 
-    def report(self, step: int, *, last: bool) -> dict[str, Any]:
-        """What the task shows of itself after ``step``: pictures, an evaluation. Returns values for the metrics."""
+    def report(self, step: int, *, last: bool) -> None:
+        """What the task shows of itself after ``step``: pictures, an evaluation."""
         ...
 
     def fragments(self) -> Iterable[Fragment]:

@@ -103,8 +103,9 @@ class Trainer:
             if step % self.durations.log_every == 0 or last:
                 self._log(window)
                 window = self._new_window()
-            if reported := self.task.report(step, last=last):
-                self.log.event("report", step, **reported)
+            began = time.perf_counter()
+            self.task.report(step, last=last)
+            window.started += time.perf_counter() - began  # pictures and evaluations are no part of a step
             if step % self.durations.checkpoint_every == 0 or last:
                 self.save()
             self._tell_of_checkpoints()

@@ -27,6 +27,7 @@ _HOME = {
     "read_release_checkpoint": "interop_release",
     "release_to_state_dict": "interop_release",
     "load_release": "interop_release",
+    "load_pretrained": "engine.pretrained",
 }
 
 __all__ = sorted(_HOME)
@@ -35,4 +36,5 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    home = _HOME[name]
+    return getattr(import_module(home if "." in home else f"{__name__}.{home}"), name)

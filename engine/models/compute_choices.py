@@ -47,6 +47,10 @@ class ComputeChoices(nn.Module):
             self.set_execution(Execution.for_device(images.device))
         self.regions.active = self.training and not plain and len(images) == self.regions.batch
 
+    def trial_loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """A scalar that every parameter has a part in, for a step that is only tried; ``generator`` is of the CPU."""
+        raise NotImplementedError
+
     def set_activation_checkpointing(self, mode: str | int, checkpoint_fn: CheckpointFunction | None = None) -> None:
         """Recompute activations in the backward pass instead of keeping them; results are the same to the bit.
 

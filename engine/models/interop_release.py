@@ -1,7 +1,8 @@
 """Checkpoints of the authors' PaddlePaddle release: reading the file without Paddle, and its keys in our terms.
 
-The file is a pickle of {"model": OrderedDict(key -> (name, ndarray)), "epoch": int}. A pickle can run any code when it
-is read, so the reader here knows the few classes that such a file needs and refuses every other.
+The file is a pickle of {"model": OrderedDict(key -> (name, ndarray)), "epoch": int}, in training also with "optimizer",
+"scaler" and "args". A pickle can run any code when it is read, so the reader here knows the few classes that such a
+file needs and refuses every other.
 
 | release                                             | here                                           |
 |-----------------------------------------------------|------------------------------------------------|
@@ -14,15 +15,16 @@ is read, so the reader here knows the few classes that such a file needs and ref
 | decoder_normI.*, decoder_predI.*                    | decoders.I+1.norm, decoders.I+1.head           |
 | pos_embed, decoder_pos_embedI                       | compared with ours, then dropped               |
 
-Matrices of Linear layers are [in, out] there and [out, in] here.
+Matrices of Linear layers are [in, out] in a .pd file, and [out, in] here and in a conversion of it to PyTorch.
 """
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.models.interop_match import ENCODER_ALONE, Layout, count, first, match_weights
 from engine.models.mirl import MIRL
 
 _RECONSTRUCT = np.zeros(1).__reduce__()[0]
+_SCALAR = np.float64(0).__reduce__()[0]
 
 # numpy renamed its private package "core" to "_core": files hold either name.
 _ALLOWED: dict[tuple[str, str], Any] = {
@@ -40,10 +44,13 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("builtins", "tuple"): tuple,
     ("builtins", "str"): str,
     ("builtins", "int"): int,
+    ("argparse", "Namespace"): argparse.Namespace,  # only holds values
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy.core.multiarray", "scalar"): _SCALAR,
+    ("numpy._core.multiarray", "scalar"): _SCALAR,
 }
 
 # (pattern, ours): \1 is taken as it is, {next} is the captured number plus one.
@@ -108,33 +115,48 @@ def our_key(release_key: str) -> str | None:
     return None
 
 
+def decoder_fields(state: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """`ModelConfig` fields of a release with these weights."""
+    embed = next((value for key, value in state.items() if re.fullmatch(r"decoder_embed\d+\.bias", key)), None)
+    segments = count(state, r"decoder_(?:embed|blocks|norm|pred)(\d+)\..+")
+    depth = count(state, r"decoder_blocks\d+\.(\d+)\..+")
+    if embed is None or embed.ndim != 1 or depth == 0 or (segments > 1 and segments % 2):
+        return ENCODER_ALONE
+    return {
+        "variant": "release",
+        "segments": segments,
+        "decoder_width": len(embed),
+        "decoder_depth": depth,
+        "did": any(key.startswith("decoder_embed0_1.") for key in state),
+    }
+
+
+RELEASE = Layout(title="the MIRL release", our_key=our_key, positions=_POSITIONS, fields=decoder_fields)
+
+
+def release_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """The arrays of a .pd file as PyTorch has them: float32, matrices [out, in]."""
+    tensors = {key: torch.from_numpy(np.array(array, dtype=np.float32)) for key, array in arrays.items()}
+    return {
+        key: value.t() if value.ndim == 2 and not _POSITIONS.fullmatch(key) else value for key, value in tensors.items()
+    }
+
+
 def release_to_state_dict(arrays: Mapping[str, np.ndarray], model: MIRL) -> dict[str, Tensor]:
     """A complete state dict for ``model`` (release variant) in float32.
 
     ValueError listing what does not fit: keys unknown here, keys of the model that the file lacks, other shapes, or
     positions that are not the fixed sin-cos ones of this model.
     """
-    expected = model.state_dict()
-    state: dict[str, Tensor] = {}
-    problems: list[str] = []
-    for key, array in arrays.items():
-        value = torch.from_numpy(np.array(array, dtype=np.float32))
-        if _POSITIONS.fullmatch(key):
-            problems += _check_positions(key, value, model)
-            continue
-        ours = our_key(key)
-        if ours not in expected:
-            problems.append(f"{key} has no place in this model")
-            continue
-        if value.ndim == 2:
-            value = value.t().contiguous()
-        if value.shape != expected[ours].shape:
-            problems.append(f"{key} has shape {list(value.shape)}, {ours} needs {list(expected[ours].shape)}")
-        state[ours] = value
-    problems += [f"{key} is missing" for key in expected if key not in state]
+    match = match_weights(release_tensors(arrays), RELEASE, model)
+    problems = [
+        *match.problems,
+        *(f"{key} has no place in this model" for key in match.unknown),
+        *(f"{key} is missing" for key in match.missing),
+    ]
     if problems:
-        raise ValueError(f"the release's checkpoint does not fit this model: {_first(problems)}")
-    return state
+        raise ValueError(f"the release's checkpoint does not fit this model: {first(problems)}")
+    return match.weights
 
 
 def load_release(model: MIRL, path: str | Path) -> None:
@@ -147,17 +169,3 @@ def load_release(model: MIRL, path: str | Path) -> None:
             f"variant is {model.config.variant!r}: a checkpoint of the release needs a model of variant 'release'"
         )
     model.load_state_dict(release_to_state_dict(read_release_checkpoint(path), model))
-
-
-def _check_positions(key: str, value: Tensor, model: MIRL) -> Iterable[str]:
-    ours = model.encoder.pos_embed if key == "pos_embed" else model.decoder_pos_embed
-    value = value.reshape(value.shape[-2:])
-    # 1e-5: the release computes the same table with another library's sin and cos and stores it in float32.
-    if value.shape != ours.shape or not torch.allclose(value, ours.float().cpu(), atol=1e-5):
-        return [f"{key} is not the fixed sin-cos table of this model's image size"]
-    return []
-
-
-def _first(problems: list[str], count: int = 5) -> str:
-    more = f"; and {len(problems) - count} more" if len(problems) > count else ""
-    return "; ".join(problems[:count]) + more

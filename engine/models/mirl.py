@@ -105,6 +105,15 @@ class MIRL(ComputeChoices):
             terms = torch.cat([terms, term.detach().reshape(1).to(terms.dtype)])
         return MIRLOutput(loss, terms, tuple(predictions) if full else None, mask)
 
+    def trial_loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """The loss under random masks, and random features for the feature loss."""
+        shape = (len(images), self.config.num_patches)
+        noise = torch.rand(shape, generator=generator).to(images.device)
+        features = None
+        if self.config.feature_loss:
+            features = torch.randn(*shape, self.config.width, generator=generator).to(images.device, self.weight_dtype)
+        return self(images, noise=noise, teacher_features=features).loss
+
     def decode(
         self, latents: dict[int, Tensor], mask: PatchMask, masked_only: bool
     ) -> tuple[list[Tensor], list[Tensor]]:

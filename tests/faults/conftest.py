@@ -100,12 +100,15 @@ class RankServer:
     def start(
         self, folder: Path, *arguments: str | Path, ranks: int | list[int] = 2, world_size: int = 0, **start: object
     ) -> Run:
-        """``engine/pretrain.py`` of the tiny model with ``arguments`` on each rank, in ``folder``."""
+        """``engine/pretrain.py`` of the tiny model with ``arguments`` on each rank, in ``folder``.
+
+        entry="finetune": ``engine/finetune.py`` instead, with ``arguments`` alone.
+        """
         numbers = list(range(ranks)) if isinstance(ranks, int) else ranks
         request = {
             "ranks": numbers,
             "world_size": world_size or len(numbers),
-            "arguments": [*TINY, *map(str, arguments)],
+            "arguments": [*(TINY if start.get("entry", "pretrain") == "pretrain" else ()), *map(str, arguments)],
             "folder": str(folder),
             **start,
         }

@@ -6,7 +6,7 @@ are shared. No launcher watches these ranks, as on a host whose launcher does no
 Requests are JSON lines on stdin, answers on stdout:
 
     {"start": {"ranks": [0, 1], "world_size": 2, "arguments": [...], "environment": {...}, "folder": DIR,
-               "inject": {"1": [NAME, ARGUMENT ...]}}}                                            -> [pid, pid]
+               "entry": "pretrain", "inject": {"1": [NAME, ARGUMENT ...]}}}                       -> [pid, pid]
     {"wait": {"pids": [...], "seconds": 30}}      -> [exit code, or minus the signal, or null while it lives]
 
 Each rank writes to DIR/rank-N.txt and runs in DIR.
@@ -55,7 +55,7 @@ def become_rank(start: dict[str, Any], rank: int, number: int) -> None:
     # What DeepSpeed's launcher gives on one host: the ranks then meet without a port.
     os.environ |= {"CROSS_SIZE": "1", "LOCAL_SIZE": str(start["world_size"]), "MASTER_PORT": str(40000 + number)}
     os.environ |= start.get("environment", {})
-    sys.argv = [str(CHECKOUT / "engine" / "pretrain.py"), *start["arguments"]]
+    sys.argv = [str(CHECKOUT / "engine" / f"{start.get('entry', 'pretrain')}.py"), *start["arguments"]]
 
     from engine import stop_request
 
@@ -103,6 +103,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not serve():
         from engine.errors import run_entry_point
-        from engine.pretrain import main
 
-        run_entry_point(main)
+        run_entry_point(importlib.import_module(f"engine.{Path(sys.argv[0]).stem}").main)

@@ -1,0 +1,78 @@
+"""Fine-tuning as a task of the loop: augmentation, cross-entropy, the average of the weights, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from dataloaders import Batch, EvalLoader
+from engine.ds_engine import Fragment, TrainEngine
+from engine.ema import ShardedEma
+from engine.finetuning.augmentation import BatchAugmentation, soft_cross_entropy
+from engine.finetuning.evaluation import Scores, evaluate
+from engine.flops import classifier_macs
+from engine.launch import Ranks
+from engine.models.config import ModelConfig
+from engine.noise import seed_stochastic_depth
+from engine.run_log import RunLog
+from engine.task import Place
+
+
+class FinetuneTask:
+    """One rank's part. val: what is evaluated every ``eval_every`` steps, None for no evaluation."""
+
+    term_names = ("cross_entropy",)
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        *,
+        ranks: Ranks,
+        engine: TrainEngine,
+        log: RunLog,
+        augmentation: BatchAugmentation,
+        ema: ShardedEma | None,
+        val: EvalLoader | None,
+        eval_every: int,
+    ) -> None:
+        self.ranks, self.engine, self.log, self.augmentation = ranks, engine, log, augmentation
+        self.ema, self.val, self.eval_every = ema, val, eval_every
+        # Forward and backward: three times the forward pass.
+        self.gflops_per_image = 3 * 2 * classifier_macs(model) / 1e9
+        self.scores: dict[str, Scores] = {}
+
+    def forward(self, batch: Batch, place: Place) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the augmented micro-batch with its soft targets."""
+        images_BCHW, targets_BC = self.augmentation(batch)
+        seed_stochastic_depth(self.augmentation.seed, place.step, place.first)
+        loss = soft_cross_entropy(self.engine.forward(images_BCHW), targets_BC)
+        return loss, loss.detach().reshape(1)
+
+    def after_step(self, applied: bool) -> None:
+        """Take the new weights into their average."""
+        if self.ema is not None and applied:
+            self.ema.update()
+
+    def report(self, step: int, *, last: bool) -> None:
+        """Top-1, top-5 and loss of the weights, and of their average, at the interval and at the end."""
+        if self.val is None or not (step % self.eval_every == 0 or last):
+            return
+        self.scores = {"": evaluate(self.engine.module, self.val, self.ranks.device)}
+        if self.ema is not None:
+            with self.ema.swapped_in() as module:
+                self.scores["ema_"] = evaluate(module, self.val, self.ranks.device)
+        values: dict[str, float] = {"step": step}
+        parts = [f"step {step}  {self.scores[''].images} images evaluated"]
+        for prefix, scores in self.scores.items():
+            values |= scores.metrics(f"val_{prefix}")
+            parts.append(
+                f"{prefix}top-1 {scores.top1_percent:.2f}%  {prefix}top-5 {scores.top5_percent:.2f}%  "
+                f"{prefix}loss {scores.loss:.4f}"
+            )
+        self.log.metrics(values, "  ".join(parts))
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's part of the average."""
+        if self.ema is not None:
+            yield from self.ema.fragments()
