@@ -37,13 +37,14 @@ def build_eval_loader(
     index_dir: str | Path | None = None,
     labels: bool = True,
     prefetch: int = 2,
+    split: str = "val",
 ) -> EvalLoader:
     """Opens a data set for evaluation: image i of rank r's batch k is item (k * world_size + r) * batch_size + i.
 
     resize_short: the shorter side before the centre crop, pixels; default 256 / 224 of the shorter side of image_size.
     All ranks have equally many batches of equal size; `Batch.valid` is False where the set has run out and where an
-    image is broken (named in `bad_images`), so neither is ever counted as right or wrong. Other arguments as in
-    `build_train_loader`.
+    image is broken (named in `bad_images`), so neither is ever counted as right or wrong. split: what a folder stands
+    for that holds train/ beside val/ or test/. Other arguments as in `build_train_loader`.
     """
     for field, value in (("batch_size", batch_size), ("world_size", world_size)):
         if value < 1:
@@ -56,7 +57,9 @@ def build_eval_loader(
     if short < 1:
         raise ValueError(f"resize_short is {short}, must be at least 1")
     check_statistics(channels, mean, std)
-    source = open_source(data, layout=layout, labels=labels, index_dir=index_dir) if is_data(data) else data
+    source = (
+        open_source(data, layout=layout, labels=labels, index_dir=index_dir, split=split) if is_data(data) else data
+    )
     array_format = first_array_format(source, channels)
     reader = SampleReader(source, seed=0, channels=channels, array_format=array_format, labels=labels, threads=threads)
     decoder = None

@@ -75,10 +75,15 @@ def read_path_list(list_file: Path) -> tuple[list[str], list[int] | None]:
     return paths, labels
 
 
-def split_folder(root: Path) -> Path:
-    """The folder to train on: root/train where root is a set with standard splits (train beside val or test)."""
-    has_other_split = any((root / split).is_dir() for split in ("val", "valid", "validation", "test"))
-    return root / "train" if has_other_split and (root / "train").is_dir() else root
+def split_folder(root: Path, split: str = "train") -> Path:
+    """The folder of ``split``, "train" or "val", where root is a set with standard splits, train beside val or test.
+
+    Of several that are there, val, valid, validation and test in this order are "val". Any other root is itself.
+    """
+    others = [root / name for name in ("val", "valid", "validation", "test") if (root / name).is_dir()]
+    if not others or not (root / "train").is_dir():
+        return root
+    return root / "train" if split == "train" else others[0]
 
 
 def class_folders(names: list[str], root: Path) -> tuple[list[str], list[int]]:

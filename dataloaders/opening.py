@@ -27,12 +27,13 @@ def open_source(
     labels: bool = False,
     index_dir: str | Path | None = None,
     use_manifest: bool = True,
+    split: str = "train",
 ) -> Source:
     """The data set that `data` names.
 
     data: a folder (images at any depth, or .tar shards with their indexes), a text list of paths, a manifest, one .tar
-    file, or a sequence of these. A folder that holds train/ beside val/ or test/ stands for its train/. Images that
-    a manifest in the folder (mirl-manifest.tsv) calls broken are left out.
+    file, or a sequence of these. A folder that holds train/ beside val/ or test/ stands for its ``split``: "train", or
+    "val". Images that a manifest in the folder (mirl-manifest.tsv) calls broken are left out.
     layout: "files" or "tar" decides for a folder that holds both; "auto" refuses it.
     labels: class numbers, from the sorted names of the first folder level, the list's second column, or cls parts.
     index_dir: where the .idx files are, if not beside the shards. use_manifest: leave out what a manifest calls broken.
@@ -40,15 +41,17 @@ def open_source(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}, must be one of {', '.join(LAYOUTS)}")
+    if split not in ("train", "val"):
+        raise ValueError(f"split is {split!r}, must be train or val")
     roots = [Path(data)] if isinstance(data, str | os.PathLike) else [Path(root) for root in data]
     if not roots:
         raise ValueError("data is an empty list; give at least one folder, list of paths or .tar file")
     index_folder = None if index_dir is None else Path(index_dir)
-    parts = [_open_one(root.expanduser(), layout, labels, index_folder, use_manifest) for root in roots]
+    parts = [_open_one(root.expanduser(), layout, labels, index_folder, use_manifest, split) for root in roots]
     return parts[0] if len(parts) == 1 else JoinedSource(parts)
 
 
-def _open_one(root: Path, layout: str, labels: bool, index_dir: Path | None, use_manifest: bool) -> Source:
+def _open_one(root: Path, layout: str, labels: bool, index_dir: Path | None, use_manifest: bool, split: str) -> Source:
     if root.is_file():
         if root.suffix == ".tar":
             return TarSource([root], index_dir=index_dir, labels=labels)
@@ -59,11 +62,13 @@ def _open_one(root: Path, layout: str, labels: bool, index_dir: Path | None, use
             if labels and numbers is None:
                 raise ValueError(f"labels were asked for, but {root} has none; write 'path<TAB>label' lines")
             return FileSource(PathTable(root.parent, paths), labels=numbers if labels else None)
-    return _open_folder(root, layout, labels, index_dir, use_manifest)
+    return _open_folder(root, layout, labels, index_dir, use_manifest, split)
 
 
-def _open_folder(root: Path, layout: str, labels: bool, index_dir: Path | None, use_manifest: bool) -> Source:
-    folder = listing.split_folder(root)
+def _open_folder(
+    root: Path, layout: str, labels: bool, index_dir: Path | None, use_manifest: bool, split: str
+) -> Source:
+    folder = listing.split_folder(root, split)
     if folder != root:
         _log.info("%s holds train beside other splits: reading %s", root, folder)
     suffixes = listing.IMAGE_SUFFIXES + listing.ARRAY_SUFFIXES

@@ -38,14 +38,23 @@ class LabelledImages:
 
 
 def load_labelled(
-    data: Path, config: ModelConfig, *, limit: int, device: torch.device, labels: bool = True, batch_size: int = 64
+    data: Path,
+    config: ModelConfig,
+    *,
+    limit: int,
+    device: torch.device,
+    labels: bool = True,
+    split: str = "train",
+    batch_size: int = 64,
 ) -> LabelledImages:
     """At most ``limit`` images of ``data``, spread evenly over it, centre-cropped to the size of ``config``.
+
+    split: "train" or "val", what a folder stands for that holds both.
 
     Raises:
         UserError: no images or, where they are wanted, no labels.
     """
-    source = open_source(data, labels=labels)
+    source = open_source(data, labels=labels, split=split)
     count = min(limit, source.num_images)
     chosen = SubsetSource(source, [number * source.num_images // count for number in range(count)])
     images, found = [], []

@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 
     if arguments.val is not None:
         train = depth.load_labelled(arguments.data, config, limit=arguments.train_images, device=device)
-        val = depth.load_labelled(arguments.val, config, limit=arguments.val_images, device=device)
+        val = depth.load_labelled(arguments.val, config, limit=arguments.val_images, device=device, split="val")
         report |= {"train_images": len(train.images), "val_images": len(val.images)}
         print(f"linear probes of {config.built_depth} blocks on {len(train.images)} images ...", flush=True)
         report["probe_top1_percent"] = depth.probe_accuracies(

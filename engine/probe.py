@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         "pool": arguments.pool, "device": device, "batch_size": arguments.batch_size, "threads": arguments.threads,
     }  # fmt: skip
     train = extract_features(model, arguments.data, **options)
-    val = extract_features(model, arguments.val, **options)
+    val = extract_features(model, arguments.val, split="val", **options)
     classes = count_classes(train, val, names=(str(arguments.data), str(arguments.val)))
     print(f"features of {len(train)} training and {len(val)} validation images, {classes} classes")
     if train.skipped or val.skipped:

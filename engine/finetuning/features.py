@@ -53,9 +53,18 @@ def frozen_encoder(checkpoint: Path | str, device: torch.device) -> Classifier:
 
 @torch.no_grad()
 def extract_features(
-    model: Classifier, data: Path | str, *, pool: str, device: torch.device, batch_size: int = 64, threads: int = 4
+    model: Classifier,
+    data: Path | str,
+    *,
+    pool: str,
+    device: torch.device,
+    batch_size: int = 64,
+    threads: int = 4,
+    split: str = "train",
 ) -> LabelledFeatures:
     """``pool`` ("avg", "token") of the normed tokens of every image of ``data``: short side resized, centre crop.
+
+    split: "train" or "val", what a folder stands for that holds both.
 
     Raises:
         UserError: no images or no labels; every image broken.
@@ -71,6 +80,7 @@ def extract_features(
         channels=config.channels,
         mean=config.mean,
         std=config.std,
+        split=split,
     ) as loader:
         for batch in loader:
             rows = torch.from_numpy(batch.valid.nonzero()[0]).to(device)

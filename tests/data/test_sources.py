@@ -43,6 +43,8 @@ def test_train_is_chosen_beside_other_splits(tmp_path):
     touch(tmp_path, "train/cat/1.jpg", "train/dog/2.jpg", "val/cat/3.jpg")
     source = open_source(tmp_path, labels=True)
     assert names(source) == [str(tmp_path / "train/cat/1.jpg"), str(tmp_path / "train/dog/2.jpg")]
+    assert names(open_source(tmp_path, split="val")) == [str(tmp_path / "val/cat/3.jpg")]
+    assert names(open_source(tmp_path / "train", split="val")) == names(source)  # no splits there: it is what it is
     assert source.classes == ["cat", "dog"]
     assert open_source(tmp_path / "val").num_images == 1
 
