@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mirl_without_did": {"objective": "mirl", "did": False},
 }
 FRESH = "scratch"  # no pre-training at all
+REINITIALISED = ("mae", "multi_decoder", "mirl")  # also fine-tuned with the last third afresh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +78,9 @@ class Scale:
 
 REDUCED = Scale(
     depth=24, width=64, heads=4, patch_size=7, segments=4, decoder_width=32, decoder_heads=4, decoder_depth=2,
-    pretrain_images=76_800, pretrain_batch=128, pretrain_lr=2e-3,
-    finetune=ShortFinetune(steps=400, batch_size=32, lr=2e-3, layer_decay=0.85), drop_path=0.1,
-    labels=(1000, 6000), test_images=10_000,
+    pretrain_images=64_000, pretrain_batch=128, pretrain_lr=2e-3,
+    finetune=ShortFinetune(steps=300, batch_size=32, lr=2e-3, layer_decay=0.85), drop_path=0.1,
+    labels=(1000, 6000), test_images=5_000,
 )  # fmt: skip
 FULL = Scale(
     depth=48, width=128, heads=4, patch_size=4, segments=6, decoder_width=64, decoder_heads=4, decoder_depth=2,
@@ -146,7 +147,7 @@ def run_unit(scale: Scale, method: str, seed: int, folder: Path, device_name: st
     records = []
     for count in scale.labels:
         subset = balanced_subset(labels.cpu(), count, seed).to(device)
-        for fresh in (0,) if method == FRESH else (0, scale.depth // 3):
+        for fresh in (0, scale.depth // 3) if method in REINITIALISED else (0,):
             started = time.perf_counter()
             torch.manual_seed(seed)
             classifier = Classifier(config, num_classes=CLASSES, drop_path=scale.drop_path)
