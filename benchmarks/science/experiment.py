@@ -77,9 +77,9 @@ class Scale:
 
 
 REDUCED = Scale(
-    depth=24, width=64, heads=4, patch_size=7, segments=4, decoder_width=32, decoder_heads=4, decoder_depth=2,
-    pretrain_images=64_000, pretrain_batch=128, pretrain_lr=2e-3,
-    finetune=ShortFinetune(steps=300, batch_size=32, lr=2e-3, layer_decay=0.85), drop_path=0.1,
+    depth=16, width=64, heads=4, patch_size=7, segments=4, decoder_width=32, decoder_heads=4, decoder_depth=2,
+    pretrain_images=96_000, pretrain_batch=128, pretrain_lr=2e-3,
+    finetune=ShortFinetune(steps=450, batch_size=32, lr=2e-3, layer_decay=0.93), drop_path=0.0,
     labels=(1000, 6000), test_images=5_000,
 )  # fmt: skip
 FULL = Scale(
