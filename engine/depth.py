@@ -79,7 +79,7 @@ def gradient_norms(model: MIRL, images: Tensor, *, seed: int, batch_size: int = 
     """
     config = model.config
     teacher = EmaTeacher(model, config, decay=0.0) if config.feature_loss else None
-    model.train()
+    model.eval()  # without stochastic depth, the norms are a function of the images and the seed
     model.zero_grad()
     for first in range(0, len(images), batch_size):
         batch = images[first : first + batch_size]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint_files import write_whole
 from engine.errors import UserError
 from engine.flags import Parser
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
         "depth": config.built_depth, "segments": config.segments, "seed": arguments.seed,
     }  # fmt: skip
 
+    arguments.out.mkdir(parents=True)
     try:
         model = load_pretrained(checkpoint, device=device)
     except UserError as error:
@@ -50,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"gradient norms over {len(data.images)} images ...", flush=True)
         report["gradient_norm"] = depth.gradient_norms(model, data.images, seed=arguments.seed)
         report["gradient_images"] = len(data.images)
+        _write(report, arguments.out)
 
     if arguments.val is not None:
         train = depth.load_labelled(arguments.data, config, limit=arguments.train_images, device=device)
@@ -59,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
         report["probe_top1_percent"] = depth.probe_accuracies(
             frozen_encoder(checkpoint, device), train, val, epochs=arguments.probe_epochs, seed=arguments.seed
         )
+        _write(report, arguments.out)
         if arguments.cuts:
             print(f"{arguments.cuts + 1} fine-tunings of {arguments.steps} steps ...", flush=True)
             recipe = ShortFinetune(steps=arguments.steps, batch_size=arguments.batch_size, lr=arguments.lr)
@@ -70,12 +74,16 @@ def main(argv: Sequence[str]) -> int:
     else:
         print("no probes and no fine-tuning: give --val, and labels in --data (a folder for each class)")
 
-    arguments.out.mkdir(parents=True)
-    (arguments.out / "depth.json").write_text(json.dumps(report, indent=2) + "\n")
-    _draw(report, arguments.out / "depth.png")
+    _write(report, arguments.out)
+    written = ["depth.json"] + (["depth.png"] if _draw(report, arguments.out / "depth.png") else [])
     print(table(report))
-    print(f"wrote {arguments.out / 'depth.json'} and {arguments.out / 'depth.png'}")
+    print(f"wrote {' and '.join(str(arguments.out / name) for name in written)}")
     return 0
+
+
+def _write(report: dict[str, Any], out: Path) -> None:
+    """After each measurement, so that a later one cannot lose it."""
+    write_whole(out / "depth.json", json.dumps(report, indent=2) + "\n")
 
 
 def table(report: dict[str, Any]) -> str:
@@ -101,18 +109,25 @@ def reading(report: dict[str, Any]) -> list[str]:
         )
     if fresh_from := {int(first): value for first, value in report.get("reinit_top1_percent", {}).items()}:
         whole = fresh_from.pop(report["depth"])
-        lines.append(f"fine-tuned with every block as pre-trained: {whole:.2f} %")
-        harmless = [first for first, value in sorted(fresh_from.items()) if value >= whole]
+        # Two standard errors of the difference of two accuracies on so many images; what the seed does comes on top.
+        error = 2 * (2 * whole * (100 - whole) / report["val_images"]) ** 0.5
+        lines.append(f"fine-tuned with every block as pre-trained: {whole:.2f} %; less than {error:.2f} apart is noise")
+        harmless = []
+        for first, value in sorted(fresh_from.items(), reverse=True):
+            if value < whole - error:
+                break
+            harmless.append(first)
         lines.append(
-            f"initialising the blocks from {harmless[0]} on afresh does no harm: pre-training gave them nothing that "
-            "this fine-tuning uses"
+            f"with the blocks from {harmless[-1]} on initialised afresh it is no worse, as far as "
+            f"{report['val_images']} images and one seed can tell"
             if harmless
-            else "initialising blocks afresh costs accuracy at every cut: all parts of the depth are of use"
+            else "initialising even the last blocks afresh costs accuracy: the whole depth is of use"
         )
     return lines
 
 
-def _draw(report: dict[str, Any], path: Path) -> None:
+def _draw(report: dict[str, Any], path: Path) -> bool:
+    """A panel for each measurement; False where there is none."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,7 +135,7 @@ def _draw(report: dict[str, Any], path: Path) -> None:
 
     panels = [name for name in ("gradient_norm", "probe_top1_percent", "reinit_top1_percent") if name in report]
     if not panels:
-        return
+        return False
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), squeeze=False)
     titles = {
         "gradient_norm": ("gradient norm of the pre-training loss", "block"),
@@ -143,6 +158,7 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+    return True
 
 
 def _parser() -> Parser:

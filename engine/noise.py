@@ -9,6 +9,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from dataloaders.keyed import keyed_u64
+
+_DEPTH_STREAM = 13  # first word of a key; others are in dataloaders/ and engine/finetuning/random_state.py
 _WORDS = 4  # 64-bit words that Philox makes for one count
 
 
@@ -29,4 +32,4 @@ def seed_stochastic_depth(seed: int, step: int, first: int) -> None:
 
     Which paths, unlike the masks, still depends on how the effective batch is divided.
     """
-    torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + first)
+    torch.manual_seed(int(keyed_u64(_DEPTH_STREAM, seed, step, first)[0] >> np.uint64(1)))

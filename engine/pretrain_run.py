@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -137,6 +138,7 @@ def _build_teacher(plan: Plan, engine: TrainEngine) -> EmaTeacher | None:
             "rank has the weights that its teacher averages: use --deepspeed_config zero2"
         )
     teacher = EmaTeacher(engine.module, config.model, config.optim.teacher_decay)
+    teacher.set_execution(dataclasses.replace(engine.module.execution, recompute=False))
     if plan.reader is not None and config.run.resume:
         PretrainTask.load_teacher(teacher, plan.reader.read)
     return teacher

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -59,16 +59,16 @@ class PretrainTask:
         if self.teacher is None:
             return {}
         # The average is kept in fp32 and computes in the precision of the model.
-        dtype = self.engine.weight_dtype
-        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return {"teacher_features": self.teacher(images).to(dtype)}
+        in_bf16 = self.engine.weight_dtype == torch.bfloat16
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=in_bf16):
+            return {"teacher_features": self.teacher(images)}
 
     def after_step(self, applied: bool) -> None:
         """Move the teacher towards the weights that the step gave."""
         if self.teacher is not None and applied:
             self.teacher.update(self.engine.module)
 
-    def report(self, step: int, *, last: bool) -> None:
+    def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> None:
         """A grid of reconstructions, at the interval of the configuration and at the end."""
         if self.config.log.pictures and (step % self.durations.picture_every == 0 or last):
             self._picture(step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,8 +39,11 @@ class Task(Protocol):
         """After every optimiser step; ``applied`` is False where it was skipped."""
         ...
 
-    def report(self, step: int, *, last: bool) -> None:
-        """What the task shows of itself after ``step``: pictures, an evaluation."""
+    def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> None:
+        """What the task shows of itself after ``step``: pictures, an evaluation.
+
+        One that takes long asks ``interrupted`` now and then, on all ranks, and ends early where that is True.
+        """
         ...
 
     def fragments(self) -> Iterable[Fragment]:

@@ -103,11 +103,12 @@ class Trainer:
             if step % self.durations.log_every == 0 or last:
                 self._log(window)
                 window = self._new_window()
-            began = time.perf_counter()
-            self.task.report(step, last=last)
-            window.started += time.perf_counter() - began  # pictures and evaluations are no part of a step
+            # Saved first: whatever an evaluation runs into, the step is not lost.
             if step % self.durations.checkpoint_every == 0 or last:
                 self.save()
+            began = time.perf_counter()
+            self.task.report(step, last=last, interrupted=self._interrupted)
+            window.started += time.perf_counter() - began  # pictures and evaluations are no part of a step
             self._tell_of_checkpoints()
             stop, too_many_bad = self.ranks.agree_max([float(self.stop.requested), float(self.loader.too_many_bad)])
             if too_many_bad:
@@ -116,6 +117,11 @@ class Trainer:
                 self._leave_early()
             self.watchdog.beat(f"step {step + 1}")
         self.finish_saving()
+
+    def _interrupted(self) -> bool:
+        """Whether a long report should end early, on all ranks alike; a sign of life for the watchdog."""
+        self.watchdog.beat("an evaluation")
+        return bool(self.ranks.agree_max([float(self.stop.requested)])[0])
 
     # --- one step
 

@@ -49,7 +49,7 @@ class Classifier(ComputeChoices):
         position_grid: the grid that the encoder was pre-trained on, from which the positions are resampled to that of
         ``config``; None: the same. train_positions: positions are a parameter instead of a fixed buffer.
         """
-        super().__init__(encoder_config(config, drop_path))
+        super().__init__(encoder_config(config, drop_path, config.attention))
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}: give 1 or more")
         if pool not in POOLS:
@@ -106,11 +106,14 @@ class Classifier(ComputeChoices):
         return features
 
 
-def encoder_config(config: ModelConfig, drop_path: float = 0.0) -> ModelConfig:
-    """``config`` as that of a plain Vision Transformer of all its blocks, without norms that only decoders read."""
+def encoder_config(config: ModelConfig, drop_path: float = 0.0, attention: str = "auto") -> ModelConfig:
+    """``config`` as that of a plain Vision Transformer of all its blocks, without norms that only decoders read.
+
+    The attention backend of pre-training is not taken over: it may not run here.
+    """
     return dataclasses.replace(
         config, segments=1, did=False, objective="mae", truncated_depth=None, feature_loss=0.0, vgg_loss=0.0,
-        drop_path=drop_path,
+        drop_path=drop_path, attention=attention,
     )  # fmt: skip
 
 

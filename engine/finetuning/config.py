@@ -9,7 +9,7 @@ from typing import Any
 from engine.config import Config, section_from_dict, setting
 from engine.errors import UserError
 from engine.finetuning.rand_augment import DEFAULT as RAND_AUGMENT
-from engine.models.config import ModelConfig
+from engine.models.config import ATTENTION_BACKENDS, ModelConfig
 
 OFF = "off"
 
@@ -22,11 +22,12 @@ class FinetuneSection:
         "", "pre-trained checkpoint, or folder of a run (its newest good checkpoint)", metavar="PATH"
     )
     val: tuple[str, ...] = setting((), "labelled images to evaluate on; none: no evaluation", metavar="PATH")
-    eval_every: float = setting(1.0, "epochs between evaluations; there is one at the end too")
+    eval_every: float = setting(1.0, "epochs between evaluations, besides the one at the end; 0: that one alone")
     num_classes: int = setting(0, "classes; 0: the sub-folders of the data")
     pool: str = setting("avg", "avg: mean of the patches; token: the class token", choices=("avg", "token"))
     image_height: int = setting(0, "height of the images in pixels")
     image_width: int = setting(0, "width of the images in pixels")
+    attention: str = setting("auto", "attention backend", choices=ATTENTION_BACKENDS)
     train_positions: bool = setting(False, "train the positions, instead of keeping the fixed ones")
     reinit_last: int = setting(0, "initialise the last N blocks afresh before fine-tuning (Fig. 2 of the paper)")
     layer_decay: float = setting(0.88, "factor of the learning rate from a layer to the one below it")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,18 +39,29 @@ class Scores:
         return {prefix + name: value for name, value in values.items()} | {prefix + "images": self.images}
 
 
+class EvaluationInterrupted(Exception):
+    """The run is to end; there are no scores."""
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: EvalLoader, device: torch.device) -> Scores:
+def evaluate(
+    model: nn.Module, loader: EvalLoader, device: torch.device, interrupted: Callable[[], bool] | None = None
+) -> Scores:
     """Scores of ``model`` (images -> logits) in eval mode, the same on every rank of the process group, if any.
 
     ``loader`` is of this rank; padding and broken images, which it marks, are in no count. Counts are exact on every
     number of ranks and batch size; the loss differs by the order of a float64 sum.
+
+    Raises:
+        EvaluationInterrupted: ``interrupted``, asked before every batch, said so.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     training = model.training
     model.eval()
     try:
         for batch in loader:
+            if interrupted is not None and interrupted():
+                raise EvaluationInterrupted
             logits = model(batch.images)
             valid_B = torch.from_numpy(batch.valid).to(device)
             loss_B = F.cross_entropy(logits.float(), batch.labels, reduction="none")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dataloaders import EvalLoader, TrainLoader, build_eval_loader
+from dataloaders import Batch, EvalLoader, TrainLoader, build_eval_loader
 from engine.checkpoint import CheckpointWriter
 from engine.ds_engine import DEEPSPEED_VERSION, TrainEngine
 from engine.ema import ShardedEma
@@ -60,11 +61,12 @@ def _finetune(config: FinetuneConfig, ranks: Ranks) -> Path:
     section, model_config, out = config.finetune, config.model, plan.out
 
     rand_augment = _rand_augment(plan)
-    loader = build_loader(plan, ImageShape.of(model_config), labels=True, batch_transform=rand_augment)
+    transform = partial(_prepare, section.num_classes, rand_augment)
+    loader = build_loader(plan, ImageShape.of(model_config), labels=True, batch_transform=transform)
     num_classes = _num_classes(config, loader)
     config = dataclasses.replace(config, classes=tuple(loader.source.classes or ()))
     plan = dataclasses.replace(plan, config=config)
-    val = _build_val(plan, loader)
+    val = _build_val(plan, loader, num_classes)
     durations = Durations.resolve(config.optim, config.run, config.log, steps_per_epoch=loader.steps_per_epoch)
     model, remarks = _build_model(plan, num_classes)
     progress = first_progress(plan, loader)
@@ -135,17 +137,28 @@ def _source_config(plan: Plan) -> ModelConfig:
     """Of the pre-trained encoder; a resumed run knows it without the pre-trained checkpoint."""
     config: Any = plan.config
     if plan.reader is not None:
+        if "finetune" not in plan.reader.state["config"]:
+            raise UserError(f"resume: {plan.reader.path} is of pre-training: start from it by --checkpoint")
         saved = FinetuneConfig.from_dict(plan.reader.state["config"], source=str(plan.reader.path))
+        _require_same_model(saved, _with_models(config, saved.source), plan.reader.path)
         return saved.source
     if not config.finetune.checkpoint:
         raise UserError("checkpoint is not given: name a pre-trained checkpoint, or the folder of a run")
     return load_encoder(config.finetune.checkpoint)[0]
 
 
+def _require_same_model(saved: FinetuneConfig, asked: FinetuneConfig, path: Path) -> None:
+    """UserError that names what differs: fixed positions and stochastic depth show in no weight."""
+    for field in dataclasses.fields(ModelConfig):
+        ours, theirs = getattr(asked.model, field.name), getattr(saved.model, field.name)
+        if ours != theirs and field.name != "attention":
+            raise UserError(f"{field.name} is {ours} and {path} was trained with {theirs}: resume with the same flags")
+
+
 def _with_models(config: Any, source: ModelConfig) -> FinetuneConfig:
     section = config.finetune
     size = {"image_height": section.image_height, "image_width": section.image_width} if section.image_height else {}
-    model = dataclasses.replace(encoder_config(source, section.drop_path), **size)
+    model = dataclasses.replace(encoder_config(source, section.drop_path, section.attention), **size)
     return dataclasses.replace(config, source=source, model=model)
 
 
@@ -161,6 +174,17 @@ def _rand_augment(plan: Plan) -> RandAugment | None:
     )  # fmt: skip
 
 
+def _prepare(num_classes: int, rand_augment: RandAugment | None, batch: Batch) -> Batch:
+    """In the loader's thread, where the labels are still on the host: check them, then RandAugment.
+
+    num_classes: as asked for, 0 where folders gave the labels, which are then right.
+    """
+    largest = int(batch.labels.max())
+    if num_classes and largest >= num_classes:
+        raise ValueError(f"data has label {largest} and num_classes is {num_classes}: give at least {largest + 1}")
+    return batch if rand_augment is None else rand_augment(batch)
+
+
 def _num_classes(config: FinetuneConfig, loader: TrainLoader) -> int:
     classes = loader.source.classes
     asked = config.finetune.num_classes
@@ -168,10 +192,14 @@ def _num_classes(config: FinetuneConfig, loader: TrainLoader) -> int:
         raise UserError(f"num_classes is not given and {config.data.data[0]} has no class folders: give --num-classes")
     if classes is not None and asked and asked < len(classes):
         raise UserError(f"num_classes is {asked} and the data has {len(classes)} classes: give 0 or {len(classes)}")
-    return asked or len(classes)
+    count = asked or len(classes)
+    if count < 2:
+        raise UserError(f"num_classes is {count} ({config.data.data[0]}): a classifier needs two classes or more")
+    return count
 
 
-def _build_val(plan: Plan, loader: TrainLoader) -> EvalLoader | None:
+def _build_val(plan: Plan, loader: TrainLoader, num_classes: int) -> EvalLoader | None:
+    """The labels of the whole set are looked at now: a wrong one would end the run an epoch later."""
     config: Any = plan.config
     if not config.finetune.val:
         return None
@@ -190,6 +218,9 @@ def _build_val(plan: Plan, loader: TrainLoader) -> EvalLoader | None:
         index_dir=config.data.index_dir or None,
     )
     require_same_classes(loader.source.classes, val.classes, train="data", val="val")
+    largest = max(val.source.label(index) for index in range(val.num_images))
+    if largest >= num_classes:
+        raise UserError(f"val has label {largest} and there are {num_classes} classes: give sets of the same classes")
     return val
 
 

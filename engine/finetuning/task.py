@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from dataloaders import Batch, EvalLoader
 from engine.ds_engine import Fragment, TrainEngine
 from engine.ema import ShardedEma
 from engine.finetuning.augmentation import BatchAugmentation, soft_cross_entropy
-from engine.finetuning.evaluation import Scores, evaluate
+from engine.finetuning.evaluation import EvaluationInterrupted, Scores, evaluate
 from engine.flops import classifier_macs
 from engine.launch import Ranks
 from engine.models.config import ModelConfig
@@ -40,12 +40,14 @@ class FinetuneTask:
         self.ema, self.val, self.eval_every = ema, val, eval_every
         # Forward and backward: three times the forward pass.
         self.gflops_per_image = 3 * 2 * classifier_macs(model) / 1e9
+        self.drop_path = model.drop_path
         self.scores: dict[str, Scores] = {}
 
     def forward(self, batch: Batch, place: Place) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the augmented micro-batch with its soft targets."""
         images_BCHW, targets_BC = self.augmentation(batch)
-        seed_stochastic_depth(self.augmentation.seed, place.step, place.first)
+        if self.drop_path:
+            seed_stochastic_depth(self.augmentation.seed, place.step, place.first)
         loss = soft_cross_entropy(self.engine.forward(images_BCHW), targets_BC)
         return loss, loss.detach().reshape(1)
 
@@ -54,14 +56,18 @@ class FinetuneTask:
         if self.ema is not None and applied:
             self.ema.update()
 
-    def report(self, step: int, *, last: bool) -> None:
+    def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> None:
         """Top-1, top-5 and loss of the weights, and of their average, at the interval and at the end."""
         if self.val is None or not (step % self.eval_every == 0 or last):
             return
-        self.scores = {"": evaluate(self.engine.module, self.val, self.ranks.device)}
-        if self.ema is not None:
-            with self.ema.swapped_in() as module:
-                self.scores["ema_"] = evaluate(module, self.val, self.ranks.device)
+        try:
+            self.scores = {"": evaluate(self.engine.module, self.val, self.ranks.device, interrupted)}
+            if self.ema is not None:
+                with self.ema.swapped_in() as module:
+                    self.scores["ema_"] = evaluate(module, self.val, self.ranks.device, interrupted)
+        except EvaluationInterrupted:
+            self.log.say(f"step {step}  the evaluation was cut short")
+            return
         values: dict[str, float] = {"step": step}
         parts = [f"step {step}  {self.scores[''].images} images evaluated"]
         for prefix, scores in self.scores.items():

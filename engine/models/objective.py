@@ -113,12 +113,13 @@ def feature_loss(terms: Sequence[Term], features: Sequence[Tensor], target_BND: 
     features: of decoders 1..G, [B, M, D], or [B, N, D] of which only masked patches count. Returns a scalar, float32.
     """
     target_BMD = gather_tokens(target_BND, mask.ids_masked)
+    target_BMD = target_BMD.to(torch.promote_types(target_BMD.dtype, torch.float32))
     masked_only = features[0].shape[1] == target_BMD.shape[1]
     total = target_BMD.new_zeros(())
     for term in terms:
         predicted = features[term.main - 1].to(target_BMD.dtype)
         if term.residual is not None:
-            predicted = predicted + features[term.residual - 1]
+            predicted = predicted + features[term.residual - 1].to(target_BMD.dtype)
         predicted_BMD = predicted if masked_only else gather_tokens(predicted, mask.ids_masked)
         total = total + term.weight * (predicted_BMD - target_BMD).square().mean()
     return total
@@ -138,6 +139,7 @@ def perceptual_loss(
     """
     pixels = normalise_images(images, config.mean, config.std, torch.float32)
     true_BNQ = patchify(pixels, config.patch_size)
+    wanted = loss.targets(pixels)
     total = pixels.new_zeros(())
     for term in terms:
         predicted = predictions[term.main - 1].float()
@@ -150,7 +152,7 @@ def perceptual_loss(
         if config.norm_pix:
             predicted = denormalise_patches(predicted, true_BNQ)
         shown_BNQ = torch.where(mask.mask_BN[..., None], predicted, true_BNQ)
-        total = total + term.weight * loss(unpatchify(shown_BNQ, config.grid, config.patch_size), pixels)
+        total = total + term.weight * loss(unpatchify(shown_BNQ, config.grid, config.patch_size), wanted)
     return total
 
 

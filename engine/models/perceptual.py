@@ -46,10 +46,13 @@ class PerceptualLoss(nn.Module):
         self.register_buffer("scale_C11", scale[:, None, None])
         self.register_buffer("shift_C11", shift[:, None, None])
 
-    def forward(self, predicted_BCHW: Tensor, true_BCHW: Tensor) -> Tensor:
-        """A float32 scalar, differentiable in ``predicted``; both [B, 3, H, W], normalised with mean and std."""
-        with torch.no_grad():
-            wanted = self.extract(true_BCHW)
+    @torch.no_grad()
+    def targets(self, true_BCHW: Tensor) -> list[Tensor]:
+        """What `forward` compares with: features of [B, 3, H, W], normalised with mean and std."""
+        return self.extract(true_BCHW)
+
+    def forward(self, predicted_BCHW: Tensor, wanted: list[Tensor]) -> Tensor:
+        """A float32 scalar, differentiable in ``predicted`` [B, 3, H, W], normalised with mean and std."""
         pairs = zip(self.extract(predicted_BCHW), wanted, strict=True)
         return torch.stack([F.mse_loss(a.float(), b.float()) for a, b in pairs]).mean()
 

@@ -27,6 +27,12 @@ CASES = {
     **{f"{stage}-micro2": {"stage": stage, "micro_batch": 2} for stage in STAGES},
     **{f"{stage}-bf16": {"stage": stage, "precision": "bf16"} for stage in STAGES},
 }
+POISONED = {
+    f"{stage}-{precision}-{value}": {"stage": stage, "precision": precision, "poison": value}
+    for stage in STAGES
+    for precision in ("fp32", "bf16")
+    for value in ("nan", "-inf")
+}
 
 
 # One rank communicates with nobody: there the stages themselves are enough.
@@ -57,7 +63,7 @@ def train(tmp_path: Path, world_size: int) -> dict[str, list[float]]:
         for rank in range(world_size)
     ]
     for process in processes:
-        process.stdin.write(json.dumps(CASES_OF[world_size]))
+        process.stdin.write(json.dumps(CASES_OF[world_size] | (POISONED if world_size == 2 else {})))
         process.stdin.close()
         process.stdin = None
     outputs = [process.communicate(timeout=300)[0] for process in processes]
@@ -88,3 +94,12 @@ def test_losses_equal_those_of_a_plain_loop(world_size, case, losses, expected):
     else:
         # fp32 sums in another order.
         assert found == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", POISONED)
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(case, losses):
+    """Weights and moments stay as they were, to the bit, and the next step is taken."""
+    found = losses[2][case]
+    assert found["applied"] == [True, False, True]
+    before, after, later = found["states"]
+    assert after == before and later != before and later == later  # no NaN

@@ -66,7 +66,8 @@ def bare_loop(case: dict) -> list[float]:
     return losses
 
 
-def train(case: dict, ranks: Ranks) -> list[float]:
+def train(case: dict, ranks: Ranks) -> list[float] | dict:
+    """Losses of every step; of a poisoned case what came of it instead, see `poisoned`."""
     config, model = build(case)
     micro, accumulation = resolve_batch(config, ranks.world_size)
     ds_config = resolve_ds_config(
@@ -78,6 +79,8 @@ def train(case: dict, ranks: Ranks) -> list[float]:
         device=ranks.device,
     )
     engine = TrainEngine(model, build_optimizer(model, config.optim, ranks.device), ds_config)
+    if "poison" in case:
+        return poisoned(engine, case["poison"], micro, ranks)
     losses = []
     for step in range(STEPS):
         total = torch.zeros(())
@@ -92,6 +95,29 @@ def train(case: dict, ranks: Ranks) -> list[float]:
             torch.distributed.all_reduce(total)
         losses.append(total.item() / ranks.world_size)
     return losses
+
+
+def poisoned(engine: TrainEngine, value: str, micro: int, ranks: Ranks) -> dict:
+    """Three steps, in the second of which one gradient of the last rank is ``value`` ("nan", "inf", "-inf")."""
+    applied, states = [], []
+    target = dict(engine.module.named_parameters())["encoder.blocks.2.mlp.fc1.bias"]
+    bad = ranks.rank == ranks.world_size - 1
+    for step in range(STEPS):
+        first = ranks.rank * micro
+        handle = None
+        if bad and step == 1:
+            handle = target.register_hook(lambda grad: grad.index_fill(0, torch.tensor([5]), float(value)))
+        output = engine.forward(images()[first : first + micro], noise=noise(step, first, micro))
+        engine.backward(output.loss)
+        applied.append(engine.step(LR))
+        if handle is not None:
+            handle.remove()
+        mine = [fragment.tensor.double().abs().sum() for fragment in engine.fragments()]
+        total = torch.stack([*mine, torch.zeros((), dtype=torch.float64)]).sum().reshape(1)
+        if ranks.world_size > 1:
+            torch.distributed.all_reduce(total)
+        states.append(total.item())
+    return {"applied": applied, "states": states}
 
 
 if __name__ == "__main__":

@@ -14,27 +14,30 @@ from engine.errors import UserError
 from engine.finetuning.classifier import Classifier
 from engine.finetuning.in_memory import ShortFinetune, accuracy_percent, finetune_in_memory, shift_and_flip
 from engine.models import MIRL
+from engine.models.teacher import EmaTeacher
 from engine.noise import mask_noise
 from tests.finetuning.conftest import write_classes
 from tests.models.helpers import make_inputs, tiny_config
 
 
-@pytest.mark.parametrize("settings", [{}, {"feature_loss": 1.0}, {"vgg_loss": 1.0}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"feature_loss": 1.0}, {"vgg_loss": 1.0}, {"drop_path": 0.5}], ids=str)
 def test_gradient_norms_are_those_of_one_backward_pass(settings):
     config = tiny_config(segments=4, **settings)
     torch.manual_seed(0)
     model = MIRL(config)
     images, _ = make_inputs(config, batch=5)
     norms = gradient_norms(model, images, seed=7, batch_size=2)  # 2 + 2 + 1: unequal parts
-    assert len(norms) == 4 and all(parameter.grad is None for parameter in model.parameters())
-    if not settings:
-        noise = mask_noise(7, 0, 0, 5, config.num_patches)
-        model(images, noise=noise).loss.backward()
-        expected = [
-            torch.cat([parameter.grad.flatten() for parameter in block.parameters()]).norm().item()
-            for block in model.encoder.blocks
-        ]
-        assert norms == pytest.approx(expected, rel=1e-4)  # float32 sums in another order
+    assert all(parameter.grad is None for parameter in model.parameters())
+    noise = mask_noise(7, 0, 0, 5, config.num_patches)
+    features = EmaTeacher(model, config, decay=0.0)(images) if config.feature_loss else None
+    model.eval()
+    # A full pass leaves the VGG term out.
+    model(images, noise=noise, teacher_features=features, full=bool(config.vgg_loss)).loss.backward()
+    expected = [
+        torch.cat([parameter.grad.flatten() for parameter in block.parameters()]).norm().item()
+        for block in model.encoder.blocks
+    ]
+    assert norms == pytest.approx(expected, rel=1e-4)  # float32 sums in another order
 
 
 def test_cuts_are_spread_over_the_depth_and_end_with_none():
@@ -45,14 +48,18 @@ def test_cuts_are_spread_over_the_depth_and_end_with_none():
 
 def test_reading_names_the_first_harmless_cut():
     report = {
-        "depth": 4, "segments": 2, "probe_top1_percent": [50.0, 70.0, 60.0, 40.0],
-        "reinit_top1_percent": {"0": 30.0, "2": 80.0, "4": 75.0},
+        "depth": 4, "segments": 2, "val_images": 10_000, "probe_top1_percent": [50.0, 70.0, 60.0, 40.0],
+        "reinit_top1_percent": {"0": 30.0, "2": 74.0, "3": 80.0, "4": 75.0},
     }  # fmt: skip
     probe, whole, harmless = reading(report)
     assert "best after block 1 (70.00 %)" in probe and "30.00 less" in probe
-    assert "75.00 %" in whole and "blocks from 2 on afresh does no harm" in harmless
-    report["reinit_top1_percent"] = {"0": 30.0, "2": 60.0, "4": 75.0}
-    assert "costs accuracy at every cut" in reading(report)[-1]
+    # Two standard errors of a difference of 75 % on 10,000 images are 1.2 points, so 74 % is no worse.
+    assert "75.00 %; less than 1.22 apart" in whole and "from 2 on initialised afresh it is no worse" in harmless
+    # Harmless at 0, but not at 2: what counts is from some block on.
+    report["reinit_top1_percent"] = {"0": 75.0, "2": 60.0, "3": 75.0, "4": 75.0}
+    assert "from 3 on" in reading(report)[-1]
+    report["reinit_top1_percent"] = {"0": 75.0, "2": 60.0, "4": 75.0}
+    assert "initialising even the last blocks afresh costs accuracy" in reading(report)[-1]
     assert table(report).splitlines()[3].split() == ["2", "-", "60.00", "60.00"]
 
 

@@ -11,6 +11,8 @@ from torchvision.models import vgg16
 
 from engine.errors import UserError
 from engine.models.frequency import split_frequencies
+from engine.models.masking import mask_from_noise
+from engine.models.objective import feature_loss, objective_terms
 from engine.models.perceptual import LAYERS, PerceptualLoss, read_vgg
 from engine.models.pixels import normalise_images, normalise_patches, patchify
 from engine.models.teacher import EmaTeacher
@@ -127,6 +129,23 @@ def test_feature_loss_is_the_same_sum_over_features(objective, skips):
     gradients(model, output.loss)  # every parameter has a part in it
 
 
+def test_feature_loss_is_float32_whatever_its_inputs():
+    config = tiny_config(segments=4)
+    _, noise = make_inputs(config)
+    mask, terms = mask_from_noise(noise, config.mask_ratio), objective_terms(config)
+    generator = torch.Generator().manual_seed(2)
+    shape = (3, config.num_masked, config.width)
+    features = [torch.randn(shape, generator=generator).bfloat16() for _ in range(4)]
+    target = torch.randn(3, config.num_patches, config.width, generator=generator)
+    exact = feature_loss(terms, [feature.double() for feature in features], target.double(), mask)
+    for rounded_target in (target, target.bfloat16()):
+        loss = feature_loss(terms, features, rounded_target, mask)
+        assert loss.dtype == torch.float32
+        # A bfloat16 target is off by up to 0.4 %, both ways; a bfloat16 sum would be off by as much in one.
+        bound = 1e-6 if rounded_target is target else 1e-3
+        assert loss.item() == pytest.approx(exact.item(), rel=bound)
+
+
 def test_teacher_sees_all_patches_and_moves_slowly():
     config = tiny_config(segments=4, feature_loss=1.0)
     images, _ = make_inputs(config, batch=2)
@@ -169,9 +188,12 @@ def vgg_state():
 class PixelLoss(nn.Module):
     """In place of the VGG, so that what it is shown can be checked."""
 
-    def forward(self, predicted, true):
-        self.predicted, self.true = predicted.detach(), true
-        return (predicted - true).square().mean()
+    def targets(self, true):
+        return [true]
+
+    def forward(self, predicted, wanted):
+        self.predicted, (self.true,) = predicted.detach(), wanted
+        return (predicted - self.true).square().mean()
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
@@ -210,7 +232,9 @@ def test_vgg_features_are_those_of_torchvision(vgg_state):
             expected.append(x.clone())
     for actual, wanted in zip(loss.extract((values - 0.5) / 0.25), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
-    assert loss(values, values) == 0 and not any(parameter.requires_grad for parameter in loss.parameters())
+    assert loss(values, loss.targets(values)) == 0 and not any(
+        parameter.requires_grad for parameter in loss.parameters()
+    )
 
 
 def test_files_that_are_no_vgg(tmp_path, vgg_state):

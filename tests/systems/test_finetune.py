@@ -23,6 +23,7 @@ from tests.runs import equal_tensors, losses, records
 SHORT = [
     "--batch-size", "8", "--epochs", "4", "--warmup-steps", "1", "--lr", "3e-3", "--log-every", "1",
     "--no-tensorboard", "--loader-threads", "1", "--ema", "0.9", "--label-smoothing", "0", "--layer-decay", "0.9",
+    "--seed", "20261122",
 ]  # fmt: skip
 STEPS = 12
 
@@ -44,7 +45,15 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     found = {"train": write_labelled(root / "train", 13, 0), "val": write_labelled(root / "val", 7, 1)}
     other = write_labelled(root / "other", 2, 2)
     (other / "warm").rename(other / "hot")
-    return found | {"other": other}
+    single = root / "single"
+    (single / "cold").mkdir(parents=True)
+    lines = []
+    for number, path in enumerate(sorted((root / "train").rglob("*.png"))):
+        path_there = single / "cold" / f"{number}.png"
+        path_there.write_bytes(path.read_bytes())
+        lines.append(f"{path}\t{7 * (number % 2)}\n")
+    (root / "list.txt").write_text("".join(lines))
+    return found | {"other": other, "single": single, "list": root / "list.txt"}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +84,9 @@ def test_two_ranks_resumed_in_bf16_under_zero2(server, pretrained, folders, tmp_
     assert equal_tensors(one / last, other / last)
     averages = [CheckpointReader(out / last).read("head.weight", "ema", 0, 64) for out in (one, other)]
     assert torch.equal(*averages)
+    smaller = server.start(tmp_path, *again, "--image-size", 48, "--out", "third", ranks=1, entry="finetune")
+    assert smaller.end(60) == [2]
+    assert "image_height is 48 and" in smaller.output() and "resume with the same flags" in smaller.output()
     # Evaluated after every epoch of three steps: weights and average, each image once on two ranks.
     found = scores(one)
     assert [record["step"] for record in found] == [3, 6, 9, 12]
@@ -130,6 +142,16 @@ MISTAKES = {
     "flat folder": (["--checkpoint", "{run}", "--data", "{train}/cold"], "num_classes is not given|label"),
     "too few classes": (["--checkpoint", "{run}", "--data", "{train}", "--num-classes", "1"], "the data has 2 classes"),
     "other classes": (["--checkpoint", "{run}", "--data", "{train}", "--val", "{other}"], "classes of data and val"),
+    "one class": (["--checkpoint", "{run}", "--data", "{single}"], "num_classes is 1"),
+    "label of a list": (
+        ["--checkpoint", "{run}", "--data", "{list}", "--num-classes", "2"],
+        "data has label 7 and num_classes is 2: give at least 8",
+    ),
+    "label of a list to evaluate on": (
+        ["--checkpoint", "{run}", "--data", "{train}", "--val", "{list}"],
+        "val has label 7 and there are 2 classes",
+    ),
+    "resuming pre-training": (["--data", "{train}", "--resume", "{run}"], "is of pre-training: start from it by"),
     "too many fresh": (["--checkpoint", "{run}", "--data", "{train}", "--reinit-last", "9"], "reinit_last is 9"),
     "odd": (["--checkpoint", "{run}", "--data", "{train}", "--batch-size", "7"], "micro_batch is 7 and mixup"),
     "layer decay": (["--layer-decay", "1.5"], "layer_decay is 1.5"),

@@ -84,7 +84,9 @@ def test_reading_is_paired_and_does_not_overstate(tmp_path):
     # Between seeds 10 points, between the members of a pair 1: pairing tells.
     mean, error = difference(found, ("mae", 100, 8), ("mae", 100, 0))
     assert mean == pytest.approx(1.1) and error == pytest.approx(0.1 / 3**0.5)
-    assert verdict(mean, error) == "higher" and verdict(-1.0, 0.6) == "undecided" and verdict(-1.3, 0.6) == "lower"
+    # Student's t with two degrees of freedom: 4.303 standard errors.
+    assert verdict(mean, error, 3) == "higher" and verdict(-2.5, 0.6, 3) == "undecided"
+    assert verdict(-2.6, 0.6, 3) == "lower" and verdict(-2.5, 0.6, 4) == "lower" and verdict(9.0, 0.1, 1) == "undecided"
     lines = comparisons(records)
     assert any("Fig. 2, mae" in line and line.endswith("higher") for line in lines)
     assert any("MIRL against MAE: +1.00" in line and line.endswith("undecided") for line in lines)
