@@ -173,8 +173,8 @@ class TrainEngine:
         """Leave it to the norm of the gradients, which every step computes.
 
         A NaN or an infinity in any gradient of any rank makes the norm one too, and ZeRO 1 and 2 skip the step for it
-        as well. Their other look, one reduction a parameter, costs two per cent of a small model's step
-        (benchmarks/LOG.md). Offloading and ZeRO 3 do it in passing.
+        as well, so that their other look, one reduction a parameter, finds nothing new. Offloading and ZeRO 3 look in
+        passing.
         """
         if isinstance(self._optimizer, DeepSpeedZeroOptimizer) and not self._optimizer.cpu_offload:
             self._optimizer.check_overflow = lambda partition_gradients=True: None

@@ -32,7 +32,8 @@ HEADER = {"format": "pt"}  # transformers before 5 refuses a file without it
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exported:
     """What is written: the encoder by timm's names, its model, the size of the images it is for, and a classifier's
-    head with its pooling, if there is one.
+    head with its pooling and the names of its classes, if there are any. A head of ``fc_norm.*`` alone is that of an
+    encoder whose norm comes after the pooling.
     """
 
     encoder: Mapping[str, Tensor]
@@ -40,6 +41,11 @@ class Exported:
     image_size: tuple[int, int]
     pool: str = "avg"
     head: Mapping[str, Tensor] | None = None
+    classes: tuple[str, ...] = ()
+
+    @property
+    def is_classifier(self) -> bool:
+        return "head.weight" in (self.head or {})
 
 
 def run(argv: Sequence[str]) -> int:
@@ -55,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
     config, encoder, size = exported.config, exported.encoder, exported.image_size
     grid = grid_of(config, size)
     EXPORTS[arguments.to](arguments.out, exported)
-    kind = "encoder" if exported.head is None else "classifier"
+    kind = "classifier" if exported.is_classifier else "encoder"
     positions = f"positions of {config.grid[0]}x{config.grid[1]} patches"
     if grid != config.grid:
         positions += f", resampled to {grid[0]}x{grid[1]}"
@@ -64,7 +70,8 @@ def run(argv: Sequence[str]) -> int:
         f"{config.width}, image {size[0]}x{size[1]}x{config.channels}; {positions}"
     )
     print(f"images: values in [0, 1], mean {_numbers(config.mean)}, std {_numbers(config.std)}")
-    print("load it: " + (LOADING_CLASSIFIER if exported.head else LOADING)[arguments.to].format(out=arguments.out))
+    loading = LOADING_CLASSIFIER if exported.is_classifier else LOADING
+    print("load it: " + loading[arguments.to].format(out=arguments.out))
     return 0
 
 
@@ -87,7 +94,12 @@ def _read(checkpoint: Path, arguments: argparse.Namespace) -> Exported:
     encoder["pos_embed"] = model.encoder.pos_embed.detach()
     head = {key: value for key, value in state.items() if not key.startswith("encoder.")}
     size = arguments.image_size or (model.config.image_height, model.config.image_width)
-    return Exported(encoder=encoder, config=run_config.model, image_size=size, pool=model.pool, head=head)
+    classes = run_config.classes
+    if arguments.encoder_only:
+        head, classes = {key: value for key, value in head.items() if key.startswith("fc_norm.")} or None, ()
+    return Exported(
+        encoder=encoder, config=run_config.model, image_size=size, pool=model.pool, head=head, classes=classes
+    )
 
 
 def export_timm(out: Path, exported: Exported) -> None:
@@ -97,17 +109,19 @@ def export_timm(out: Path, exported: Exported) -> None:
     with aside(out) as folder:
         folder.mkdir()
         save_file(state, folder / WEIGHTS, metadata=HEADER)
-        write_json(folder / "config.json", timm_config(exported.config, pool=exported.pool, **common))
+        described = timm_config(exported.config, pool=exported.pool, classes=exported.classes, **common)
+        write_json(folder / "config.json", described)
 
 
 def export_hf(out: Path, exported: Exported) -> None:
-    """A folder for transformers' from_pretrained; UserError if ``out`` exists, ValueError for a mean-pooled head."""
+    """A folder for transformers' from_pretrained; UserError if ``out`` exists, ValueError for a mean-pooled one."""
     config, size = exported.config, exported.image_size
     state = hf_state_dict(exported.encoder, config, image_size=size, pool=exported.pool, head=exported.head)
     with aside(out) as folder:
         folder.mkdir()
         save_file(state, folder / WEIGHTS, metadata=HEADER)
-        write_json(folder / "config.json", hf_config(config, image_size=size, head=exported.head))
+        described = hf_config(config, image_size=size, head=exported.head, classes=exported.classes)
+        write_json(folder / "config.json", described)
         write_json(folder / "preprocessor_config.json", hf_preprocessor(config, image_size=size))
 
 
@@ -120,6 +134,7 @@ def export_safetensors(out: Path, exported: Exported) -> None:
         "norm_eps": NORM_EPS,
         "image_size": size,
         "pool": exported.pool if exported.head is not None else None,
+        "classes": exported.classes,
         "model": dataclasses.asdict(config),
     }
     with aside(out) as file:
@@ -151,6 +166,9 @@ def _parser() -> Parser:
     )  # fmt: skip
     parser.add_argument(
         "--pool", choices=("avg", "token"), help="timm: mean of the patch tokens, or the class token [avg]"
+    )
+    parser.add_argument(
+        "--encoder-only", action="store_true", help="of a classifier: its encoder as fine-tuned, without the head"
     )
     parser.add_argument(
         "--weights",

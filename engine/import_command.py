@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from engine.models.interop_files import read_torch_checkpoint
 from engine.models.interop_mae import MAE
 from engine.models.interop_match import Match, first, infer_config, match_weights
 from engine.models.interop_release import RELEASE, read_release_checkpoint, release_tensors
+from engine.pretrained import encoder_shapes
 
 # Keys that an encoder does without. Any other key that is not understood may change what the encoder computes.
 SPARE = re.compile(r"(decoder|mask_token|norm_low\.|norm\d+\.|head\.).*")
@@ -49,6 +51,7 @@ def run(argv: Sequence[str]) -> int:
         )
     except ValueError as error:
         raise UserError(f"{arguments.file}: {error}") from error
+    _require_enough_weights(arguments.file, config, state)
     match = match_weights(state, layout, MIRL(config))
     print("\n".join([f"{arguments.file}: {len(state)} keys, those of {layout.title}", *_report(match)]))
     kept = _kept(arguments.file, match, allow_missing=arguments.allow_missing)
@@ -59,10 +62,33 @@ def run(argv: Sequence[str]) -> int:
 
 
 def read_foreign(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by its own keys, matrices [out, in]. ValueError if it cannot be read; runs nothing."""
+    """The tensors of a file by its own keys, matrices [out, in]. ValueError if it cannot be read, or if a tensor claims
+    more than the file holds; runs nothing.
+    """
     if path.suffix in (".pd", ".pdparams"):
-        return release_tensors(read_release_checkpoint(path))
-    return read_torch_checkpoint(path)
+        arrays = read_release_checkpoint(path)
+        _require_held(path, {key: array.nbytes for key, array in arrays.items()})
+        return release_tensors(arrays)
+    state = read_torch_checkpoint(path)
+    _require_held(path, {key: value.numel() * value.element_size() for key, value in state.items()})
+    return state
+
+
+def _require_held(path: Path, sizes: Mapping[str, int]) -> None:
+    """ValueError for a tensor of more bytes than the whole file: a value repeated by a stride of 0, or none at all."""
+    for key, size in sizes.items():
+        if size > path.stat().st_size:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes and {key} claims {size}: give an undamaged file")
+
+
+def _require_enough_weights(path: Path, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
+    """UserError where a few shapes promise a much larger encoder than the file has weights for: none that large is
+    built. A few missing ones are named later.
+    """
+    needed = sum(math.prod(shape) for shape in encoder_shapes(config).values())
+    held = sum(value.numel() for value in state.values())
+    if needed > 2 * held:
+        raise UserError(f"{path} does not fit: its encoder has {needed} weights and the file {held}: give a whole one")
 
 
 def _parser() -> Parser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,16 @@ from engine.version import __version__
 
 def finetune(config: FinetuneConfig) -> Path:
     """Run ``config`` on this rank; returns the run's folder. Raises what `engine.pretrain_run.pretrain` does."""
-    return on_this_rank(lambda ranks: _finetune(config, ranks))
+
+    def run(ranks: Ranks) -> Path:
+        with ExitStack() as closing:
+            return _finetune(config, ranks, closing)
+
+    return on_this_rank(run)
 
 
-def _finetune(config: FinetuneConfig, ranks: Ranks) -> Path:
+def _finetune(config: FinetuneConfig, ranks: Ranks, closing: ExitStack) -> Path:
+    """What has threads or processes is left to ``closing``, the loader before the workers that it calls."""
     if not config.data.data:
         raise UserError("data is not given: name a folder with a sub-folder of images for each class")
     plan = make_plan(config, ranks, recipe_out=recipe(config.recipe).run.out)
@@ -61,12 +68,17 @@ def _finetune(config: FinetuneConfig, ranks: Ranks) -> Path:
     section, model_config, out = config.finetune, config.model, plan.out
 
     rand_augment = _rand_augment(plan)
+    if rand_augment is not None:
+        closing.callback(rand_augment.close)
     transform = partial(_prepare, section.num_classes, rand_augment)
     loader = build_loader(plan, ImageShape.of(model_config), labels=True, batch_transform=transform)
+    closing.callback(loader.close)
     num_classes = _num_classes(config, loader)
     config = dataclasses.replace(config, classes=tuple(loader.source.classes or ()))
     plan = dataclasses.replace(plan, config=config)
     val = _build_val(plan, loader, num_classes)
+    if val is not None:
+        closing.callback(val.close)
     durations = Durations.resolve(config.optim, config.run, config.log, steps_per_epoch=loader.steps_per_epoch)
     model, remarks = _build_model(plan, num_classes)
     progress = first_progress(plan, loader)
@@ -79,9 +91,14 @@ def _finetune(config: FinetuneConfig, ranks: Ranks) -> Path:
         micro_batch=plan.micro_batch, device=ranks.device, random_erase=section.random_erase, mixup=section.mixup,
         cutmix=section.cutmix, label_smoothing=section.label_smoothing,
     )  # fmt: skip
+    start = {name: parameter.detach().float().cpu().clone() for name, parameter in model.named_parameters()}
     engine = TrainEngine(model, optimizer, plan.ds_config)
     if plan.reader is not None:
         engine.load_fragments(plan.reader.read, optimizer_steps=progress.applied_steps)
+    else:
+        # In bf16 DeepSpeed makes its fp32 weights of rounded ones, which would cost pre-trained ones their low bits.
+        engine.load_fragments(partial(_piece_of, start), optimizer_steps=0)
+    del start
     ema = ShardedEma(engine, section.ema, updates=progress.applied_steps) if section.ema else None
     if ema is not None and plan.reader is not None:
         ema.load(plan.reader.read)
@@ -122,11 +139,6 @@ def _finetune(config: FinetuneConfig, ranks: Ranks) -> Path:
             log.say(line)
     finally:
         log.close()
-        loader.close()
-        if rand_augment is not None:
-            rand_augment.close()
-        if val is not None:
-            val.close()
     return out
 
 
@@ -172,6 +184,12 @@ def _rand_augment(plan: Plan) -> RandAugment | None:
         config.finetune.rand_augment, image_size=(model.image_height, model.image_width), mean=model.mean,
         seed=config.run.seed, workers=0 if workers == 1 else workers,
     )  # fmt: skip
+
+
+def _piece_of(weights: dict[str, torch.Tensor], name: str, kind: str, start: int, numel: int) -> torch.Tensor:
+    """A `FragmentReader` of weights in memory."""
+    assert kind == "weight"
+    return weights[name].flatten()[start : start + numel]
 
 
 def _prepare(num_classes: int, rand_augment: RandAugment | None, batch: Batch) -> Batch:

@@ -12,9 +12,11 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
+from multiprocessing.synchronize import Event
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from engine.finetuning.random_state import RAND_AUGMENT_STREAM, keys_of, seeded
 DEFAULT = "rand-m9-mstd0.5-inc1"
 _FORM = re.compile(r"rand(-(m|n|mmax)\d+|-(mstd|p)\d+(\.\d+)?|-mstdinf|-inc[01])*")
 _CHUNKS_PER_WORKER = 2  # so that one slow chunk does not hold up the batch for its whole length
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
 
 Operation = Callable[[Image.Image], Image.Image]
 
@@ -60,10 +63,7 @@ class RandAugment:
         self._stream: torch.cuda.Stream | None = None
         self._pool: ProcessPoolExecutor | None = None
         if workers:
-            context = multiprocessing.get_context("spawn")  # a fork would take CUDA and the loader's threads along
-            self._pool = ProcessPoolExecutor(
-                workers, context, initializer=_start_worker, initargs=(form, image_size, tuple(mean))
-            )
+            self._pool = _start_pool(workers, form, image_size, tuple(mean))
 
     def __call__(self, batch: Batch) -> Batch:
         """``batch`` with augmented images, uint8 [B, H, W, 3], on the CPU."""
@@ -125,21 +125,47 @@ def augment(operation: Operation, images_BHWC: np.ndarray, keys: list[int]) -> n
     return result_BHWC
 
 
+def _start_pool(workers: int, *operation: object) -> ProcessPoolExecutor:
+    """``workers`` processes that no signal to the run's whole group ends, in any thread from their first moment on.
+
+    A scheduler or a terminal signals whole groups; a run that is told to stop saves first, and needs its workers until
+    then.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork would take CUDA and the loader's threads along
+    with _stop_signals_blocked():  # for the process that tracks semaphores, which starts here
+        all_started = context.Event()
+        pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(all_started, *operation))
+    with _stop_signals_blocked():  # again: starting the tracker unblocks them
+        try:
+            for _ in range(workers):  # each starts one process, as long as none is ready
+                pool.submit(os.getpid)
+        finally:
+            all_started.set()
+    return pool
+
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Of this thread, and so of the processes that it starts; another thread takes what arrives meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 # --- in a worker
 
 _operation: Operation | None = None
 
 
-def _start_worker(form: str, image_size: tuple[int, int], mean: tuple[float, ...]) -> None:
-    """A scheduler or a terminal signals whole groups of processes; a run that is told to stop saves first, and needs
-    its workers until then. They leave when the run says so, or when it is gone.
-    """
+def _start_worker(all_started: Event, form: str, image_size: tuple[int, int], mean: tuple[float, ...]) -> None:
+    """A worker leaves when the run says so, or when it is gone."""
     global _operation
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     for watch in (_leave_when_told, _leave_with_parent):
         threading.Thread(target=watch, daemon=True).start()
     _operation = make_operation(form, image_size, mean)
+    all_started.wait()
 
 
 def _augment_in_worker(images_BHWC: np.ndarray, keys: list[int]) -> np.ndarray:

@@ -16,7 +16,7 @@ These are the names of the files on the Hub, which every version of transformers
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -52,8 +52,14 @@ def hf_state_dict(
     """model.safetensors of ViTModel without its pooler; with ``head`` of ViTForImageClassification.
 
     Arguments are those of `engine.models.interop_timm.timm_state_dict`.
-    ValueError for a head on mean-pooled tokens: transformers' classifier reads the class token.
+    ValueError for a head on mean-pooled tokens: transformers' classifier reads the class token. ValueError for an
+    encoder whose norm comes after the pooling: ViTModel's comes before it.
     """
+    if head is not None and "head.weight" not in head:
+        raise ValueError(
+            f"pool is {pool!r}: this encoder was fine-tuned with its norm after the pooling, and ViTModel needs one "
+            "before it; export it to timm"
+        )
     if head is not None and pool != "token":
         raise ValueError(
             f"pool is {pool!r}: ViTForImageClassification reads the class token; export this classifier to timm"
@@ -76,8 +82,9 @@ def hf_config(
     *,
     image_size: tuple[int, int] | None = None,
     head: Mapping[str, Tensor] | None = None,
+    classes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """config.json of transformers' ViTConfig."""
+    """config.json of transformers' ViTConfig. classes: names by label; a label without one becomes LABEL_i."""
     height, width = image_size or (config.image_height, config.image_width)
     values = {
         "model_type": "vit",
@@ -97,7 +104,8 @@ def hf_config(
     }
     if head is None:
         return values
-    labels = {index: f"LABEL_{index}" for index in range(len(head["head.weight"]))}
+    unnamed = [f"LABEL_{index}" for index in range(len(head["head.weight"]))]
+    labels = dict(enumerate([*classes, *unnamed[len(classes) :]]))
     return values | {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
 
 

@@ -5,7 +5,7 @@ Our keys are timm's already; what is added are the positions, which timm keeps a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -29,7 +29,8 @@ def timm_state_dict(
 
     encoder: keys as `engine.pretrained.load_encoder` returns them, with ``pos_embed`` [1 + N, D] where positions were
     trained. image_size: (height, width) that positions are resampled to; None: that of ``config``.
-    head: ``head.weight``, ``head.bias`` and, where the norm comes after the pooling, ``fc_norm.*``; None: an encoder.
+    head: ``head.weight``, ``head.bias`` and, where the norm comes after the pooling, ``fc_norm.*``; None, or that norm
+    alone: an encoder.
     ValueError if ``image_size`` is not made of whole patches.
     """
     tensors = {key: value for key, value in (*encoder.items(), *(head or {}).items()) if key != "pos_embed"}
@@ -56,7 +57,7 @@ def timm_arguments(
         "img_size": list(image_size or (config.image_height, config.image_width)),
         "patch_size": config.patch_size,
         "in_chans": config.channels,
-        "num_classes": 0 if head is None else len(head["head.weight"]),
+        "num_classes": len((head or {}).get("head.weight", ())),
         "global_pool": pool,
         "embed_dim": config.width,
         "depth": config.built_depth,
@@ -77,13 +78,15 @@ def timm_config(
     image_size: tuple[int, int] | None = None,
     pool: str = "avg",
     head: Mapping[str, Tensor] | None = None,
+    classes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """config.json of a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` takes.
 
-    ``model_args`` are those of `timm_arguments`; ``mean`` and ``std`` are of values in [0, 1].
+    ``model_args`` are those of `timm_arguments`; ``mean`` and ``std`` are of values in [0, 1]. classes: names by label,
+    none where they have none.
     """
     arguments = timm_arguments(config, image_size=image_size, pool=pool, head=head)
-    return {
+    return ({"label_names": list(classes)} if classes else {}) | {
         "architecture": ARCHITECTURE,
         "num_classes": arguments["num_classes"],
         "num_features": config.width,

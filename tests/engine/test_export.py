@@ -16,6 +16,9 @@ from torch import Tensor
 from engine.checkpoint_files import write_weights
 from engine.errors import UserError
 from engine.export_command import Exported, export_hf, export_timm, run
+from engine.finetuning.classifier import Classifier
+from engine.finetuning.config import FinetuneConfig
+from engine.finetuning.load import load_classifier
 from engine.models import MIRL, ModelConfig, PatchMask
 from engine.models.encoder import Encoder
 from engine.models.interop_timm import timm_arguments
@@ -180,6 +183,58 @@ def test_a_mean_pooled_classifier_is_not_one_of_transformers(checkpoint, tmp_pat
     with pytest.raises(ValueError, match="ViTForImageClassification reads the class token"):
         export_hf(tmp_path / "hf", Exported(pool="avg", **parts))
     assert timm_arguments(parts["config"], head=parts["head"])["num_classes"] == 5
+
+
+@pytest.fixture
+def fine_tuned(model, tmp_path):
+    """Makes a checkpoint of fine-tuning with two of three classes named."""
+
+    def make(pool: str) -> Path:
+        torch.manual_seed(2)
+        trained = Classifier(model.config, num_classes=3, pool=pool)
+        settings = {name: {} for name in FinetuneConfig.sections()} | {"recipe": "", "finetune": {"pool": pool}}
+        settings["optim"] = {"epochs": 1}
+        config = dataclasses.asdict(model.config)
+        settings |= {"classes": ["cat", "dog"], "source": config, "model": config}
+        state = {"step": 0, "config": settings}
+        write_weights(tmp_path / "fine", dict(trained.named_parameters()), state)
+        return tmp_path / "fine"
+
+    return make
+
+
+def test_names_of_classes_are_exported(fine_tuned, tmp_path):
+    checkpoint = fine_tuned("token")
+    for kind, name in (("timm", "timm"), ("hf", "hf"), ("safetensors", "file.safetensors")):
+        run([str(checkpoint), "--to", kind, "--out", str(tmp_path / name)])
+    assert json.loads((tmp_path / "timm" / "config.json").read_text())["label_names"] == ["cat", "dog"]
+    described = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert described["id2label"] == {"0": "cat", "1": "dog", "2": "LABEL_2"}
+    assert described["label2id"] == {"cat": 0, "dog": 1, "LABEL_2": 2}
+    with safe_open(tmp_path / "file.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["classes"]) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_the_encoder_of_a_classifier_gives_its_features(pool, fine_tuned, model, tmp_path):
+    timm = pytest.importorskip("timm", reason="needs: pip install timm")
+    checkpoint, images = fine_tuned(pool), images_of(model.config, (16, 24))
+    run([str(checkpoint), "--to", "timm", "--out", str(tmp_path / "timm"), "--encoder-only"])
+    vit = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    assert vit.num_classes == 0
+    with torch.no_grad():
+        expected = load_classifier(checkpoint)[0].features(images)
+        torch.testing.assert_close(vit(images), expected, rtol=0, atol=FLOAT32)
+    to_hf = [str(checkpoint), "--to", "hf", "--out", str(tmp_path / "hf"), "--encoder-only"]
+    if pool == "avg":
+        with pytest.raises(ValueError, match="its norm after the pooling, and ViTModel needs one before it"):
+            run(to_hf)
+        return
+    transformers = pytest.importorskip("transformers", reason="needs: pip install transformers")
+    run(to_hf)
+    vit = transformers.ViTModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(vit(images).last_hidden_state[:, 0], expected, rtol=0, atol=FLOAT32)
 
 
 # --- what is refused

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -100,6 +102,29 @@ def test_other_contents_are_refused(content, reason, tmp_path):
     torch.save(content, tmp_path / "file.pth")
     with pytest.raises(ValueError, match=reason):
         import_weights([str(tmp_path / "file.pth"), "--out", str(tmp_path / "imported")])
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pd"])
+def test_a_small_file_cannot_claim_much_memory(suffix, tmp_path):
+    path = tmp_path / f"file{suffix}"
+    if suffix == ".pth":
+        torch.save({"model": {"blocks.0.attn.qkv.weight": torch.ones(1).expand(1 << 20, 1 << 20)}}, path)
+    else:
+
+        class Repeated:
+            def __reduce__(self) -> tuple:
+                return np.ndarray, ((1 << 20, 1 << 20), "f4", bytes(4), 0, (0, 0))
+
+        path.write_bytes(pickle.dumps({"model": {"blocks.0.attn.qkv.weight": Repeated()}}))
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\.weight claims 4398046511104"):
+        import_weights([str(path), "--out", str(tmp_path / "imported")])
+
+
+def test_a_few_shapes_do_not_make_a_large_model(tmp_path):
+    state = {"patch_embed.proj.weight": torch.ones(1 << 16, 1, 2, 2), "blocks.0.norm1.bias": torch.ones(1)}
+    torch.save(state | {"pos_embed": torch.ones(1, 5, 1)}, tmp_path / "file.pth")
+    with pytest.raises(UserError, match="its encoder has .* weights and the file 262150"):
+        import_weights([str(tmp_path / "file.pth"), "--out", str(tmp_path / "imported"), "--heads", "1"])
 
 
 def test_nothing_is_written_over(tmp_path):

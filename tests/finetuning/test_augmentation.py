@@ -141,6 +141,37 @@ def test_workers_leave_when_the_run_is_killed(tmp_path):
         time.sleep(0.1)
 
 
+SIGNALLED = """
+import os, signal, subprocess, sys
+sys.path.insert(0, sys.argv[1])
+from tests.finetuning.test_augmentation import make_batch, rand_augment
+import torch
+if __name__ == "__main__":
+    numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        signal.signal(number, lambda *arguments: None)
+    transform = rand_augment(workers=2)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set(), "the run itself can no longer be told to stop"
+    for _ in range(3):  # at once, while its workers import, and when they work
+        for number in numbers:
+            subprocess.run(["kill", f"-{number.value}", "--", f"-{os.getpgid(0)}"], start_new_session=True, check=True)
+        assert torch.equal(transform(make_batch(13)).images, rand_augment()(make_batch(13)).images)
+    transform.close()
+"""
+
+
+@pytest.mark.slow
+def test_workers_outlive_signals_to_the_whole_group(tmp_path):
+    """With threads that a library starts as it is imported, before any line of ours runs in a worker."""
+    script = tmp_path / "signalled.py"
+    script.write_text(SIGNALLED)
+    done = subprocess.run(
+        [sys.executable, str(script), str(CHECKOUT)], start_new_session=True,
+        env=launch_environment() | {"OPENBLAS_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_loader_gives_the_same_augmented_images_after_a_resume_and_on_two_ranks(tmp_path):
     data = write_classes(tmp_path / "train", {"a": 6, "b": 6})
 

@@ -26,9 +26,7 @@ def config_of(**overrides: Any) -> ModelConfig:
     return ModelConfig(**(base | overrides))
 
 
-def kept_bytes(
-    config: ModelConfig, mode: str | int, batch: int, execution: Execution = PLAIN
-) -> int:
+def kept_bytes(config: ModelConfig, mode: str | int, batch: int, execution: Execution = PLAIN) -> int:
     """Bytes of all storages that the graph of one forward pass in bfloat16 holds, the model's own left out."""
     model = MIRL(config).bfloat16()
     model.set_activation_checkpointing(mode)
