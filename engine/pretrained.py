@@ -53,19 +53,19 @@ def load_encoder(path: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
 
     Keys are timm's: ``patch_embed.proj.*``, ``cls_token``, ``blocks.i.*``, ``norm.*``. The norms of the inner segments
     are left out: only decoders read them. There are ``config.built_depth`` blocks: a truncated model has its first ones
-    only. A checkpoint without decoders is good enough. Reads nothing else.
+    only. A checkpoint without decoders is good enough, and so is a fine-tuned classifier, which has no ``norm.*`` where
+    it pools the mean. Reads nothing else.
 
     Raises:
         UserError: no checkpoint at ``path``, a damaged one, or one that lacks a weight of the encoder.
     """
     reader = CheckpointReader(locate(Path(path)))
-    if "head.weight" in reader.shapes:
-        raise UserError(
-            f"{reader.path} is a fine-tuned classifier: give a pre-trained checkpoint (mirl export takes both)"
-        )
     config = _model_config(reader)
+    _require_fixed_positions(reader, config)
     stored = {name.removeprefix(_ENCODER): shape for name, shape in reader.shapes.items() if name.startswith(_ENCODER)}
     wanted = encoder_shapes(config)
+    if "head.weight" in reader.shapes and "norm.weight" not in stored:  # a classifier whose norm follows the pooling
+        wanted = {name: shape for name, shape in wanted.items() if not name.startswith("norm.")}
     for name, shape in wanted.items():
         if stored.get(name) != shape:
             found = "is missing" if name not in stored else f"is {list(stored[name])}"
@@ -74,6 +74,19 @@ def load_encoder(path: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
         name: reader.read(_ENCODER + name, "weight", 0, torch.Size(shape).numel()).reshape(shape)
         for name, shape in wanted.items()
     }
+
+
+def _require_fixed_positions(reader: CheckpointReader, config: ModelConfig) -> None:
+    """UserError for a classifier whose positions are not those of its grid, which a taker of its encoder would use."""
+    section = reader.state["config"].get("finetune")
+    if section is None:
+        return
+    source = section_from_dict(ModelConfig, reader.state["config"]["source"], source=str(reader.path / "state.json"))
+    if section["train_positions"] or source.grid != config.grid:
+        raise UserError(
+            f"{reader.path} was fine-tuned with positions of its own (trained, or resampled for another image size): "
+            "give the checkpoint it started from (mirl export takes both)"
+        )
 
 
 def encoder_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

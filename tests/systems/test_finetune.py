@@ -113,6 +113,7 @@ def test_exported_classifier_is_timms(server, pretrained, folders, tmp_path, siz
     arguments += ["--rand-augment", "off", *(["--image-size", size] if size else [])]
     run = server.start(tmp_path, *arguments, ranks=1, entry="finetune")
     assert run.end(90) == [0], run.output()[-3000:]
+    said = run.output()
     for weights in ("last", "ema"):
         target = tmp_path / f"timm-{weights}"
         export = ["export", out, "--to", "timm", "--out", target, "--weights", weights]
@@ -125,8 +126,13 @@ def test_exported_classifier_is_timms(server, pretrained, folders, tmp_path, siz
         with torch.no_grad():
             expected = theirs(normalise_images(images, ours.config.mean, ours.config.std, torch.float32))
             torch.testing.assert_close(ours(images), expected, rtol=1e-5, atol=1e-5)  # float32, other kernels
+    second = ["--checkpoint", out, "--data", folders["train"], *SHORT, "--epochs", 1, "--out", tmp_path / "second"]
+    again = server.start(tmp_path, *second, "--rand-augment", "off", ranks=1, entry="finetune")
     if size:
-        assert "positions are resampled from 4x4 patches to 6x6 patches" in run.output()
+        assert "positions are resampled from 4x4 patches to 6x6 patches" in said
+        assert again.end(60) == [2] and "with positions of its own" in again.output()
+    else:
+        assert again.end(60) == [0], again.output()[-3000:]
 
 
 def test_truncated_and_fresh_blocks(server, folders, tmp_path):
