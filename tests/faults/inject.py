@@ -1,15 +1,24 @@
-"""Faults that a rank meets at an exact point of its own work. The engine is not changed: Python reports files that are
-opened, renamed and removed to audit hooks before it happens, and the hook ends the process then.
+"""Faults that a rank meets at an exact point of its own work. Python reports files that are opened, renamed and removed
+to audit hooks before it happens, and the hook ends the process then; where no hook reaches, a function is wrapped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import threading
+import time
+from pathlib import Path
 
-# Phase of a save -> (rank that is killed, audit event, part of its first argument)
+import torch
+
+from engine import checkpoint
+
+# Phase of a save -> (rank that is killed, audit event, part of its first argument); no event: `kill_in_write`
 PHASES = {
+    "the shard is being written": (0, None, None),
     "the shard is written, not synced": (1, "open", "rank-00001-of-00002.safetensors"),
     "the shard is not announced": (1, "open", "rank-00001-of-00002.done"),
     "all shards are there, no state": (0, "open", ".state.json.tmp"),
@@ -19,11 +28,18 @@ PHASES = {
     "the new pointer is aside": (0, "os.rename", ".latest.tmp"),
     "published, old ones not removed": (0, "shutil.rmtree", "step-"),
 }
+# Added to the shard that is cut off, so that writing it takes long enough to be hit; zeros that are never touched take
+# no memory.
+BALLAST_BYTES = 2**29
 
 
 def kill_in_save(phase: str, step: str) -> None:
     """kill -9 of this process in ``phase`` of saving checkpoint ``step`` (the folder's name)."""
     _, wanted, part = PHASES[phase]
+    stand_still_while_saving()
+    if wanted is None:
+        kill_in_write(step)
+        return
     saving = False
 
     def hook(event: str, arguments: tuple) -> None:
@@ -38,3 +54,58 @@ def kill_in_save(phase: str, step: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+
+
+def kill_in_write(step: str) -> None:
+    """kill -9 of this process while safetensors writes its file of checkpoint ``step``: audit hooks do not see that."""
+    save_file = checkpoint.save_file
+
+    def kill_when_it_grows(folder: Path) -> None:
+        while written_bytes(folder) < BALLAST_BYTES // 16:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_larger_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if step in path.parent.name:
+            tensors = tensors | {"zeros": torch.zeros(BALLAST_BYTES // 4)}
+            threading.Thread(target=kill_when_it_grows, args=(path.parent,), daemon=True).start()
+        save_file(tensors, path)
+
+    checkpoint.save_file = save_larger_file
+
+
+def stand_still_while_saving() -> None:
+    """No further step of this rank, so that the others meet its death in a step, not waiting for its file."""
+    save = checkpoint.CheckpointWriter.save
+
+    def save_and_wait(writer: checkpoint.CheckpointWriter, *arguments: object) -> None:
+        save(writer, *arguments)
+        writer.wait()
+
+    checkpoint.CheckpointWriter.save = save_and_wait
+
+
+def written_bytes(partial: Path) -> int:
+    """Of the largest file in ``partial``. Blocks, not its size, which safetensors sets before it writes."""
+    amounts = [0]
+    for path in partial.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # renamed in this moment
+            amounts.append(512 * path.stat().st_blocks)
+    return max(amounts)
+
+
+def give_up_after(seconds: str) -> None:
+    """How long a rank waits, when the run has ended, for shards that may never come."""
+    checkpoint.ABANDON_GRACE_S = float(seconds)
+
+
+def hide(library: str) -> None:
+    """``library`` cannot be imported, as one that was never installed."""
+    assert library not in sys.modules
+
+    class Absent:
+        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+            if name.split(".")[0] == library:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    sys.meta_path.insert(0, Absent())

@@ -1,7 +1,8 @@
 """Starts ranks quickly: imports the engine once, then forks a process for each rank of each run.
 
 A rank is a process of its own like any other, killed, stopped and waited for by its id; only the seconds of importing
-are shared. No launcher watches these ranks, as on a host whose launcher does not know of a death on another host.
+are shared, and those of unloading it are spared. No launcher watches these ranks, as on a host whose launcher does not
+know of a death on another host.
 
 Requests are JSON lines on stdin, answers on stdout:
 
@@ -14,11 +15,14 @@ Each rank writes to DIR/rank-N.txt and runs in DIR.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -84,6 +88,8 @@ def serve() -> bool:
     """Answer until stdin ends; False in a forked rank."""
     for name in IMPORTED:
         importlib.import_module(name)
+    importlib.import_module("deepspeed.ops").__compatible_ops__  # noqa: B018  (asks compilers; every rank would again)
+    gc.freeze()  # a collection in a rank would write to, and so copy, the pages that are shared
     codes: dict[int, int] = {}
     stdin, stdout = os.fdopen(0, "r", closefd=False), os.fdopen(os.dup(1), "w")
     for number, line in enumerate(stdin):
@@ -99,9 +105,23 @@ def serve() -> bool:
     return True
 
 
+def leave(code: int) -> None:
+    """Exit as Python does, threads waited for and exit handlers called, but for what comes last: freeing every imported
+    module, half a second a rank.
+    """
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not serve():
         from engine.errors import run_entry_point
 
-        run_entry_point(importlib.import_module(f"engine.{Path(sys.argv[0]).stem}").main)
+        try:
+            run_entry_point(importlib.import_module(f"engine.{Path(sys.argv[0]).stem}").main)
+        except SystemExit as end:
+            leave(end.code)

@@ -25,7 +25,7 @@ def test_broken_images_of_one_rank_are_replaced_and_too_many_end_all_ranks(serve
     for step in (2, 4):
         broken = data / f"{image_of(step, 1, 44):03d}.jpg"
         broken.write_bytes(broken.read_bytes()[:300])
-    run = server.start(tmp_path, "--data", data, "--steps", "12", "--checkpoint-every", "100", "--out", "out")
+    run = server.start(tmp_path, "--data", data, "--steps", "6", "--checkpoint-every", "100", "--out", "out")
     codes = run.end()
     assert codes[0] == codes[1] == EXIT_USER_ERROR, run.output()[-3000:] + run.output(1)[-3000:]
     # Reading runs ahead of training; what a step shows is counted when it is shown.
@@ -38,10 +38,10 @@ def test_broken_images_of_one_rank_are_replaced_and_too_many_end_all_ranks(serve
     assert (found.name, remarks) == ("step-00000004", [])
     # With them allowed the same run goes on.
     more = server.start(
-        tmp_path, "--data", data, "--steps", "12", "--out", "out", "--resume", "auto", "--max-bad-images", "0.1"
+        tmp_path, "--data", data, "--steps", "6", "--out", "out", "--resume", "auto", "--max-bad-images", "0.1"
     )
     assert more.end() == [0, 0], more.output()[-3000:]
-    assert set(losses(tmp_path / "out")) == set(range(1, 13))
+    assert set(losses(tmp_path / "out")) == set(range(1, 7))
 
 
 def test_nan_on_one_rank_skips_the_step_on_all_and_names_rank_and_file(server, tmp_path):

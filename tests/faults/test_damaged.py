@@ -16,14 +16,14 @@ SHARD = "rank-00001-of-00002.safetensors"
 
 @pytest.fixture(scope="module")
 def whole(_server, photographs, tmp_path_factory) -> Path:
-    """The folder in which a run of 2 ranks made 12 steps, with a checkpoint after every second one."""
+    """The folder in which a run of 2 ranks made 7 steps, an epoch and two, with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("whole")
     run = _server.start(folder, "--data", photographs, *FLAGS)
     assert run.end() == [0, 0], run.output()[-3000:]
     return folder
 
 
-FLAGS = ["--steps", "12", "--checkpoint-every", "2", "--keep-checkpoints", "0", "--out", "out"]
+FLAGS = ["--steps", "7", "--checkpoint-every", "1", "--keep-checkpoints", "0", "--out", "out"]
 
 
 def copy_of(whole: Path, folder: Path, *, newest: int) -> Path:
@@ -55,30 +55,30 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def test_damaged_shards_and_a_dangling_pointer_are_passed_over(server, whole, photographs, tmp_path):
-    checkpoints = copy_of(whole, tmp_path, newest=10)
-    flip(checkpoints / "step-00000010" / SHARD)
-    truncate(checkpoints / "step-00000008" / SHARD)
-    (checkpoints / "step-00000006" / SHARD).unlink()
+    checkpoints = copy_of(whole, tmp_path, newest=5)
+    flip(checkpoints / "step-00000005" / SHARD)
+    truncate(checkpoints / "step-00000004" / SHARD)
+    (checkpoints / "step-00000003" / SHARD).unlink()
     (checkpoints / "latest").write_text("step-00000099\n")
-    kept = contents(checkpoints / "step-00000004")
+    kept = contents(checkpoints / "step-00000002")
     run = server.start(tmp_path, "--data", photographs, *FLAGS, "--resume", "auto")
     assert run.end() == [0, 0], run.output()[-3000:]
     text = run.output()
-    assert "latest names 'step-00000099', the newest checkpoint is step-00000010" in text
-    assert f"step-00000010 is passed over: {SHARD} was changed after it was written" in text
-    assert f"step-00000008 is passed over: {SHARD} has " in text
-    assert f"step-00000006 is passed over: {SHARD} is missing" in text
-    assert "resumed from out/checkpoints/step-00000004" in text
+    assert "latest names 'step-00000099', the newest checkpoint is step-00000005" in text
+    assert f"step-00000005 is passed over: {SHARD} was changed after it was written" in text
+    assert f"step-00000004 is passed over: {SHARD} has " in text
+    assert f"step-00000003 is passed over: {SHARD} is missing" in text
+    assert "resumed from out/checkpoints/step-00000002" in text
     assert losses(tmp_path / "out") == losses(whole / "out")
-    assert contents(checkpoints / "step-00000004") == kept
+    assert contents(checkpoints / "step-00000002") == kept
     found, remarks = find_newest_good(checkpoints)
-    assert (found.name, remarks) == ("step-00000012", [])
+    assert (found.name, remarks) == ("step-00000007", [])
 
 
 def test_an_empty_pointer_is_told_and_a_named_damaged_checkpoint_is_refused(server, whole, photographs, tmp_path):
-    checkpoints = copy_of(whole, tmp_path, newest=10)
+    checkpoints = copy_of(whole, tmp_path, newest=5)
     (checkpoints / "latest").write_text("")
-    damaged = checkpoints / "step-00000008"
+    damaged = checkpoints / "step-00000004"
     flip(damaged / SHARD)
     before = contents(tmp_path / "out")
     named = server.start(tmp_path, "--data", photographs, *FLAGS, "--resume", damaged)
@@ -89,13 +89,13 @@ def test_an_empty_pointer_is_told_and_a_named_damaged_checkpoint_is_refused(serv
     assert contents(tmp_path / "out") == before
     auto = server.start(tmp_path, "--data", photographs, *FLAGS, "--resume", "auto")
     assert auto.end() == [0, 0], auto.output()[-3000:]
-    assert "latest is missing or empty, the newest checkpoint is step-00000010" in auto.output()
+    assert "latest is missing or empty, the newest checkpoint is step-00000005" in auto.output()
     assert losses(tmp_path / "out") == losses(whole / "out")
 
 
 def test_when_no_checkpoint_is_whole_nothing_is_trained_over_it(server, whole, photographs, tmp_path):
-    checkpoints = copy_of(whole, tmp_path, newest=2)
-    truncate(checkpoints / "step-00000002" / SHARD)
+    checkpoints = copy_of(whole, tmp_path, newest=1)
+    truncate(checkpoints / "step-00000001" / SHARD)
     before = contents(tmp_path / "out")
     run = server.start(tmp_path, "--data", photographs, *FLAGS, "--resume", "auto")
     assert run.end()[0] == EXIT_USER_ERROR
@@ -104,15 +104,15 @@ def test_when_no_checkpoint_is_whole_nothing_is_trained_over_it(server, whole, p
 
 
 def test_two_ranks_then_one_then_two_is_the_run_of_two(server, whole, photographs, tmp_path):
-    checkpoints = copy_of(whole, tmp_path, newest=4)
+    checkpoints = copy_of(whole, tmp_path, newest=2)
     one = server.start(tmp_path, "--data", photographs, *FLAGS, "--resume", "auto", "--micro-batch", "4", ranks=1)
     assert one.end() == [0], one.output()[-3000:]
-    assert "resumed from out/checkpoints/step-00000004" in one.output()
+    assert "resumed from out/checkpoints/step-00000002" in one.output()
     assert "effective batch 8 = 4 x 2 accumulation x 1 ranks" in one.output()
-    cut(checkpoints, 8)
-    assert (checkpoints / "step-00000008" / "rank-00000-of-00001.safetensors").exists()
+    cut(checkpoints, 4)
+    assert (checkpoints / "step-00000004" / "rank-00000-of-00001.safetensors").exists()
     two = server.start(tmp_path, "--data", photographs, *FLAGS, "--resume", "auto")
     assert two.end() == [0, 0], two.output()[-3000:]
-    assert "resumed from out/checkpoints/step-00000008" in two.output()
+    assert "resumed from out/checkpoints/step-00000004" in two.output()
     # The same images and masks; the gradient of one rank is summed in another order, in fp32.
     assert losses(tmp_path / "out") == pytest.approx(losses(whole / "out"), rel=1e-5)

@@ -76,11 +76,11 @@ def test_without_triton_and_xformers_the_same_losses_come_from_plain_torch(envir
     assert set(losses(tmp_path / "out")) == {1, 2}
 
 
-def test_xformers_asked_for_and_missing_is_one_line_with_the_pip_command(environment, photographs, tmp_path):
-    flags = [ENTRY, *TINY, "--data", str(photographs), "--steps", "2", "--out", "out", "--attention", "xformers"]
-    result = finish([sys.executable, "-c", WITHOUT, "triton,xformers", *flags], tmp_path, environment)
-    assert result.returncode == EXIT_USER_ERROR, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "pip install" in result.stderr and "xformers" in result.stderr and "Traceback" not in result.stderr
+def test_xformers_asked_for_and_missing_is_one_line_with_the_pip_command(server, photographs, tmp_path):
+    flags = ["--data", photographs, "--steps", "2", "--out", "out", "--attention", "xformers"]
+    run = server.start(tmp_path, *flags, ranks=1, inject={0: ["hide", "xformers"]})
+    assert run.end() == [EXIT_USER_ERROR], run.output()[-3000:]
+    assert "pip install" in run.output() and "xformers" in run.output() and "Traceback" not in run.output()
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 

@@ -1,20 +1,27 @@
-"""Two hosts with two ranks each give the losses of one host with four: `deepspeed --hostfile` over ssh, and torchrun on
-both. See two_hosts.py.
+"""Two hosts give the losses of one with as many ranks: `deepspeed --hostfile` over ssh and torchrun with two ranks on
+each host, and the batch script of docs/clusters.md under Slurm with one. See two_hosts.py and slurm_cluster.py.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
+import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from engine.errors import EXIT_PREEMPTED
+from tests.conftest import CHECKOUT
+from tests.faults import slurm_cluster
+from tests.faults.conftest import MARK, RankServer, marked_processes
 from tests.faults.two_hosts import TwoHosts, missing
-from tests.runs import ENTRY, TINY, losses
+from tests.runs import ENTRY, TINY, events, losses
 
 # pdsh passes no OMP_NUM_THREADS on, and each host would count all cores as its own: other threads, other sums.
-FLAGS = ["--steps", "4", "--checkpoint-every", "4", "--pictures", "0", "--cpu-threads", "1"]
+FLAGS = ["--steps", "8", "--checkpoint-every", "8", "--pictures", "0", "--cpu-threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -26,30 +33,32 @@ def hosts(tmp_path_factory) -> Iterator[TwoHosts]:
         yield two
 
 
+def losses_of_one_host(server: RankServer, ranks: int, *flags: str | Path, folder: Path) -> dict[int, float]:
+    run = server.start(folder, *flags, "--out", "one", ranks=ranks)
+    assert run.end() == [0] * ranks, run.output()[-3000:]
+    return losses(folder / "one")
+
+
 @pytest.fixture(scope="module")
-def expected(_server, photographs, tmp_path_factory) -> dict[int, float]:
-    """Losses of four ranks on one host."""
-    folder = tmp_path_factory.mktemp("one_host")
-    run = _server.start(folder, "--data", photographs, *FLAGS, "--out", "out", ranks=4)
-    assert run.end() == [0, 0, 0, 0], run.output()[-3000:]
-    return losses(folder / "out")
+def losses_of_four(_server, photographs, tmp_path_factory) -> dict[int, float]:
+    return losses_of_one_host(_server, 4, "--data", photographs, *FLAGS, folder=tmp_path_factory.mktemp("one_host"))
 
 
 @pytest.mark.slow
-def test_deepspeed_over_ssh(hosts, expected, environment, photographs, tmp_path):
+def test_deepspeed_over_ssh(hosts, losses_of_four, environment, photographs, tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("".join(f"{address} slots=2\n" for address in hosts.ADDRESSES))
     out = tmp_path / "out"
     command = ["deepspeed", "--hostfile", str(hostfile), ENTRY, *TINY, *FLAGS]
     result = hosts.run(0, [*command, "--data", str(photographs), "--out", str(out)], env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert losses(out) == expected
-    shards = sorted(path.name for path in (out / "checkpoints" / "step-00000004").glob("rank-*"))
+    assert losses(out) == losses_of_four
+    shards = sorted(path.name for path in (out / "checkpoints" / "step-00000008").glob("rank-*"))
     assert shards == [f"rank-{rank:05d}-of-00004.safetensors" for rank in range(4)]
 
 
 @pytest.mark.slow
-def test_torchrun_on_both(hosts, expected, environment, photographs, tmp_path):
+def test_torchrun_on_both(hosts, losses_of_four, environment, photographs, tmp_path):
     out = tmp_path / "out"
     processes = []
     for host in (0, 1):
@@ -62,7 +71,73 @@ def test_torchrun_on_both(hosts, expected, environment, photographs, tmp_path):
         )
     codes = [process.wait(timeout=240) for process in processes]
     assert codes == [0, 0], _ends(tmp_path)
-    assert losses(out) == expected
+    assert losses(out) == losses_of_four
+
+
+@pytest.fixture
+def slurm(hosts, tmp_path) -> Iterator[slurm_cluster.Slurm]:
+    if not os.environ.get("MIRL_TEST_SLURM"):
+        pytest.skip("starts Slurm's daemons: set MIRL_TEST_SLURM=1")
+    reason = slurm_cluster.missing()
+    if reason:
+        pytest.skip(f"no Slurm here: {reason}")
+    with slurm_cluster.Slurm(hosts, tmp_path / "slurm") as cluster:
+        yield cluster
+
+
+@pytest.mark.slow
+def test_the_documented_slurm_script_goes_on_after_its_time_limit(slurm, server, environment, photographs, tmp_path):
+    out, output = tmp_path / "out", tmp_path / "slurm-1.out"
+    flags = ["--data", str(photographs), *FLAGS, "--steps", "16", "--checkpoint-every", "16"]
+    script = documented_script(
+        {
+            "--nodes=4": "--nodes=2",
+            "--ntasks-per-node=8": "--ntasks-per-node=1",
+            "#SBATCH --gpus-per-node=8\n": "",
+            "--cpus-per-task=12": "--cpus-per-task=1",
+            "engine/pretrain.py": ENTRY,
+            "--recipe vit_b_48_300 --data /data/train --out /shared/vit_b_48": " ".join(
+                [*TINY, *flags, "--out", str(out)]
+            ),
+        }
+    )
+    (tmp_path / "job.sh").write_text(script)
+    assert slurm.run("sbatch", "--parsable", "job.sh", env=environment, cwd=tmp_path).strip() == "1"
+    wait_for(output, "step  2/16")
+    rank = next(item for item in marked_processes(environment[MARK]) if item.cmdline()[1:2] == [ENTRY])
+    rank.suspend()  # or the run might be over before the signal comes
+    slurm.run("scancel", "--signal=TERM", "1")  # as --signal does before the limit, which is minutes at least
+    wait_for(output, "CANCELLED")
+    rank.resume()
+    wait_for(output, "finished:")
+    text = output.read_text()
+    assert text.count("FRESH START") == text.count("resumed from") == 1, text
+    (stopped,) = events(out, "stopped")
+    assert stopped["exit_code"] == EXIT_PREEMPTED
+    assert losses(out) == losses_of_one_host(server, 2, *flags, folder=tmp_path)
+    deadline = time.monotonic() + 30
+    while "JobState=COMPLETED" not in (job := slurm.run("scontrol", "show", "job", "1")):
+        assert time.monotonic() < deadline, job
+        time.sleep(0.1)
+    assert "Restarts=1" in job and "ExitCode=0:0" in job
+
+
+def documented_script(replaced: dict[str, str]) -> str:
+    """The batch script of docs/clusters.md with each key of ``replaced`` replaced."""
+    lines = (CHECKOUT / "docs" / "clusters.md").read_text().splitlines(keepends=True)
+    begin = lines.index("    #!/bin/bash\n")
+    script = textwrap.dedent("".join(lines[begin : lines.index("\n", begin)]))
+    for old, new in replaced.items():
+        assert old in script, f"{old} is not in the script of docs/clusters.md"
+        script = script.replace(old, new)
+    return script
+
+
+def wait_for(output: Path, text: str, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not output.exists() or text not in output.read_text():
+        assert time.monotonic() < deadline, output.read_text()[-3000:] if output.exists() else "no output"
+        time.sleep(0.05)
 
 
 def _ends(folder: Path) -> str:

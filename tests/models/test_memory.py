@@ -1,8 +1,14 @@
-"""The memory formulas against the tensors that autograd really keeps, and the printed summary."""
+"""The memory formulas against the tensors that autograd really keeps and that training steps really hold, and the
+printed summary.
+"""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +16,10 @@ import torch
 from torch import Tensor
 
 from engine.flops import pretraining_parameters
-from engine.memory import activation_bytes, state_bytes, step_gib
+from engine.memory import GIB, activations, state_bytes, step_gib
 from engine.models import MIRL, MODEL_NAMES, Execution, ModelConfig, model_config
 from engine.summary import run_summary, summarise
+from tests.conftest import launch_environment
 from tests.models.helpers import make_inputs
 
 PLAIN = Execution()
@@ -71,30 +78,104 @@ def test_activations_are_those_that_autograd_keeps(overrides: dict[str, Any]) ->
     # On a CPU the gradient of the predictions is kept in float32, on a GPU in the dtype of the predictions.
     terms = len(MIRL(config).terms)
     cpu_only = 2 * terms * config.num_masked * config.patch_pixels
-    pixels = config.image_height * config.image_width * config.channels
-    expected = activation_bytes(config, 1) - pixels + cpu_only
     # Ids and the odd statistic are not in the formula.
-    assert kept_bytes_per_image(config) == pytest.approx(expected, rel=0.02)
+    assert kept_bytes_per_image(config) == pytest.approx(activations(config).kept + cpu_only, rel=0.02)
 
 
 @pytest.mark.parametrize("mode", ["every", 2, "segments"])
-def test_checkpointing_keeps_no_more_than_estimated(mode: str | int) -> None:
-    """The estimate includes the inside of the run that is being recomputed, which the forward pass does not keep."""
+def test_checkpointing_keeps_what_is_estimated(mode: str | int) -> None:
     config = config_of(depth=12, segments=2)
-    kept = kept_bytes_per_image(config, mode)
-    assert kept < activation_bytes(config, 1, mode) < 0.7 * activation_bytes(config, 1, "none")
+    cpu_only = 2 * config.num_masked * config.patch_pixels
+    # Kept by the forward pass alone, which recomputes nothing; statistics of the segments' norms are not counted.
+    assert kept_bytes_per_image(config, mode) == pytest.approx(activations(config, mode).kept + cpu_only, rel=0.1)
+    assert activations(config, mode).peak < 0.7 * activations(config, "none").peak
+
+
+def test_an_unknown_form_of_checkpointing() -> None:
+    with pytest.raises(ValueError, match="activation checkpointing is 'some'"):
+        activations(model_config("vit_b"), "some")
+
+
+DEEP = dict(depth=12, width=64, heads=2, segments=4, decoder_width=48, decoder_heads=2)
+WIDE = dict(depth=4, width=128, heads=4, segments=2, decoder_width=64, decoder_heads=2)
+SMALL_IMAGES = dict(image_height=64, image_width=64, patch_size=8, attention="sdpa")
+
+
+def peaks(cases: Sequence[dict[str, Any]]) -> list[int]:
+    """What `step_memory` finds, in a process of its own: DeepSpeed wants a process group."""
+    script = str(Path(__file__).with_name("step_memory.py"))
+    result = subprocess.run(
+        [sys.executable, script],
+        input=json.dumps(cases), capture_output=True, text=True, env=launch_environment(), check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def estimate(case: dict[str, Any]) -> float:
+    return GIB * step_gib(
+        ModelConfig(**case["model"]), case["micro_batch"], zero_stage=int(case["stage"][-1]), ranks=1,
+        checkpointing=case["checkpointing"], precision=case["precision"], bucket=case["bucket"],
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_estimate_of_a_step_is_what_is_measured() -> None:
+    """Both variants, two shapes, both precisions, every form of checkpointing, and the three stages of ZeRO."""
+    forms = ("none", "every", "segments", 3)
+    settings = [
+        (shape, variant, precision, "zero2", form)
+        for shape, variant in ((DEEP, "paper"), (WIDE, "release")) for precision in ("fp32", "bf16") for form in forms
+    ]  # fmt: skip
+    settings += [
+        (DEEP, "release", "bf16", "zero1", "none"),
+        (WIDE, "paper", "fp32", "zero1", "none"),
+        (DEEP, "release", "fp32", "zero3", "segments"),
+        (WIDE, "paper", "bf16", "zero3", "every"),
+    ]
+    cases = [
+        {
+            "model": shape | SMALL_IMAGES | {"variant": variant}, "stage": stage, "precision": precision,
+            "checkpointing": form, "micro_batch": 8, "bucket": 1_000_000,
+        }
+        for shape, variant, precision, stage, form in settings
+    ]  # fmt: skip
+    for case, measured in zip(cases, peaks(cases), strict=True):
+        # The most seen is 3.8 %. Operations on a CPU make some float32 tensors that those of a GPU do not.
+        assert estimate(case) == pytest.approx(measured, rel=0.06), case
+
+
+@pytest.mark.gpu
+def test_the_estimate_of_a_step_is_the_peak_of_torch() -> None:
+    model = dict(depth=12, width=384, heads=12, segments=2, decoder_width=384, decoder_heads=12)
+    cases = [
+        {
+            "model": model, "stage": "zero2", "precision": "bf16", "checkpointing": mode, "micro_batch": 64,
+            "bucket": 200_000_000,
+        }
+        for mode in ("none", "every", "segments")
+    ]  # fmt: skip
+    for case, measured in zip(cases, peaks(cases), strict=True):
+        assert estimate(case) == pytest.approx(measured, rel=0.15), case
 
 
 def test_states_by_stage() -> None:
     config = model_config("vit_b_48")
-    per_parameter = [state_bytes(config, stage, 8) / pretraining_parameters(config) for stage in range(4)]
-    assert per_parameter == [20, 2 + 6 + 12 / 8, 2 + (6 + 12) / 8, 20 / 8]
-    assert state_bytes(config, 3, 1) == state_bytes(config, 0, 1)
+    per_parameter = [
+        [state_bytes(config, stage, 8, precision, bucket=0) / pretraining_parameters(config) for stage in (1, 2, 3)]
+        for precision in ("bf16", "fp32")
+    ]
+    assert per_parameter == [[2 + 6 + 12 / 8, 2 + 16 / 8, 2 + 18 / 8], [4 + 4 + 12 / 8, 4 + 16 / 8, 4 + 20 / 8]]
+    buckets = [state_bytes(config, stage, 8) - state_bytes(config, stage, 8, bucket=0) for stage in (1, 2, 3)]
+    assert buckets == [0, 800_000_000, 400_000_000]
 
 
 def test_target_of_the_design() -> None:
-    """B-48, batch 256, no recomputation, ZeRO over 8 ranks: within the 28 GB (26.1 GiB) planned, 1 GiB either way."""
-    assert step_gib(model_config("vit_b_48"), 256, zero_stage=2, ranks=8) == pytest.approx(26.1, abs=1)
+    """B-48, batch 256, no recomputation, ZeRO over 8 ranks, but for the buckets: within the 28 GB (26.1 GiB) planned,
+    1 GiB either way.
+    """
+    planned = step_gib(model_config("vit_b_48"), 256, zero_stage=2, ranks=8, bucket=0)
+    assert planned == pytest.approx(26.1, abs=1)
 
 
 @pytest.mark.parametrize(("stage", "ranks", "message"), [(4, 1, "zero_stage is 4"), (2, 0, "ranks is 0")])
