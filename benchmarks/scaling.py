@@ -7,18 +7,15 @@ printed with the tables: the GPU's peak, the utilisation that a step reaches, th
 traffic that hides behind the backward pass.
 
 Bytes that one rank sends in a step, P parameters, R ranks, ring collectives of (R - 1) / R each; weights travel in bf16
-(2 bytes), gradients in bf16 in stages 2 and 3, in fp32 in stage 1, which sends what it has added up:
+(2 bytes), gradients in bf16, but in float32 where stages 1 and 2 add up several micro-batches before they send:
 
-| stage | collectives                                                  | bytes, times P (R - 1) / R |
-|-------|--------------------------------------------------------------|----------------------------|
-| 1     | reduce-scatter of gradients, all-gather of weights           | 4 + 2                      |
-| 2     | the same                                                     | 2 + 2                      |
-| 3     | the same, weights gathered in the forward and backward pass  | 2 + 2 x 2                  |
+| stage | collectives                                                  | bytes, times P (R - 1) / R           |
+|-------|--------------------------------------------------------------|--------------------------------------|
+| 1, 2  | reduction of gradients to their owners, all-gather of weights | 2 + 2, with micro-batches 4 + 2      |
+| 3     | reduce-scatter, weights gathered in forward and backward pass | 2 + 2 x 2, all for every micro-batch |
 
-With k micro-batches of accumulation: stage 1 reduces once, stages 2 and 3 in each micro-batch, and stage 3 gathers
-twice in each. A ring over nodes leaves each node once, so a node's network ports together carry what one rank sends.
-Each collective of a ring takes R - 1 hops; gradients go in buckets of 2e8 values, the gathers of stage 3 in 5e7
-(ds_configs/).
+A ring over nodes leaves each node once, so a node's network ports together carry what one rank sends. Each collective
+of a ring takes R - 1 hops; gradients go in pieces of at most 2e8 values, the gathers of stage 3 in 5e7 (ds_configs/).
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ from engine.models import ModelConfig, model_config  # noqa: E402
 
 MODELS = ("vit_b_48", "vit_s_54")
 GPUS = (8, 32, 256)
-STAGES = (1, 2, 3)
+STAGES = (2, 3)  # stage 1 is as stage 2 (engine/flat_gradients.py)
 NODE = 8
 BUCKET, PREFETCH = 200_000_000, 50_000_000
 OVERHEAD = 1.10  # kernels' work space and the allocator, on top of the counted bytes (engine/memory.py)
@@ -65,6 +62,7 @@ class Row:
     micro_batch: int
     accumulation: int
     memory_gib: float
+    states_gib: float
     sent_gb: float
     compute_ms: float
     link_ms: float
@@ -77,7 +75,7 @@ class Row:
 
 def sent_bytes(parameters: int, stage: int, ranks: int, accumulation: int) -> float:
     """Bytes that one rank sends in an optimiser step."""
-    reduced = 4 if stage == 1 else 2 * accumulation
+    reduced = 2 * accumulation if stage == 3 else 2 if accumulation == 1 else 4
     gathered = 2 * 2 * accumulation if stage == 3 else 2
     return (reduced + gathered) * parameters * (ranks - 1) / ranks
 
@@ -85,16 +83,16 @@ def sent_bytes(parameters: int, stage: int, ranks: int, accumulation: int) -> fl
 def hops(parameters: int, stage: int, ranks: int, accumulation: int) -> float:
     """Steps of all rings, one after another."""
     buckets, prefetches = -(-parameters // BUCKET), -(-parameters // PREFETCH)
-    reductions = buckets * (1 if stage == 1 else accumulation)
+    reductions = buckets * (accumulation if stage == 3 else 1)
     gathers = 2 * accumulation * prefetches if stage == 3 else buckets
     return (reductions + gathers) * (ranks - 1)
 
 
 def micro_batch_that_fits(config: ModelConfig, stage: int, ranks: int, share: int, hbm_gib: float) -> int | None:
     """The largest micro-batch that divides ``share`` images of a rank and fits; None if none does."""
-    states = state_bytes(config, stage, ranks)
     for micro in MICRO_BATCHES:
         if micro <= share and share % micro == 0:
+            states = state_bytes(config, stage, ranks, accumulation=share // micro)
             needed = OVERHEAD * (states + activation_bytes(config, micro)) / GIB
             if needed <= 0.92 * hbm_gib:  # CUDA's context and NCCL's buffers take some GiB
                 return micro
@@ -113,9 +111,10 @@ def row(config: ModelConfig, gpus: int, stage: int, batch: int, cluster: Cluster
     link_s = sent / slowest + cluster.hop_s * hops(pretraining_parameters(config), stage, gpus, accumulation)
     # Traffic hides behind computation, but never more than there is computation to hide behind.
     shown_s = link_s - min(cluster.hidden * link_s, compute_s)
-    memory = OVERHEAD * (state_bytes(config, stage, gpus) + activation_bytes(config, micro)) / GIB
+    states = state_bytes(config, stage, gpus, accumulation=accumulation)
     return Row(
-        model=config.name, gpus=gpus, stage=stage, micro_batch=micro, accumulation=accumulation, memory_gib=memory,
+        model=config.name, gpus=gpus, stage=stage, micro_batch=micro, accumulation=accumulation,
+        memory_gib=OVERHEAD * (states + activation_bytes(config, micro)) / GIB, states_gib=states / GIB,
         sent_gb=sent / 1e9, compute_ms=1e3 * compute_s, link_ms=1e3 * link_s, step_ms=1e3 * (compute_s + shown_s),
     )  # fmt: skip
 
@@ -146,7 +145,7 @@ def tables(batch: int, cluster: Cluster) -> str:
                     continue
                 lines.append(
                     f"| {gpus} | {stage} | {made.micro_batch} x {made.accumulation} | {made.memory_gib:.1f} | "
-                    f"{state_bytes(config, stage, gpus) / GIB:.2f} | {made.sent_gb:.2f} | {made.link_ms:.1f} | "
+                    f"{made.states_gib:.2f} | {made.sent_gb:.2f} | {made.link_ms:.1f} | "
                     f"{made.compute_ms:.0f} | {made.step_ms:.0f} | {made.efficiency_percent:.1f} % |"
                 )
     return "\n".join(lines)

@@ -146,6 +146,9 @@ class RunConfig:
     recompute_pointwise: bool = setting(
         False, "keep only the inputs of LayerNorm and GELU for the backward pass: less memory, the same results"
     )
+    flat_gradients: bool = setting(
+        True, "ZeRO 1 and 2: gradients go straight into one flat buffer; without it, through DeepSpeed's buckets"
+    )
     max_minutes: float = setting(0.0, "save and leave after this many minutes (exit code 75); 0: no limit")
     max_nonfinite_steps: int = setting(
         5, "skipped steps in a row (non-finite loss or gradient) after which all ranks stop"

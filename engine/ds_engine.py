@@ -47,6 +47,8 @@ from deepspeed.utils import (  # noqa: E402
     safe_set_local_optimizer_state,
 )
 
+from engine.flat_gradients import FlatGradients  # noqa: E402
+
 DEEPSPEED_VERSION: str = deepspeed.__version__
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
@@ -76,22 +78,44 @@ FragmentReader = Callable[[str, str, int, int], torch.Tensor]
 class TrainEngine:
     """A model under ZeRO 1, 2 or 3 with a torch optimiser.
 
+    ``flat_gradients``: see `engine.flat_gradients`; without it gradients go through DeepSpeed's buckets.
+
     The fp32 state (weights and both moments) is read and written as `Fragment` s: pieces of named parameters, whatever
     the stage and the number of ranks, so that a checkpoint of one layout loads into any other.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ds_config: dict[str, Any],
+        *,
+        flat_gradients: bool = True,
+    ) -> None:
         deepspeed_logger.setLevel(logging.WARNING)
         # The shared-memory collectives of DeepSpeed would be compiled on first use, for most of a minute; gloo does as
         # well here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.stage: int = ds_config["zero_optimization"]["stage"]
+        if flat_gradients and self.stage == 1 and "offload_optimizer" not in ds_config["zero_optimization"]:
+            # With float32 here DeepSpeed takes an optimiser of its own kind for stage 1 in bf16. Where several
+            # micro-batches add up, the flat gradients are float32 whatever stands here.
+            types = {key: value for key, value in ds_config.get("data_types", {}).items() if key != "grad_accum_dtype"}
+            ds_config = ds_config | {"data_types": types}
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
         # DeepSpeed looks for non-finite gradients by default in bf16 only.
         self._optimizer.check_grad_overflow = True
         self._look_once_for_nonfinite_gradients()
+        # Stage 3 and offloading keep gradients elsewhere, and DeepSpeed's own ways.
+        if flat_gradients and type(self._optimizer) is DeepSpeedZeroOptimizer and not self._optimizer.cpu_offload:
+            FlatGradients(
+                self._optimizer,
+                model.named_parameters(),
+                bucket=self._optimizer.reduce_bucket_size,
+                accumulation=self._engine.gradient_accumulation_steps(),
+            )
         self._make_moments()
 
     @property

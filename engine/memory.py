@@ -1,18 +1,16 @@
 """Memory of a training step on one GPU, by formula: model states by ZeRO stage, activations by micro-batch.
 
-States, bytes per parameter, AdamW, R ranks, as DeepSpeed keeps them under the files of ds_configs/ while gradients add
-up over several micro-batches:
+States, bytes per parameter, AdamW, R ranks, under the files of ds_configs/:
 
-| part                                       | bf16 | fp32 | shared by the R ranks from ZeRO stage     |
-|--------------------------------------------|------|------|-------------------------------------------|
-| weights                                    | 2    | 4    | 3, but see below                          |
-| master weights and two moments, float32    | 12   | 12   | 1                                         |
-| gradients as they add up, float32          | 4    | 4    | 2                                         |
-| gradients as the backward pass writes them | 2    | 0    | 2, where they lie in the buckets          |
+| part                                    | bf16 | fp32 | shared by the R ranks                            |
+|-----------------------------------------|------|------|--------------------------------------------------|
+| weights                                 | 2    | 4    | in stage 3, but see below                        |
+| master weights and two moments, float32 | 12   | 12   | in all                                           |
+| flat gradients of stages 1 and 2        | 2    | 4    | no; 4 in bf16 too where micro-batches add up     |
+| gradients of stage 3, float32           | 4    | 4    | yes                                              |
 
-Stage 3 gathers the weights on top of its share, and lets none go before the step has passed 1e9 of them. Buckets, in
-which gradients travel, have 2e8 values whatever the size of the model: two of them, in stage 3 one, in stage 1 with
-bf16 none.
+Stage 3 gathers the weights on top of its share, and lets none go before the step has passed 1e9 of them. Its gradients
+travel in a bucket of 2e8 values whatever the size of the model.
 
 Activations: bytes of the tensors that autograd keeps for the backward pass, under fused attention (xformers or SDPA;
 math keeps S x S weights as well) and all exact skips, and of those that live for a moment when the most is kept: what
@@ -28,6 +26,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.flat_gradients import COPIED_TOGETHER
 from engine.flops import pretraining_parameters
 from engine.models.checkpointing import CheckpointPlan
 from engine.models.config import ModelConfig
@@ -157,10 +156,16 @@ def _statistics(config: ModelConfig) -> tuple[float, float]:
 
 
 def state_bytes(
-    config: ModelConfig, zero_stage: int, ranks: int, precision: str = "bf16", bucket: int = BUCKET_VALUES
+    config: ModelConfig,
+    zero_stage: int,
+    ranks: int,
+    precision: str = "bf16",
+    *,
+    accumulation: int = 1,
+    bucket: int = BUCKET_VALUES,
 ) -> float:
-    """Weights, gradients, optimiser states and buckets of one rank; the table above. ValueError on an unknown stage or
-    no rank.
+    """Weights, gradients, optimiser states and the bucket of stage 3 on one rank; the table above. ``accumulation``:
+    micro-batches of a step. ValueError on an unknown stage or no rank.
     """
     if zero_stage not in ZERO_STAGES:
         raise ValueError(f"zero_stage is {zero_stage}: choose one of {', '.join(map(str, ZERO_STAGES))}")
@@ -168,26 +173,30 @@ def state_bytes(
         raise ValueError(f"ranks is {ranks}: give 1 or more")
     parameters, size = pretraining_parameters(config), VALUE_BYTES[precision]
     total = (size + 12 / ranks) * parameters
-    if zero_stage == 1:
-        total += (4 + (2 if precision == "bf16" else 0)) * parameters
-    else:
-        total += 4 / ranks * parameters
-    if zero_stage == 3 and ranks > 1:
+    if zero_stage < 3:
+        return total + (size if accumulation == 1 else 4) * parameters
+    if ranks > 1:
         total += size * (parameters / ranks + min(parameters, MOST_GATHERED) - parameters)
-    buckets = {1: 0 if precision == "bf16" else 2, 2: 2, 3: 1}[zero_stage]
-    return total + buckets * size * bucket
+    return total + 4 / ranks * parameters + size * bucket
 
 
 def reduction_bytes(
-    config: ModelConfig, zero_stage: int, ranks: int, precision: str = "bf16", bucket: int = BUCKET_VALUES
+    config: ModelConfig,
+    zero_stage: int,
+    ranks: int,
+    precision: str = "bf16",
+    *,
+    accumulation: int = 1,
+    bucket: int = BUCKET_VALUES,
 ) -> float:
-    """Copies of gradients while they are reduced, at the end of the backward pass when activations are gone: of all in
-    stage 1 with bf16, of a bucket in stages 2 and 3.
+    """Copies of gradients at the end of the backward pass, when activations are gone: in stage 3 those of a bucket,
+    else the last ones on their way into the flat buffer, or a rank's share of it in float32.
     """
     parameters, size = pretraining_parameters(config), VALUE_BYTES[precision]
-    if zero_stage == 1:
-        return 6 * parameters if precision == "bf16" else 0
-    return min(bucket, parameters) * (size + (4 / ranks if zero_stage == 3 else 0))
+    if zero_stage == 3:
+        return min(bucket, parameters) * (size + 4 / ranks)
+    share = 4 / ranks * parameters if precision == "bf16" and accumulation == 1 else 0
+    return max(size * min(COPIED_TOGETHER, parameters), share)
 
 
 def activation_bytes(
@@ -206,9 +215,11 @@ def step_gib(
     ranks: int,
     checkpointing: str | int = "none",
     precision: str = "bf16",
+    accumulation: int = 1,
     bucket: int = BUCKET_VALUES,
 ) -> float:
     """States with activations, or with what comes after them if that is more: GiB of one GPU."""
-    states = state_bytes(config, zero_stage, ranks, precision, bucket)
+    gradients = {"accumulation": accumulation, "bucket": bucket}
+    states = state_bytes(config, zero_stage, ranks, precision, **gradients)
     work = activation_bytes(config, micro_batch, checkpointing, precision)
-    return (states + max(work, reduction_bytes(config, zero_stage, ranks, precision, bucket))) / GIB
+    return (states + max(work, reduction_bytes(config, zero_stage, ranks, precision, **gradients))) / GIB

@@ -60,7 +60,8 @@ def _pretrain(config: PretrainConfig, ranks: Ranks) -> Path:
     progress = first_progress(plan, loader)
     refuse_finished(plan, progress, durations)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    engine = TrainEngine(model, build_optimizer(model, config.optim, ranks.device), plan.ds_config)
+    optimizer = build_optimizer(model, config.optim, ranks.device)
+    engine = TrainEngine(model, optimizer, plan.ds_config, flat_gradients=config.run.flat_gradients)
     if plan.reader is not None:
         engine.load_fragments(plan.reader.read, optimizer_steps=progress.applied_steps)
 

@@ -92,7 +92,7 @@ def _finetune(config: FinetuneConfig, ranks: Ranks, closing: ExitStack) -> Path:
         cutmix=section.cutmix, label_smoothing=section.label_smoothing,
     )  # fmt: skip
     start = {name: parameter.detach().float().cpu().clone() for name, parameter in model.named_parameters()}
-    engine = TrainEngine(model, optimizer, plan.ds_config)
+    engine = TrainEngine(model, optimizer, plan.ds_config, flat_gradients=config.run.flat_gradients)
     if plan.reader is not None:
         engine.load_fragments(plan.reader.read, optimizer_steps=progress.applied_steps)
     else:

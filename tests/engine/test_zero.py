@@ -26,6 +26,12 @@ CASES = {
     **{f"{stage}-segments": {"stage": stage, "activation_checkpointing": "segments"} for stage in ("zero2", "zero3")},
     **{f"{stage}-micro2": {"stage": stage, "micro_batch": 2} for stage in STAGES},
     **{f"{stage}-bf16": {"stage": stage, "precision": "bf16"} for stage in STAGES},
+    # Gradients in many pieces, and through DeepSpeed's own buckets.
+    **{f"{stage}-pieces": {"stage": stage, "piece": 1000} for stage in ("zero1", "zero2")},
+    "zero2-pieces-micro2": {"stage": "zero2", "piece": 1000, "micro_batch": 2},
+    "zero2-pieces-bf16": {"stage": "zero2", "piece": 1000, "precision": "bf16"},
+    **{f"{stage}-buckets": {"stage": stage, "flat_gradients": False} for stage in ("zero1", "zero2")},
+    "zero1-buckets-bf16": {"stage": "zero1", "flat_gradients": False, "precision": "bf16"},
 }
 POISONED = {
     f"{stage}-{precision}-{value}": {"stage": stage, "precision": precision, "poison": value}

@@ -14,6 +14,7 @@ import torch
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from engine import flat_gradients  # noqa: E402
 from engine.config import DataConfig, OptimConfig, PretrainConfig, RunConfig  # noqa: E402
 from engine.ds_config import read_ds_config, resolve_batch, resolve_ds_config  # noqa: E402
 from engine.ds_engine import TrainEngine  # noqa: E402
@@ -78,7 +79,13 @@ def train(case: dict, ranks: Ranks) -> list[float] | dict:
         precision=config.run.precision,
         device=ranks.device,
     )
-    engine = TrainEngine(model, build_optimizer(model, config.optim, ranks.device), ds_config)
+    # Everything of this model fits into one call; many take a smaller measure.
+    pieces = case.get("piece", 2**20)
+    flat_gradients.COPIED_TOGETHER = flat_gradients.LEAST_PIECE = pieces
+    if "piece" in case:
+        ds_config["zero_optimization"]["reduce_bucket_size"] = 4 * pieces
+    optimizer = build_optimizer(model, config.optim, ranks.device)
+    engine = TrainEngine(model, optimizer, ds_config, flat_gradients=case.get("flat_gradients", True))
     if "poison" in case:
         return poisoned(engine, case["poison"], micro, ranks)
     losses = []

@@ -1,7 +1,7 @@
 """Most memory that one rank holds during a training step, of many settings: real steps, through DeepSpeed.
 
 usage: step_memory.py < cases.json, a list of {"model": {...}, "stage", "precision", "checkpointing", "micro_batch",
-"bucket"}; prints a list of bytes.
+"accumulation", "bucket"}; prints a list of bytes.
 
 On a CPU every storage that an operation makes is followed until it is freed; on a GPU it is torch's peak.
 """
@@ -27,8 +27,6 @@ from engine.ds_engine import TrainEngine  # noqa: E402
 from engine.launch import join, leave  # noqa: E402
 from engine.models import MIRL, Execution, ModelConfig  # noqa: E402
 from engine.optimizer import build_optimizer  # noqa: E402
-
-ACCUMULATION = 2  # from the second micro-batch on, gradients of the one before are there as well
 
 
 class StorageTracker(TorchDispatchMode):
@@ -67,13 +65,18 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainEngine:
         recipe="test",
         model=ModelConfig(**case["model"]),
         data=DataConfig(),
-        optim=OptimConfig(batch_size=ACCUMULATION * micro_batch, micro_batch=micro_batch, steps=1, lr=1e-3),
+        optim=OptimConfig(batch_size=case["accumulation"] * micro_batch, micro_batch=micro_batch, steps=1, lr=1e-3),
         run=RunConfig(deepspeed_config=case["stage"], precision=case["precision"]),
     )
     values = read_ds_config(case["stage"])
     values["zero_optimization"]["reduce_bucket_size"] = case["bucket"]
     ds_config = resolve_ds_config(
-        values, config, micro_batch=micro_batch, accumulation=ACCUMULATION, precision=case["precision"], device=device
+        values,
+        config,
+        micro_batch=micro_batch,
+        accumulation=case["accumulation"],
+        precision=case["precision"],
+        device=device,
     )
     model = MIRL(config.model)
     model.set_activation_checkpointing(case["checkpointing"])
@@ -85,7 +88,7 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainEngine:
 def train(case: dict[str, Any], device: torch.device) -> None:
     engine, config = make_engine(case, device), ModelConfig(**case["model"])
     shape = (case["micro_batch"], config.image_height, config.image_width, config.channels)
-    for _ in range(ACCUMULATION):
+    for _ in range(case["accumulation"]):
         images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
         output = engine.forward(images, noise=torch.rand(shape[0], config.num_patches, device=device))
         engine.backward(output.loss)

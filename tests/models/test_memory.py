@@ -116,6 +116,7 @@ def estimate(case: dict[str, Any]) -> float:
     return GIB * step_gib(
         ModelConfig(**case["model"]), case["micro_batch"], zero_stage=int(case["stage"][-1]), ranks=1,
         checkpointing=case["checkpointing"], precision=case["precision"], bucket=case["bucket"],
+        accumulation=case["accumulation"],
     )  # fmt: skip
 
 
@@ -136,9 +137,10 @@ def test_the_estimate_of_a_step_is_what_is_measured() -> None:
     cases = [
         {
             "model": shape | SMALL_IMAGES | {"variant": variant}, "stage": stage, "precision": precision,
-            "checkpointing": form, "micro_batch": 8, "bucket": 1_000_000,
+            "checkpointing": form, "micro_batch": 8, "bucket": 1_000_000, "accumulation": accumulation,
         }
         for shape, variant, precision, stage, form in settings
+        for accumulation in ((1, 2) if (stage, form) == ("zero2", "none") else (2,))
     ]  # fmt: skip
     for case, measured in zip(cases, peaks(cases), strict=True):
         # The most seen is 3.8 %. Operations on a CPU make some float32 tensors that those of a GPU do not.
@@ -151,7 +153,7 @@ def test_the_estimate_of_a_step_is_the_peak_of_torch() -> None:
     cases = [
         {
             "model": model, "stage": "zero2", "precision": "bf16", "checkpointing": mode, "micro_batch": 64,
-            "bucket": 200_000_000,
+            "bucket": 200_000_000, "accumulation": 1,
         }
         for mode in ("none", "every", "segments")
     ]  # fmt: skip
@@ -165,17 +167,19 @@ def test_states_by_stage() -> None:
         [state_bytes(config, stage, 8, precision, bucket=0) / pretraining_parameters(config) for stage in (1, 2, 3)]
         for precision in ("bf16", "fp32")
     ]
-    assert per_parameter == [[2 + 6 + 12 / 8, 2 + 16 / 8, 2 + 18 / 8], [4 + 4 + 12 / 8, 4 + 16 / 8, 4 + 20 / 8]]
+    assert per_parameter == [[2 + 2 + 12 / 8] * 2 + [2 + 18 / 8], [4 + 4 + 12 / 8] * 2 + [4 + 20 / 8]]
+    added = state_bytes(config, 2, 8, accumulation=2) - state_bytes(config, 2, 8)
+    assert added / pretraining_parameters(config) == pytest.approx(2)
     buckets = [state_bytes(config, stage, 8) - state_bytes(config, stage, 8, bucket=0) for stage in (1, 2, 3)]
-    assert buckets == [0, 800_000_000, 400_000_000]
+    assert buckets == [0, 0, 400_000_000]
 
 
 def test_target_of_the_design() -> None:
-    """B-48, batch 256, no recomputation, ZeRO over 8 ranks, but for the buckets: within the 28 GB (26.1 GiB) planned,
-    1 GiB either way.
+    """B-48, batch 256, ZeRO over 8 ranks: 28 GB are planned with LayerNorm and GELU computed again. Nothing recomputed
+    at all takes 29.3 GB; `benchmarks/bench_memory.py --target` counts the rest.
     """
-    planned = step_gib(model_config("vit_b_48"), 256, zero_stage=2, ranks=8, bucket=0)
-    assert planned == pytest.approx(26.1, abs=1)
+    found = GIB * step_gib(model_config("vit_b_48"), 256, zero_stage=2, ranks=8) / 1e9
+    assert found == pytest.approx(29.3, abs=0.1)
 
 
 @pytest.mark.parametrize(("stage", "ranks", "message"), [(4, 1, "zero_stage is 4"), (2, 0, "ranks is 0")])

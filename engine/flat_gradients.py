@@ -1,0 +1,236 @@
+"""Gradients of ZeRO 1 and 2 in one flat buffer, laid out like the flat weights.
+
+DeepSpeed 0.19.8 copies a gradient into a bucket, the reduced bucket into the partition, and the partition into the flat
+tensor of the optimiser, with Python for every parameter on the way. Here a gradient is copied once, to where the
+optimiser reads it, many parameters a call; what lies ready is reduced while the backward pass goes on. Values are those
+of DeepSpeed's own path up to the order of sums: reduced in the compute dtype, averaged and stepped in float32.
+
+The buffer has all gradients of the model on every rank, in the compute dtype, or in float32 where several micro-batches
+add up. That is less than DeepSpeed's two buckets and its partition for a model of up to 4e8 parameters. Ranks
+communicate once a step, whatever the number of micro-batches.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Gradients wait for each other until so many values can be copied by one call: few launches on a GPU, and on a CPU the
+# values still lie in the cache.
+COPIED_TOGETHER = 2**20
+# Parts of the buffer that are smaller are reduced together with their neighbours, for all ranks.
+LEAST_PIECE = 2**20
+# The square sum of a gradient is taken in pieces of this length: one float32 sum over all of it would lose digits.
+NORM_PIECE = 2**18
+ALIGNMENT = 64
+
+
+@dataclass(eq=False)
+class _Piece:
+    """Elements ``first:last`` of the buffer, reduced by one call; to ``owner``, or to all ranks where that is None."""
+
+    first: int
+    last: int
+    owner: int | None
+    slots: list[_Slot] = field(default_factory=list)
+    missing: int = 0
+    reducing: bool = False
+
+
+@dataclass(eq=False)
+class _Slot:
+    """Where one parameter's gradient lies."""
+
+    name: str
+    view: Tensor
+    pieces: list[_Piece]
+    written: bool = False  # in this step
+    counted: bool = False  # in this backward pass
+
+
+class FlatPartition(list):
+    """One group's gradient of this rank as `DeepSpeedZeroOptimizer.step` takes it when it is flat already."""
+
+    def __init__(self, flat: Tensor) -> None:
+        super().__init__([flat])
+        self.flat_partition = flat
+
+
+class FlatGradients:
+    """Takes the gradients of ``optimizer``, a DeepSpeedZeroOptimizer that does not offload, in place of its own hooks.
+
+    ``parameters``: named, in the order of the model. ``bucket``: most values reduced by one call. ``accumulation``:
+    micro-batches of a step.
+    """
+
+    def __init__(
+        self, optimizer: Any, parameters: Iterable[tuple[str, nn.Parameter]], *, bucket: int, accumulation: int
+    ) -> None:
+        self._optimizer = optimizer
+        self._process_group = optimizer.dp_process_group
+        self._world_size = torch.distributed.get_world_size(self._process_group)
+        self._rank = torch.distributed.get_rank(self._process_group)
+        self._pending: list[tuple[_Slot, Tensor]] = []
+        self._pending_values = 0
+        self._works: list[Any] = []
+
+        weights = optimizer.bit16_groups_flat
+        self._starts, end = [], 0
+        for flat in weights:
+            self._starts.append(end)
+            end += -(-flat.numel() // ALIGNMENT) * ALIGNMENT
+        dtype = torch.float32 if accumulation > 1 else weights[0].dtype
+        self._flat = torch.zeros(end, dtype=dtype, device=weights[0].device)
+        pieces = self._make_pieces(bucket) if self._world_size > 1 else []
+        self._slots = self._make_slots(pieces, {parameter: name for name, parameter in parameters})
+        # The backward pass meets the model's parameters from the last to the first, and on every rank alike; what is
+        # reduced is started in this order whatever completes first.
+        place = {slot: index for index, slot in enumerate(self._slots.values())}
+        self._order = sorted(pieces, key=lambda piece: min((place[slot] for slot in piece.slots), default=0))[::-1]
+        self._next = 0
+        self._begin()
+
+        for hook in optimizer._grad_acc_hooks:
+            hook.remove()
+        optimizer._grad_acc_hooks = [
+            parameter.register_post_accumulate_grad_hook(self._collect) for parameter in self._slots
+        ]
+        # DeepSpeed's two ways to end a backward pass do nothing; what it calls after either of them does.
+        optimizer.overlapping_partition_gradients_reduce_epilogue = lambda: None
+        optimizer.reduce_gradients = lambda pipeline_parallel=False: None
+        optimizer.backward_epilogue = lambda *args, **kwargs: self._finish()
+        optimizer.scaled_global_norm = lambda norm_type=2: self._norm()
+
+    # --- layout
+
+    def _make_pieces(self, bucket: int) -> list[_Piece]:
+        pieces: list[_Piece] = []
+        for start, size in zip(self._starts, self._optimizer.partition_size, strict=True):
+            for owner in range(self._world_size):
+                first, end = start + owner * size, start + (owner + 1) * size
+                while first < end:
+                    last = min(first + bucket, end)
+                    self._append(pieces, _Piece(first, last, owner), bucket)
+                    first = last
+        return pieces
+
+    @staticmethod
+    def _append(pieces: list[_Piece], piece: _Piece, bucket: int) -> None:
+        before = pieces[-1] if pieces else None
+        small = before is not None and min(piece.last - piece.first, before.last - before.first) < LEAST_PIECE
+        if before is not None and small and piece.last - before.first <= bucket:
+            before.last = piece.last
+            if before.owner != piece.owner:
+                before.owner = None
+        else:
+            pieces.append(piece)
+
+    def _make_slots(self, pieces: list[_Piece], names: dict[nn.Parameter, str]) -> dict[nn.Parameter, _Slot]:
+        firsts = [piece.first for piece in pieces]
+        found: dict[nn.Parameter, _Slot] = {}
+        optimizer = self._optimizer
+        for number, (start, group) in enumerate(zip(self._starts, optimizer.bit16_groups, strict=True)):
+            for parameter, index in zip(group, optimizer.round_robin_bit16_indices[number], strict=True):
+                first = start + optimizer.round_robin_bit16_offsets[number][index]
+                last = first + parameter.numel()
+                touched = pieces[bisect_right(firsts, first) - 1 : bisect_right(firsts, last - 1)] if pieces else []
+                slot = _Slot(names[parameter], self._flat[first:last].view(parameter.shape), touched)
+                for piece in touched:
+                    piece.slots.append(slot)
+                found[parameter] = slot
+        return {parameter: found[parameter] for parameter in names if parameter in found}
+
+    # --- a step
+
+    def _begin(self) -> None:
+        """Before the first micro-batch of a step."""
+        for slot in self._slots.values():
+            slot.written = False
+        self._next = 0
+        self._works.clear()
+        for piece in self._order:
+            piece.missing, piece.reducing = len(piece.slots), False
+
+    def _collect(self, parameter: nn.Parameter) -> None:
+        """Called by autograd when the gradient of ``parameter`` has been added up."""
+        gradient, parameter.grad = parameter.grad, None
+        self._pending.append((self._slots[parameter], gradient))
+        self._pending_values += gradient.numel()
+        if self._pending_values >= COPIED_TOGETHER:
+            self._write()
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        """Copy, or add, what is pending, and start what may be reduced after it."""
+        firsts: list[tuple[Tensor, Tensor]] = []
+        more: list[tuple[Tensor, Tensor]] = []
+        last_pass = self._optimizer.is_gradient_accumulation_boundary()
+        for slot, gradient in self._pending:
+            if any(piece.reducing for piece in slot.pieces):
+                raise RuntimeError(
+                    f"the gradient of {slot.name} came again after it had been reduced: this backward pass visits a "
+                    "parameter more than once (reentrant activation checkpointing?); give --no-flat-gradients"
+                )
+            (more if slot.written else firsts).append((slot.view, gradient))
+            slot.written = True
+            if last_pass and not slot.counted:
+                slot.counted = True
+                for piece in slot.pieces:
+                    piece.missing -= 1
+        self._pending.clear()
+        self._pending_values = 0
+        if firsts:
+            torch._foreach_copy_([view for view, _ in firsts], [gradient for _, gradient in firsts])
+        for view, gradient in more:
+            view.add_(gradient)
+        while self._next < len(self._order) and not self._order[self._next].missing:
+            self._reduce_next()
+
+    def _reduce_next(self) -> None:
+        piece = self._order[self._next]
+        self._next += 1
+        piece.reducing = True
+        values = self._flat[piece.first : piece.last]
+        if piece.owner is None:
+            work = torch.distributed.all_reduce(values, group=self._process_group, async_op=True)
+        else:
+            owner = torch.distributed.get_global_rank(self._process_group, piece.owner)
+            work = torch.distributed.reduce(values, owner, group=self._process_group, async_op=True)
+        self._works.append(work)
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """After a backward pass; after the last one of a step, hand the averaged gradients to the optimiser."""
+        self._write()
+        for slot in self._slots.values():
+            slot.counted = False
+        if not self._optimizer.is_gradient_accumulation_boundary():
+            return
+        for slot in self._slots.values():
+            if not slot.written:  # a parameter without a gradient: what lies there is the last step's
+                slot.view.zero_()
+        while self._next < len(self._order):
+            self._reduce_next()
+        for work in self._works:
+            work.wait()
+        for number, (start, size) in enumerate(zip(self._starts, self._optimizer.partition_size, strict=True)):
+            first = start + self._rank * size
+            partition = self._flat[first : first + size].float()
+            if self._world_size > 1:
+                partition /= self._world_size
+            self._optimizer.averaged_gradients[number] = FlatPartition(partition)
+        self._begin()
+
+    def _norm(self) -> Tensor:
+        """Of the whole gradient, over all groups and ranks; NaN or infinite where one of its values is."""
+        partitions = [group.flat_partition for group in self._optimizer.averaged_gradients.values()]
+        pieces = [piece for partition in partitions for piece in partition.split(NORM_PIECE)]
+        squares = torch.stack(torch._foreach_norm(pieces)).square().sum()
+        if self._world_size > 1:
+            torch.distributed.all_reduce(squares, group=self._process_group)
+        return squares.sqrt()
