@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.breakdown import profile_step
-from benchmarks.contestants import NAMES, PRECISIONS, Contestant, MasterAdamW, make_contestants
+from benchmarks.contestants import NAMES, ON_REQUEST, PRECISIONS, Contestant, MasterAdamW, make_contestants
 from benchmarks.measure import device
 from benchmarks.report import Results
 from engine.config import OptimConfig
@@ -89,7 +90,13 @@ def measure_case(case: StepCase, place: torch.device, peak: tuple[float, str] | 
             processor_times[name].append(1e3 * (time.process_time() - before))
     medians = {name: statistics.median(values) for name, values in times.items()}
     # The engine runs compiled where that is its default, which on this device may not be.
-    mine = "ours_compiled" if "ours_compiled" in medians and place.type == "cuda" else "ours"
+    mine = (
+        "engine"
+        if "engine" in medians
+        else "ours_compiled"
+        if "ours_compiled" in medians and place.type == "cuda"
+        else "ours"
+    )
     images_per_s = 1e3 * case.batch / medians[mine]
     flops = training_flops_per_image(case.config)
 
@@ -147,6 +154,9 @@ def _autocast(precision: str, place: torch.device) -> Any:
 def _step_of(
     contestant: Contestant, optimizer: MasterAdamW, images: Tensor, noise: Tensor, precision: str, place: torch.device
 ) -> Callable[[], None]:
+    if contestant.step is not None:
+        return partial(contestant.step, images, noise)
+
     def step() -> None:
         contestant.prepare()
         with _autocast(precision, place):
@@ -225,7 +235,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS) if on_gpu else ["paper"])
     parser.add_argument("--batch", nargs="+", type=int, default=[64, 256] if on_gpu else [8])
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["bf16"] if on_gpu else ["fp32"])
-    parser.add_argument("--contestants", nargs="+", choices=NAMES, default=None, help="default: all; compile: GPU only")
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=NAMES + ON_REQUEST,
+        default=None,
+        help="default: all but engine; compile: GPU only",
+    )
     parser.add_argument("--no-mae", action="store_true", help="leave out the MAE of size vit_b against Hugging Face's")
     parser.add_argument("--rounds", type=int, default=10 if on_gpu else 5)
     parser.add_argument("--warmup", type=int, default=3 if on_gpu else 1)

@@ -9,8 +9,10 @@
 | `compile`       | `eager_sdpa` under torch.compile                                                  |
 | `mae`           | Hugging Face's ViTMAEForPreTraining with SDPA, of the same size; for G = 1 alone. |
 |                 | (timm has no MAE pre-training.)                                                   |
+| `engine`        | a step as a run takes it: `TrainEngine` under ZeRO-2 on one rank, with its own    |
+|                 | optimiser; in bfloat16 where the others run under autocast. Only when asked for.  |
 
-All but `mae` share their Parameters, gradients and optimiser, so a large model is in memory once.
+All but `mae` and `engine` share their Parameters, gradients and optimiser, so a large model is in memory once.
 """
 
 from __future__ import annotations
@@ -25,21 +27,27 @@ from torch import Tensor, nn
 
 from benchmarks.reference import ReferenceMIRL
 from engine.compiling import compile_regions
-from engine.models import MIRL, ModelConfig
+from engine.config import DataConfig, OptimConfig, PretrainConfig, RunConfig
+from engine.ds_config import read_ds_config, resolve_ds_config
+from engine.models import MIRL, Execution, ModelConfig
 from engine.models.pixels import normalise_images
 from engine.optimizer import build_optimizer
 
 NAMES = ("ours", "ours_compiled", "eager_math", "eager_sdpa", "compile", "mae")
+ON_REQUEST = ("engine",)
 PRECISIONS = ("fp32", "bf16", "autocast")
 
 
 @dataclass(kw_only=True)
 class Contestant:
-    """``loss(images, noise)`` is a scalar with a graph; ``prepare`` is called before a run of its steps."""
+    """``loss(images, noise)`` is a scalar with a graph; ``prepare`` is called before a run of its steps; ``step``,
+    where given, is all of a step, and needs neither.
+    """
 
     name: str
     loss: Callable[[Tensor, Tensor], Tensor]
     prepare: Callable[[], None] = lambda: None
+    step: Callable[[Tensor, Tensor], None] | None = None
 
 
 class MasterAdamW:
@@ -109,13 +117,13 @@ def make_contestants(
             if not choice.on:
                 left_out[name] = choice.reason
                 continue
-            made.append(
-                Contestant(name=name, loss=_loss_of(model), prepare=partial(model.set_regions, model.regions))
-            )
+            made.append(Contestant(name=name, loss=_loss_of(model), prepare=partial(model.set_regions, model.regions)))
         elif name in ("eager_math", "eager_sdpa"):
             made.append(Contestant(name=name, loss=_loss_of(reference_sharing_weights(model, name[6:]))))
         elif name == "compile":
             made.append(Contestant(name=name, loss=_loss_of(torch.compile(reference_sharing_weights(model, "sdpa")))))
+        elif name == "engine":
+            made.append(whole_engine(config, batch, device, precision))
         elif name == "mae":
             mae, reason = hugging_face_mae(config, device, next(model.parameters()).dtype)
             if mae is None:
@@ -123,8 +131,41 @@ def make_contestants(
             else:
                 made.append(Contestant(name=name, loss=mae))
         else:
-            raise ValueError(f"contestant is {name!r}: choose one of {', '.join(NAMES)}")
+            raise ValueError(f"contestant is {name!r}: choose one of {', '.join(NAMES + ON_REQUEST)}")
     return model, made, left_out
+
+
+def whole_engine(config: ModelConfig, batch: int, device: torch.device, precision: str) -> Contestant:
+    """A model of its own behind DeepSpeed, alone in its process group."""
+    from engine.ds_engine import TrainEngine
+    from engine.launch import join
+
+    if not torch.distributed.is_initialized():
+        join()
+    kind = "fp32" if precision == "fp32" else "bf16"
+    settings = PretrainConfig(
+        recipe="bench", model=config, data=DataConfig(), optim=OptimConfig(batch_size=batch, steps=1),
+        run=RunConfig(precision=kind),
+    )  # fmt: skip
+    values = resolve_ds_config(
+        read_ds_config("zero2"), settings, micro_batch=batch, accumulation=1, precision=kind, device=device
+    )
+    torch.manual_seed(0)
+    model = MIRL(config).to(device)
+    model.set_execution(Execution.for_device(device))
+    engine = TrainEngine(model, build_optimizer(model, settings.optim, device), values)
+
+    def step(images: Tensor, noise: Tensor) -> None:
+        # The recipes' autocast is none: the weights themselves are bfloat16.
+        with torch.autocast(device.type, enabled=False):
+            engine.backward(engine.forward(images, noise=noise).loss)
+            engine.step(settings.optim.peak_lr)
+
+    def loss(images: Tensor, noise: Tensor) -> Tensor:
+        with torch.autocast(device.type, enabled=False), torch.no_grad():
+            return engine.module(images, noise=noise).loss
+
+    return Contestant(name="engine", loss=loss, step=step)
 
 
 def _loss_of(model: Callable[..., Any]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 COPIED_TOGETHER = 2**20
 # Parts of the buffer that are smaller are reduced together with their neighbours, for all ranks.
 LEAST_PIECE = 2**20
-# The square sum of a gradient is taken in pieces of this length: one float32 sum over all of it would lose digits.
+# The norm is that of the norms of pieces of this length: one float32 sum over all squares would lose digits, and a CPU
+# would take it on one thread.
 NORM_PIECE = 2**18
 ALIGNMENT = 64
 
@@ -78,6 +79,7 @@ class FlatGradients:
         self._pending: list[tuple[_Slot, Tensor]] = []
         self._pending_values = 0
         self._works: list[Any] = []
+        self._kept: dict[int, Tensor] = {}
 
         weights = optimizer.bit16_groups_flat
         self._starts, end = [], 0
@@ -86,6 +88,11 @@ class FlatGradients:
             end += -(-flat.numel() // ALIGNMENT) * ALIGNMENT
         dtype = torch.float32 if accumulation > 1 else weights[0].dtype
         self._flat = torch.zeros(end, dtype=dtype, device=weights[0].device)
+        # What this rank owns of each group.
+        self._reduced = [
+            self._flat[start + self._rank * size : start + (self._rank + 1) * size]
+            for start, size in zip(self._starts, optimizer.partition_size, strict=True)
+        ]
         pieces = self._make_pieces(bucket) if self._world_size > 1 else []
         self._slots = self._make_slots(pieces, {parameter: name for name, parameter in parameters})
         # The backward pass meets the model's parameters from the last to the first, and on every rank alike; what is
@@ -218,19 +225,36 @@ class FlatGradients:
             self._reduce_next()
         for work in self._works:
             work.wait()
-        for number, (start, size) in enumerate(zip(self._starts, self._optimizer.partition_size, strict=True)):
-            first = start + self._rank * size
-            partition = self._flat[first : first + size].float()
+        for number, reduced in enumerate(self._reduced):
+            partition = self._in_float32(number)
             if self._world_size > 1:
-                partition /= self._world_size
+                torch.div(reduced, self._world_size, out=partition)
+            elif partition is not reduced:
+                partition.copy_(reduced)
             self._optimizer.averaged_gradients[number] = FlatPartition(partition)
         self._begin()
 
+    def _in_float32(self, number: int) -> Tensor:
+        """Memory for what the optimiser reads. A GPU's allocator has it at hand now that activations are gone; on a
+        CPU fresh memory costs more than the copy, so that is kept.
+        """
+        reduced = self._reduced[number]
+        if reduced.dtype == torch.float32:
+            return reduced
+        if reduced.is_cuda:
+            return torch.empty_like(reduced, dtype=torch.float32)
+        if number not in self._kept:
+            self._kept[number] = torch.empty_like(reduced, dtype=torch.float32)
+        return self._kept[number]
+
     def _norm(self) -> Tensor:
         """Of the whole gradient, over all groups and ranks; NaN or infinite where one of its values is."""
-        partitions = [group.flat_partition for group in self._optimizer.averaged_gradients.values()]
-        pieces = [piece for partition in partitions for piece in partition.split(NORM_PIECE)]
-        squares = torch.stack(torch._foreach_norm(pieces)).square().sum()
+        norms = []
+        for partition in self._optimizer.averaged_gradients.values():
+            whole = partition.flat_partition.numel() // NORM_PIECE * NORM_PIECE
+            rows, rest = partition.flat_partition[:whole].view(-1, NORM_PIECE), partition.flat_partition[whole:]
+            norms += [torch.linalg.vector_norm(rows, dim=1), torch.linalg.vector_norm(rest).reshape(1)]
+        squares = torch.cat(norms).square().sum()
         if self._world_size > 1:
             torch.distributed.all_reduce(squares, group=self._process_group)
         return squares.sqrt()
