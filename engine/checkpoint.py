@@ -24,9 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from engine.checkpoint_files import POINTER, describe, list_checkpoints, sync, write_json, write_manifest, write_whole
+from engine.checkpoint_files import (
+    POINTER,
+    describe,
+    list_checkpoints,
+    save_tensors,
+    sync,
+    write_json,
+    write_manifest,
+    write_whole,
+)
 from engine.ds_engine import Fragment
 from engine.launch import Ranks
 
@@ -96,7 +104,7 @@ class CheckpointWriter:
         path = partial / f"rank-{self.ranks.rank:05d}-of-{self.ranks.world_size:05d}.safetensors"
         try:
             partial.mkdir(exist_ok=True)
-            save_file(tensors, path)
+            save_tensors(tensors, path)
             sync(path)
             write_json(partial / f"{path.stem}.done", describe(path))
             if self.ranks.is_main:

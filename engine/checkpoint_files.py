@@ -56,9 +56,19 @@ def write_weights(final: Path, weights: Mapping[str, Tensor], state: dict[str, A
     with aside(final) as partial:
         partial.mkdir()
         path = partial / "rank-00000-of-00001.safetensors"
-        save_file({f"weight/{name}@0": weight.flatten() for name, weight in weights.items()}, path)
+        save_tensors({f"weight/{name}@0": weight.flatten() for name, weight in weights.items()}, path)
         shapes = {name: list(weight.shape) for name, weight in weights.items()}
         write_manifest(partial, state | {"parameters": shapes}, {path.name: describe(path)}, world_size=1)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that whoever may read other files of this process may read: safetensors makes its files for
+    their owner alone.
+    """
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)
 
 
 def write_manifest(folder: Path, state: dict[str, Any], files: dict[str, Any], *, world_size: int) -> None:

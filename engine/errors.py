@@ -48,7 +48,8 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     On several ranks only rank 0 speaks. The others wait a moment before they leave, because a launcher that sees one
     worker fail ends the rest, and would otherwise cut off the message. A lost rank is told by every rank that is left.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    # srun's ranks have no RANK before they join.
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0")
     try:
         code = main() or EXIT_OK
     except USERS as error:

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.checkpoint_files import aside, write_json
+from engine.checkpoint_files import aside, save_tensors, write_json
 from engine.errors import UserError
 from engine.finetuning.load import WEIGHTS as CLASSIFIER_WEIGHTS
 from engine.finetuning.load import is_classifier, load_classifier
@@ -108,7 +107,7 @@ def export_timm(out: Path, exported: Exported) -> None:
     state = timm_state_dict(exported.encoder, exported.config, **common)
     with aside(out) as folder:
         folder.mkdir()
-        save_file(state, folder / WEIGHTS, metadata=HEADER)
+        save_tensors(state, folder / WEIGHTS, metadata=HEADER)
         described = timm_config(exported.config, pool=exported.pool, classes=exported.classes, **common)
         write_json(folder / "config.json", described)
 
@@ -119,7 +118,7 @@ def export_hf(out: Path, exported: Exported) -> None:
     state = hf_state_dict(exported.encoder, config, image_size=size, pool=exported.pool, head=exported.head)
     with aside(out) as folder:
         folder.mkdir()
-        save_file(state, folder / WEIGHTS, metadata=HEADER)
+        save_tensors(state, folder / WEIGHTS, metadata=HEADER)
         described = hf_config(config, image_size=size, head=exported.head, classes=exported.classes)
         write_json(folder / "config.json", described)
         write_json(folder / "preprocessor_config.json", hf_preprocessor(config, image_size=size))
@@ -138,7 +137,7 @@ def export_safetensors(out: Path, exported: Exported) -> None:
         "model": dataclasses.asdict(config),
     }
     with aside(out) as file:
-        save_file(state, file, metadata=HEADER | {name: json.dumps(value) for name, value in described.items()})
+        save_tensors(state, file, metadata=HEADER | {name: json.dumps(value) for name, value in described.items()})
 
 
 EXPORTS = {"timm": export_timm, "hf": export_hf, "safetensors": export_safetensors}

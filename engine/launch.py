@@ -138,8 +138,12 @@ def leave() -> None:
 
 
 def cores_per_rank(local_world_size: int) -> int:
-    """CPU cores that this process may use, shared with the other ranks of this host."""
-    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    """CPU cores that this process may use, shared with the other ranks of this host unless Slurm has shared them."""
+    cores = len(os.sched_getaffinity(0))
+    each_is_a_task = os.environ.get("SLURM_NTASKS") == os.environ.get("WORLD_SIZE", "1")
+    if each_is_a_task and cores <= _integer("SLURM_CPUS_PER_TASK", 0):
+        return cores
+    return max(1, cores // local_world_size)
 
 
 def _private_store(world_size: int, local_world_size: int) -> dist.Store | None:

@@ -87,6 +87,15 @@ def test_pointer_and_pruning(tmp_path):
     assert not list(tmp_path.glob(".step-*"))
 
 
+def test_whoever_may_read_other_files_may_read_the_weights(tmp_path):
+    umask = os.umask(0o027)
+    try:
+        save(tmp_path, 10)
+    finally:
+        os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("step-*/*")} == {0o640}
+
+
 def test_the_caller_may_change_its_tensors_after_save(tmp_path):
     tensors = values(0)
     writer = CheckpointWriter(tmp_path, ranks(), keep=0)

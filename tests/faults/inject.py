@@ -58,7 +58,7 @@ def kill_in_save(phase: str, step: str) -> None:
 
 def kill_in_write(step: str) -> None:
     """kill -9 of this process while safetensors writes its file of checkpoint ``step``: audit hooks do not see that."""
-    save_file = checkpoint.save_file
+    save_tensors = checkpoint.save_tensors
 
     def kill_when_it_grows(folder: Path) -> None:
         while written_bytes(folder) < BALLAST_BYTES // 16:
@@ -69,9 +69,9 @@ def kill_in_write(step: str) -> None:
         if step in path.parent.name:
             tensors = tensors | {"zeros": torch.zeros(BALLAST_BYTES // 4)}
             threading.Thread(target=kill_when_it_grows, args=(path.parent,), daemon=True).start()
-        save_file(tensors, path)
+        save_tensors(tensors, path)
 
-    checkpoint.save_file = save_larger_file
+    checkpoint.save_tensors = save_larger_file
 
 
 def stand_still_while_saving() -> None:
