@@ -11,6 +11,7 @@
 |                 | (timm has no MAE pre-training.)                                                   |
 | `engine`        | a step as a run takes it: `TrainEngine` under ZeRO-2 on one rank, with its own    |
 |                 | optimiser; in bfloat16 where the others run under autocast. Only when asked for.  |
+|                 | `engine_compiled`: the same with compiled regions.                                |
 
 All but `mae` and `engine` share their Parameters, gradients and optimiser, so a large model is in memory once.
 """
@@ -34,7 +35,7 @@ from engine.models.pixels import normalise_images
 from engine.optimizer import build_optimizer
 
 NAMES = ("ours", "ours_compiled", "eager_math", "eager_sdpa", "compile", "mae")
-ON_REQUEST = ("engine",)
+ON_REQUEST = ("engine", "engine_compiled")
 PRECISIONS = ("fp32", "bf16", "autocast")
 
 
@@ -122,8 +123,8 @@ def make_contestants(
             made.append(Contestant(name=name, loss=_loss_of(reference_sharing_weights(model, name[6:]))))
         elif name == "compile":
             made.append(Contestant(name=name, loss=_loss_of(torch.compile(reference_sharing_weights(model, "sdpa")))))
-        elif name == "engine":
-            made.append(whole_engine(config, batch, device, precision))
+        elif name in ON_REQUEST:
+            made.append(whole_engine(config, batch, device, precision, compiled=name != "engine"))
         elif name == "mae":
             mae, reason = hugging_face_mae(config, device, next(model.parameters()).dtype)
             if mae is None:
@@ -135,8 +136,13 @@ def make_contestants(
     return model, made, left_out
 
 
-def whole_engine(config: ModelConfig, batch: int, device: torch.device, precision: str) -> Contestant:
-    """A model of its own behind DeepSpeed, alone in its process group."""
+def whole_engine(
+    config: ModelConfig, batch: int, device: torch.device, precision: str, *, compiled: bool = False
+) -> Contestant:
+    """A model of its own behind DeepSpeed, alone in its process group.
+
+    Raises RuntimeError if it cannot be compiled.
+    """
     from engine.ds_engine import TrainEngine
     from engine.launch import join
 
@@ -154,6 +160,10 @@ def whole_engine(config: ModelConfig, batch: int, device: torch.device, precisio
     model = MIRL(config).to(device)
     model.set_execution(Execution.for_device(device))
     engine = TrainEngine(model, build_optimizer(model, settings.optim, device), values)
+    if compiled:
+        choice = compile_regions(engine.module, batch, device)
+        if not choice.on:
+            raise RuntimeError(f"no compiled regions: {choice.reason}")
 
     def step(images: Tensor, noise: Tensor) -> None:
         # The recipes' autocast is none: the weights themselves are bfloat16.
@@ -165,7 +175,7 @@ def whole_engine(config: ModelConfig, batch: int, device: torch.device, precisio
         with torch.autocast(device.type, enabled=False), torch.no_grad():
             return engine.module(images, noise=noise).loss
 
-    return Contestant(name="engine", loss=loss, step=step)
+    return Contestant(name="engine_compiled" if compiled else "engine", loss=loss, step=step)
 
 
 def _loss_of(model: Callable[..., Any]) -> Callable[[Tensor, Tensor], Tensor]:
