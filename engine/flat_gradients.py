@@ -23,7 +23,7 @@ from torch import Tensor, nn
 # Gradients wait for each other until so many values can be copied by one call: few launches on a GPU, and on a CPU the
 # values still lie in the cache.
 COPIED_TOGETHER = 2**20
-# Parts of the buffer that are smaller are reduced together with their neighbours, for all ranks.
+# Neighbours in the buffer that are both smaller are reduced together, for all ranks.
 LEAST_PIECE = 2**20
 # The norm is that of the norms of pieces of this length: one float32 sum over all squares would lose digits, and a CPU
 # would take it on one thread.
@@ -129,8 +129,8 @@ class FlatGradients:
     @staticmethod
     def _append(pieces: list[_Piece], piece: _Piece, bucket: int) -> None:
         before = pieces[-1] if pieces else None
-        small = before is not None and min(piece.last - piece.first, before.last - before.first) < LEAST_PIECE
-        if before is not None and small and piece.last - before.first <= bucket:
+        small = before is not None and max(piece.last - piece.first, before.last - before.first) < LEAST_PIECE
+        if small and piece.last - before.first <= bucket:
             before.last = piece.last
             if before.owner != piece.owner:
                 before.owner = None
