@@ -56,6 +56,9 @@ def train(tmp_path: Path, world_size: int) -> dict[str, list[float]]:
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        # As the deepspeed launcher on one host: the ranks meet through a file, and no port can be taken meanwhile.
+        "CROSS_SIZE": "1",
+        "LOCAL_SIZE": str(world_size),
     }
     processes = [
         subprocess.Popen(
