@@ -7,9 +7,10 @@ On 2 ranks the bare loop averages gradients by one all-reduce of one flat tensor
 that whatever else the machine does falls on both. The result is the median over steps of the ratio of neighbours. fp32
 on both sides, so that both do the same arithmetic; the weights are compared at the end.
 
-DeepSpeed's cost is one of parameters, not of images: gradients are copied into buckets and partitions, looked through
-for inf and NaN, and weights copied back. So the model and the batch decide what share of a step it is; the default is
-the demo recipe's. `cpu_ratio` compares processor time instead of wall time: on a busy machine the steadier of the two.
+DeepSpeed's cost is one of parameters, not of images: gradients are copied to where the optimiser reads them
+(engine/flat_gradients.py), and weights copied back. So the model and the batch decide what share of a step it is; the
+default is the demo recipe's. `cpu_ratio` compares processor time instead of wall time: on a busy machine the steadier
+of the two.
 """
 
 from __future__ import annotations

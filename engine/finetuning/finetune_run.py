@@ -91,7 +91,9 @@ def _finetune(config: FinetuneConfig, ranks: Ranks, closing: ExitStack) -> Path:
         micro_batch=plan.micro_batch, device=ranks.device, random_erase=section.random_erase, mixup=section.mixup,
         cutmix=section.cutmix, label_smoothing=section.label_smoothing,
     )  # fmt: skip
-    start = {name: parameter.detach().float().cpu().clone() for name, parameter in model.named_parameters()}
+    # A run that goes on reads its fp32 weights from the checkpoint.
+    started_from = [] if plan.reader is not None else model.named_parameters()
+    start = {name: parameter.detach().float().cpu().clone() for name, parameter in started_from}
     engine = TrainEngine(model, optimizer, plan.ds_config, flat_gradients=config.run.flat_gradients)
     if plan.reader is not None:
         engine.load_fragments(plan.reader.read, optimizer_steps=progress.applied_steps)

@@ -102,6 +102,7 @@ class Slurm:
 
     def _wait_for_nodes(self) -> None:
         deadline = time.monotonic() + 30
+        # sinfo itself fails until the controller answers: that is to wait for, and the deadline ends it.
         while "idle 2" not in self.run("sh", "-c", "sinfo --noheader --format '%t %D' || true"):
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the nodes of Slurm are not ready; see {self.folder}/*.log")
