@@ -1,4 +1,5 @@
-"""What DeepSpeed costs: a step through engine/ds_engine.py against a bare loop, same model, optimiser and images.
+"""What DeepSpeed costs: a step through engine/distributed/ds_engine.py against a bare loop, same model, optimiser and
+images.
 
     python benchmarks/bench_deepspeed.py [--world-size 2] [--stage zero2] [--model demo] [--steps 9]
     pytest benchmarks/test_deepspeed.py           # small; the figure goes to the terminal
@@ -8,9 +9,9 @@ that whatever else the machine does falls on both. The result is the median over
 on both sides, so that both do the same arithmetic; the weights are compared at the end.
 
 DeepSpeed's cost is one of parameters, not of images: gradients are copied to where the optimiser reads them
-(engine/flat_gradients.py), and weights copied back. So the model and the batch decide what share of a step it is; the
-default is the demo recipe's. `cpu_ratio` compares processor time instead of wall time: on a busy machine the steadier
-of the two.
+(engine/distributed/flat_gradients.py), and weights copied back. So the model and the batch decide what share of a step
+it is; the default is the demo recipe's. `cpu_ratio` compares processor time instead of wall time: on a busy machine the
+steadier of the two.
 """
 
 from __future__ import annotations
@@ -59,14 +60,14 @@ class BareLoop:
 
 def measure(model_name: str, stage: str, batch: int, side: int, steps: int) -> dict[str, float]:
     """One rank's work; every rank returns its own figures."""
-    from engine.config import DataConfig, OptimConfig, PretrainConfig, RunConfig
-    from engine.ds_config import read_ds_config, resolve_ds_config
-    from engine.ds_engine import TrainEngine
-    from engine.launch import join, leave
-    from engine.models import MIRL, model_config
-    from engine.noise import mask_noise
-    from engine.optimizer import build_optimizer
-    from engine.recipes import recipe
+    from mirl.engine.configuration.config import DataConfig, OptimConfig, PretrainConfig, RunConfig
+    from mirl.engine.distributed.ds_config import read_ds_config, resolve_ds_config
+    from mirl.engine.distributed.ds_engine import TrainEngine
+    from mirl.engine.distributed.launch import join, leave
+    from mirl.engine.models import MIRL, model_config
+    from mirl.engine.pretraining.recipes import recipe
+    from mirl.engine.training.noise import mask_noise
+    from mirl.engine.training.optimizer import build_optimizer
 
     ranks = join()
     demo = recipe("demo").model
@@ -161,7 +162,7 @@ def run(world_size: int, *arguments: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--world-size", type=int, default=1)
-    parser.add_argument("--model", default="demo", help="demo, or a name of engine.models.MODEL_NAMES")
+    parser.add_argument("--model", default="demo", help="demo, or a name of mirl.engine.models.MODEL_NAMES")
     parser.add_argument("--stage", default="zero2")
     parser.add_argument("--batch", type=int, default=64, help="images of a rank")
     parser.add_argument("--side", type=int, default=96, help="pixels; the demo has its own")

@@ -27,8 +27,8 @@ if __name__ == "__main__":
 
 from benchmarks.measure import device
 from benchmarks.report import Results
-from engine.memory import state_bytes
-from engine.models import MIRL, Execution, ModelConfig, model_config
+from mirl.engine.accounting.memory import state_bytes
+from mirl.engine.models import MIRL, Execution, ModelConfig, model_config
 
 RESULTS = Path(__file__).resolve().parent / "results"
 GIB = 2**30

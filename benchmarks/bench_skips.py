@@ -4,8 +4,8 @@
 
 All forms share their Parameters and take turns. A gain is the time without the thing over the time with it, of medians
 and of the fastest rounds; on a CPU it is processor time, which neighbours on the machine disturb less than wall time.
-FLOPs are counted with and without the skip (engine/flops.py): where time is matrix products, that is the gain to
-expect.
+FLOPs are counted with and without the skip (engine/accounting/flops.py): where time is matrix products, that is the
+gain to expect.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.measure import device
-from engine.flops import training_flops_per_image
-from engine.models import MIRL, MODEL_NAMES, ExactSkips, Execution, model_config
+from mirl.engine.accounting.flops import training_flops_per_image
+from mirl.engine.models import MIRL, MODEL_NAMES, ExactSkips, Execution, model_config
 
 ALL = "all skips"
 

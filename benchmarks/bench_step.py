@@ -7,10 +7,10 @@ All contestants (benchmarks/contestants.py) of a case run in one process on one 
 step by step, so that what else happens on the machine meets all of them. Every figure is a median over rounds. Before a
 case is timed, the loss of every contestant is compared with that of the eager reference.
 
-MFU counts the FLOPs of the full, unskipped model of the variant (engine/flops.py), whatever a contestant leaves out,
-over the data-sheet peak of the GPU; on a CPU over a large matrix product in the same dtype and threads, timed just
-before. On a CPU the processor time of the process is kept beside the wall time: on a machine shared with others it is
-the steadier of the two (set OMP_WAIT_POLICY=PASSIVE, or waiting threads count as work).
+MFU counts the FLOPs of the full, unskipped model of the variant (engine/accounting/flops.py), whatever a contestant
+leaves out, over the data-sheet peak of the GPU; on a CPU over a large matrix product in the same dtype and threads,
+timed just before. On a CPU the processor time of the process is kept beside the wall time: on a machine shared with
+others it is the steadier of the two (set OMP_WAIT_POLICY=PASSIVE, or waiting threads count as work).
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from benchmarks.breakdown import profile_step
 from benchmarks.contestants import NAMES, ON_REQUEST, PRECISIONS, Contestant, MasterAdamW, make_contestants
 from benchmarks.measure import device
 from benchmarks.report import Results
-from engine.config import OptimConfig
-from engine.flops import training_flops_per_image
-from engine.models import MODEL_NAMES, ModelConfig, model_config
-from engine.models.config import VARIANTS
-from engine.run_log import peak_flops
+from mirl.engine.accounting.flops import training_flops_per_image
+from mirl.engine.configuration.config import OptimConfig
+from mirl.engine.models import MODEL_NAMES, ModelConfig, model_config
+from mirl.engine.models.config import VARIANTS
+from mirl.engine.training.run_log import peak_flops
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # Of the loss, relative to the eager reference. bfloat16 keeps 8 bits, and the reference rounds its loss to them too.

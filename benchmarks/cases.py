@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import kernels
+from mirl import kernels
 
 PATCH = 16
 Q = PATCH * PATCH * 3

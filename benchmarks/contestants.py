@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.reference import ReferenceMIRL
-from engine.compiling import compile_regions
-from engine.config import DataConfig, OptimConfig, PretrainConfig, RunConfig
-from engine.ds_config import read_ds_config, resolve_ds_config
-from engine.models import MIRL, Execution, ModelConfig
-from engine.models.pixels import normalise_images
-from engine.optimizer import build_optimizer
+from mirl.engine.configuration.config import DataConfig, OptimConfig, PretrainConfig, RunConfig
+from mirl.engine.distributed.ds_config import read_ds_config, resolve_ds_config
+from mirl.engine.models import MIRL, Execution, ModelConfig
+from mirl.engine.models.pixels import normalise_images
+from mirl.engine.training.compiling import compile_regions
+from mirl.engine.training.optimizer import build_optimizer
+from tests.support.oracle import ReferenceMIRL
 
 NAMES = ("ours", "ours_compiled", "eager_math", "eager_sdpa", "compile", "mae")
 ON_REQUEST = ("engine", "engine_compiled")
@@ -143,8 +143,8 @@ def whole_engine(
 
     Raises RuntimeError if it cannot be compiled.
     """
-    from engine.ds_engine import TrainEngine
-    from engine.launch import join
+    from mirl.engine.distributed.ds_engine import TrainEngine
+    from mirl.engine.distributed.launch import join
 
     if not torch.distributed.is_initialized():
         join()

@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py [--mfu 0.45] [--batch 4096] [--hbm-gib 80]
 
-Counted: parameters, FLOPs and bytes of memory (engine/flops.py, engine/memory.py), bytes that ZeRO sends. Assumed and
-printed with the tables: the GPU's peak, the utilisation that a step reaches, the speed of the links, the share of the
-traffic that hides behind the backward pass.
+Counted: parameters, FLOPs and bytes of memory (engine/accounting/flops.py, engine/accounting/memory.py), bytes that
+ZeRO sends. Assumed and printed with the tables: the GPU's peak, the utilisation that a step reaches, the speed of the
+links, the share of the traffic that hides behind the backward pass.
 
 Bytes that one rank sends in a step, P parameters, R ranks, ring collectives of (R - 1) / R each; weights travel in bf16
 (2 bytes), gradients in bf16, but in float32 where stages 1 and 2 add up several micro-batches before they send:
@@ -28,16 +28,16 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from engine.flops import pretraining_parameters, training_flops_per_image  # noqa: E402
-from engine.memory import GIB, activation_bytes, state_bytes  # noqa: E402
-from engine.models import ModelConfig, model_config  # noqa: E402
+from mirl.engine.accounting.flops import pretraining_parameters, training_flops_per_image  # noqa: E402
+from mirl.engine.accounting.memory import GIB, activation_bytes, state_bytes  # noqa: E402
+from mirl.engine.models import ModelConfig, model_config  # noqa: E402
 
 MODELS = ("vit_b_48", "vit_s_54")
 GPUS = (8, 32, 256)
-STAGES = (2, 3)  # stage 1 is as stage 2 (engine/flat_gradients.py)
+STAGES = (2, 3)  # stage 1 is as stage 2 (engine/distributed/flat_gradients.py)
 NODE = 8
 BUCKET, PREFETCH = 200_000_000, 50_000_000
-OVERHEAD = 1.10  # kernels' work space and the allocator, on top of the counted bytes (engine/memory.py)
+OVERHEAD = 1.10  # kernels' work space and the allocator, on top of the counted bytes (engine/accounting/memory.py)
 MICRO_BATCHES = (512, 256, 128, 64, 32, 16, 8)
 
 

@@ -7,8 +7,8 @@ writes three gradients. A kernel that holds all keys and values of a head on chi
 import pytest
 import torch
 
-import kernels
 from benchmarks.measure import device, rotated, time_calls
+from mirl import kernels
 
 ON_GPU = device().type == "cuda"
 DTYPES = (torch.bfloat16,) if ON_GPU else (torch.float32, torch.bfloat16)

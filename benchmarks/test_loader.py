@@ -32,7 +32,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measure import commit, device_name, versions
-from dataloaders import build_train_loader
+from mirl.dataloaders import build_train_loader
 
 BATCH, SIDE = 64, 224
 ROUNDS, AHEAD, MEASURED = 5, 7, 8

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import device
-from engine.config import OptimConfig
-from engine.models import MIRL, model_config
-from engine.optimizer import build_optimizer
+from mirl.engine.configuration.config import OptimConfig
+from mirl.engine.models import MIRL, model_config
+from mirl.engine.training.optimizer import build_optimizer
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install nvidia-dali-cuda130)")
 
@@ -35,7 +35,7 @@ TARGET_PERCENT = 1.0 if ON_GPU else 10.0  # on a CPU: 1.4 ms a core and image to
 
 
 def test_real_images_in_the_loop(capsys: pytest.CaptureFixture) -> None:
-    from dataloaders import build_train_loader, prepare_demo
+    from mirl.dataloaders import build_train_loader, prepare_demo
 
     config = model_config(MODEL)
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from benchmarks.bench_memory import activations
 from benchmarks.bench_step import StepCase, find_peak, measure_case
 from benchmarks.contestants import NAMES
 from benchmarks.measure import device
-from engine.models import ModelConfig, model_config
+from mirl.engine.models import ModelConfig, model_config
 
 PLACE = device()
 ON_GPU = PLACE.type == "cuda"

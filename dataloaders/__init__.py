@@ -3,14 +3,14 @@
 Needs nvidia-dali only when pictures are decoded; importing this package does not.
 """
 
-from dataloaders.demo import prepare_demo
-from dataloaders.errors import BadImage, ImageError, TooManyBadImages
-from dataloaders.eval_loader import EvalLoader, build_eval_loader
-from dataloaders.few_images import load_images
-from dataloaders.opening import open_source
-from dataloaders.sources import SubsetSource
-from dataloaders.stream import Batch
-from dataloaders.train_loader import TrainLoader, build_train_loader
+from mirl.dataloaders.errors import BadImage, ImageError, TooManyBadImages
+from mirl.dataloaders.eval_loader import EvalLoader, build_eval_loader
+from mirl.dataloaders.few_images import load_images
+from mirl.dataloaders.sources.base import SubsetSource
+from mirl.dataloaders.sources.opening import open_source
+from mirl.dataloaders.stream import Batch
+from mirl.dataloaders.tools.demo import prepare_demo
+from mirl.dataloaders.train_loader import TrainLoader, build_train_loader
 
 __all__ = [
     "BadImage",

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataloaders.arrays import check_statistics
-from dataloaders.crops import evaluation_windows
-from dataloaders.dali_pipeline import DaliDecoder
-from dataloaders.errors import BadImage
-from dataloaders.opening import Data, open_source
-from dataloaders.resize import CpuResizer
-from dataloaders.samples import SampleReader
-from dataloaders.sources import Source
-from dataloaders.stream import Batch, BatchPlan, BatchStream
-from dataloaders.train_loader import first_array_format, is_data
+from mirl.dataloaders.decoding.arrays import check_statistics
+from mirl.dataloaders.decoding.crops import evaluation_windows
+from mirl.dataloaders.decoding.dali_pipeline import DaliDecoder
+from mirl.dataloaders.decoding.resize import CpuResizer
+from mirl.dataloaders.decoding.samples import SampleReader
+from mirl.dataloaders.errors import BadImage
+from mirl.dataloaders.sources.base import Source
+from mirl.dataloaders.sources.opening import Data, open_source
+from mirl.dataloaders.stream import Batch, BatchPlan, BatchStream
+from mirl.dataloaders.train_loader import first_array_format, is_data
 
 
 def build_eval_loader(

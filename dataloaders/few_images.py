@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataloaders.arrays import ArrayFormat, as_resizable, check_statistics, detect_array_format, normalise
-from dataloaders.crops import evaluation_windows
-from dataloaders.dali_pipeline import DaliDecoder, DecodeJob
-from dataloaders.errors import ImageError
-from dataloaders.headers import as_portable_pixmap, decode_with_pillow, read_header
-from dataloaders.resize import CpuResizer
-from dataloaders.sources import read_whole_file
-from dataloaders.tar_source import read_member
+from mirl.dataloaders.decoding.arrays import ArrayFormat, as_resizable, check_statistics, detect_array_format, normalise
+from mirl.dataloaders.decoding.crops import evaluation_windows
+from mirl.dataloaders.decoding.dali_pipeline import DaliDecoder, DecodeJob
+from mirl.dataloaders.decoding.headers import as_portable_pixmap, decode_with_pillow, read_header
+from mirl.dataloaders.decoding.resize import CpuResizer
+from mirl.dataloaders.errors import ImageError
+from mirl.dataloaders.sources.base import read_whole_file
+from mirl.dataloaders.sources.tar_source import read_member
 
 
 def load_images(

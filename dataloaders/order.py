@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dataloaders.keyed import keyed_u64
+from mirl.keyed import keyed_u64
 
 _ORDER_STREAM = 1  # first key word: keeps the order's numbers apart from those of the crops
 

@@ -19,11 +19,11 @@ from functools import partial
 import numpy as np
 import torch
 
-from dataloaders.arrays import as_resizable, normalise
-from dataloaders.dali_pipeline import DaliDecoder, DecodeJob
-from dataloaders.errors import BadImage
-from dataloaders.resize import CpuResizer
-from dataloaders.samples import Sample, SampleReader
+from mirl.dataloaders.decoding.arrays import as_resizable, normalise
+from mirl.dataloaders.decoding.dali_pipeline import DaliDecoder, DecodeJob
+from mirl.dataloaders.decoding.resize import CpuResizer
+from mirl.dataloaders.decoding.samples import Sample, SampleReader
+from mirl.dataloaders.errors import BadImage
 
 _POLL_S = 0.2
 

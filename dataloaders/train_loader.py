@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataloaders.arrays import check_statistics, detect_array_format
-from dataloaders.crops import Augmentation
-from dataloaders.dali_pipeline import DaliDecoder
-from dataloaders.errors import BadImage, ImageError, TooManyBadImages
-from dataloaders.opening import Data, open_source
-from dataloaders.order import EpochOrder, StepPlan
-from dataloaders.resize import CpuResizer
-from dataloaders.samples import SampleReader
-from dataloaders.sources import Source
-from dataloaders.stream import Batch, BatchPlan, BatchStream, Transform
+from mirl.dataloaders.decoding.arrays import check_statistics, detect_array_format
+from mirl.dataloaders.decoding.crops import Augmentation
+from mirl.dataloaders.decoding.dali_pipeline import DaliDecoder
+from mirl.dataloaders.decoding.resize import CpuResizer
+from mirl.dataloaders.decoding.samples import SampleReader
+from mirl.dataloaders.errors import BadImage, ImageError, TooManyBadImages
+from mirl.dataloaders.order import EpochOrder, StepPlan
+from mirl.dataloaders.sources.base import Source
+from mirl.dataloaders.sources.opening import Data, open_source
+from mirl.dataloaders.stream import Batch, BatchPlan, BatchStream, Transform
 
 _log = logging.getLogger(__name__)
 

@@ -1,3 +1,5 @@
-"""The training engine: models, entry points, loop, DeepSpeed wiring. `engine.models` builds the model of the paper."""
+"""The training engine: models, entry points, loop, DeepSpeed wiring. `mirl.engine.models` builds the model of the
+paper.
+"""
 
-from engine.version import __version__ as __version__
+from mirl.engine.version import __version__ as __version__

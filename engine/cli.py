@@ -6,19 +6,19 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from engine.errors import UserError, run_entry_point
-from engine.version import __version__
+from mirl.engine.errors import UserError, run_entry_point
+from mirl.engine.version import __version__
 
 
 def _pretrain(argv: Sequence[str]) -> int:
-    from engine.pretrain import main
+    from mirl.engine.pretrain import main
 
     return main(list(argv))
 
 
 def _summary(argv: Sequence[str]) -> int:
-    from engine.flags import Parser
-    from engine.summary import run_summary
+    from mirl.engine.commands.summary import run_summary
+    from mirl.engine.configuration.flags import Parser
 
     parser = Parser(prog="mirl summary", description="Parameters, FLOPs and memory of the models of the paper.")
     parser.add_argument("--model", metavar="NAME", help="one model in detail; none: the table of all")
@@ -29,14 +29,14 @@ def _summary(argv: Sequence[str]) -> int:
 
 
 def _visualize(argv: Sequence[str]) -> int:
-    from engine.visualize import main
+    from mirl.engine.commands.visualize import main
 
     return main(argv)
 
 
 def _data_command(name: str) -> Callable[[Sequence[str]], int]:
     def command(argv: Sequence[str]) -> int:
-        from engine import data_commands
+        from mirl.engine.commands import data as data_commands
 
         return getattr(data_commands, name)(argv)
 
@@ -44,37 +44,37 @@ def _data_command(name: str) -> Callable[[Sequence[str]], int]:
 
 
 def _finetune(argv: Sequence[str]) -> int:
-    from engine.finetune import main
+    from mirl.engine.finetune import main
 
     return main(list(argv))
 
 
 def _probe(argv: Sequence[str]) -> int:
-    from engine.probe import main
+    from mirl.engine.commands.probe import main
 
     return main(argv)
 
 
 def _depth_report(argv: Sequence[str]) -> int:
-    from engine.depth_report import main
+    from mirl.engine.commands.depth_report import main
 
     return main(argv)
 
 
 def _import(argv: Sequence[str]) -> int:
-    from engine.import_command import run
+    from mirl.engine.commands.import_weights import run
 
     return run(argv)
 
 
 def _export(argv: Sequence[str]) -> int:
-    from engine.export_command import run
+    from mirl.engine.commands.export import run
 
     return run(argv)
 
 
 def _doctor(argv: Sequence[str]) -> int:
-    from engine.doctor import main
+    from mirl.engine.commands.doctor import main
 
     return main(argv)
 

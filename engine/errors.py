@@ -87,7 +87,7 @@ def _is_users(error: Exception) -> bool:
     while traceback is not None:
         module = traceback.tb_frame.f_globals.get("__name__", "")
         traceback = traceback.tb_next
-    return module.split(".")[0] in {"__main__", "engine", "kernels", "dataloaders"}
+    return module.split(".")[0] in {"__main__", "mirl"}
 
 
 def _say(rank: int, line: str) -> None:

@@ -2,8 +2,8 @@
 
     deepspeed engine/finetune.py --checkpoint RUN --data train/ --val val/ [--recipe NAME] [flags]
 
-Also: torchrun engine/finetune.py, srun python engine/finetune.py, python -m engine.finetune, mirl finetune, or plain
-python. --help lists every flag.
+Also: torchrun engine/finetune.py, srun python engine/finetune.py, python -m mirl.engine.finetune, mirl finetune, or
+plain python. --help lists every flag.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ import sys
 from pathlib import Path
 
 if not __package__:
-    # Run as a file, engine/ is first on sys.path, where its modules would shadow others; the checkout belongs there.
+    # Run as a file, engine/ is first on sys.path, where its modules would shadow others. The checkout takes its place,
+    # and goes behind everything else when `mirl` is imported.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see engine/pretrain.py
 
-from engine import stop_request  # noqa: E402, F401 - notes who started this process before anything slow is imported
-from engine.errors import run_entry_point  # noqa: E402
+from mirl.engine.distributed import stop_request  # noqa: E402, F401 - notes who started this process
+from mirl.engine.errors import run_entry_point  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse ``argv`` (default: the command line) and run; returns the exit code."""
-    from engine.finetuning.command_line import FINETUNE
-    from engine.flags import parse
+    from mirl.engine.configuration.flags import parse
+    from mirl.engine.transfer.classification.command_line import FINETUNE
 
     config = parse(FINETUNE, sys.argv[1:] if argv is None else argv)
     # Only now, so that --help and a wrong flag answer at once: these import torch, DeepSpeed and DALI.
-    from engine.finetuning.finetune_run import finetune
+    from mirl.engine.transfer.classification.run import finetune
 
     finetune(config)
     return 0

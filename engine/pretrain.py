@@ -2,8 +2,8 @@
 
     deepspeed engine/pretrain.py --deepspeed_config ds_configs/zero2.json [--recipe NAME] [--data PATH ...] [flags]
 
-Also: torchrun engine/pretrain.py, srun python engine/pretrain.py, python -m engine.pretrain, mirl pretrain, or plain
-python. Without --data it trains on the demo photographs. --help lists every flag.
+Also: torchrun engine/pretrain.py, srun python engine/pretrain.py, python -m mirl.engine.pretrain, mirl pretrain, or
+plain python. Without --data it trains on the demo photographs. --help lists every flag.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ import sys
 from pathlib import Path
 
 if not __package__:
-    # Run as a file, engine/ is first on sys.path, where its modules would shadow others; the checkout belongs there.
+    # Run as a file, engine/ is first on sys.path, where its modules would shadow others. The checkout takes its place,
+    # and goes behind everything else when `mirl` is imported.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 # Read once, when torch loads its OpenMP: waiting threads sleep instead of spinning. On a CPU they share the cores with
 # the threads that decode images, and spinning makes a step several times slower (benchmarks/LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from engine import stop_request  # noqa: E402, F401 - notes who started this process before anything slow is imported
-from engine.errors import run_entry_point  # noqa: E402
+from mirl.engine.distributed import stop_request  # noqa: E402, F401 - notes who started this process
+from mirl.engine.errors import run_entry_point  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse ``argv`` (default: the command line) and run; returns the exit code."""
-    from engine.flags import parse_pretrain
+    from mirl.engine.configuration.flags import parse_pretrain
 
     config = parse_pretrain(sys.argv[1:] if argv is None else argv)
     # Only now, so that --help and a wrong flag answer at once: these import torch, DeepSpeed and DALI.
-    from engine.pretrain_run import pretrain
+    from mirl.engine.pretraining.run import pretrain
 
     pretrain(config)
     return 0

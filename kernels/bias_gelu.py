@@ -10,12 +10,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.checks import check_device, check_float, check_shape
-from kernels.column_sum import column_sum
-from kernels.dispatch import uses_triton
-from kernels.launch import TILE_ELEMENTS, TILE_WARPS, ceil_div, column_block, multiprocessors, on_device_of, row_block
-from kernels.registration import KernelOp
-from kernels.triton_import import tl, triton
+from mirl.kernels.checks import check_device, check_float, check_shape
+from mirl.kernels.column_sum import column_sum
+from mirl.kernels.dispatch import uses_triton
+from mirl.kernels.launch import (
+    TILE_ELEMENTS,
+    TILE_WARPS,
+    ceil_div,
+    column_block,
+    multiprocessors,
+    on_device_of,
+    row_block,
+)
+from mirl.kernels.registration import KernelOp
+from mirl.kernels.triton_import import tl, triton
 
 
 def bias_gelu_reference(x: Tensor, bias_F: Tensor | None) -> Tensor:

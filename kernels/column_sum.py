@@ -6,8 +6,8 @@ Letters: A arrays reduced at once, R rows of partial sums (one a program), D col
 import torch
 from torch import Tensor
 
-from kernels.launch import ceil_div, on_device_of
-from kernels.triton_import import tl, triton
+from mirl.kernels.launch import ceil_div, on_device_of
+from mirl.kernels.triton_import import tl, triton
 
 _ROWS, _COLUMNS = 128, 32
 

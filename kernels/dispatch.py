@@ -10,7 +10,7 @@
 import torch
 from torch import Tensor
 
-from kernels.triton_import import HAS_TRITON, INTERPRETED, TRITON_VERSION
+from mirl.kernels.triton_import import HAS_TRITON, INTERPRETED, TRITON_VERSION
 
 OPS = (
     "gather_patches",

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.checks import FLOAT_DTYPES, check_device, check_ids, check_shape
-from kernels.dispatch import uses_triton
-from kernels.launch import TILE_WARPS, ceil_div, column_block, on_device_of, row_block
-from kernels.pixels import (
+from mirl.kernels.checks import FLOAT_DTYPES, check_device, check_ids, check_shape
+from mirl.kernels.dispatch import uses_triton
+from mirl.kernels.launch import TILE_WARPS, ceil_div, column_block, on_device_of, row_block
+from mirl.kernels.pixels import (
     device_floats,
     gather_patch_pixels,
     image_geometry,
@@ -23,8 +23,8 @@ from kernels.pixels import (
     patch_base,
     pixel_scale_shift,
 )
-from kernels.registration import KernelOp
-from kernels.triton_import import tl, triton
+from mirl.kernels.registration import KernelOp
+from mirl.kernels.triton_import import tl, triton
 
 
 def gather_patches_reference(

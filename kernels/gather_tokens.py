@@ -10,9 +10,9 @@ and nothing is added atomically.
 import torch
 from torch import Tensor
 
-from kernels.checks import check_device, check_float, check_ids, check_shape
-from kernels.dispatch import uses_triton
-from kernels.launch import (
+from mirl.kernels.checks import check_device, check_float, check_ids, check_shape
+from mirl.kernels.dispatch import uses_triton
+from mirl.kernels.launch import (
     TILE_WARPS,
     ceil_div,
     column_block,
@@ -21,8 +21,8 @@ from kernels.launch import (
     row_block,
     rows_contiguous,
 )
-from kernels.registration import KernelOp
-from kernels.triton_import import tl, triton
+from mirl.kernels.registration import KernelOp
+from mirl.kernels.triton_import import tl, triton
 
 
 def gather_tokens_reference(x_BND: Tensor, ids_BK: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kernels.triton_import import INTERPRETED
+from mirl.kernels.triton_import import INTERPRETED
 
 TILE_ELEMENTS = 4096
 TILE_WARPS = 4

@@ -21,12 +21,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.checks import check_device, check_float, check_ids, check_shape
-from kernels.dispatch import uses_triton
-from kernels.gather_tokens import gather_tokens_reference
-from kernels.masked_residual_mse_cpu import SharedGradient, patch_target
-from kernels.masked_residual_mse_triton import masked_residual_mse_op
-from kernels.pixels import ImageGeometry, image_geometry, pixel_scale_shift
+from mirl.kernels.checks import check_device, check_float, check_ids, check_shape
+from mirl.kernels.dispatch import uses_triton
+from mirl.kernels.gather_tokens import gather_tokens_reference
+from mirl.kernels.masked_residual_mse_cpu import SharedGradient, patch_target
+from mirl.kernels.masked_residual_mse_triton import masked_residual_mse_op
+from mirl.kernels.pixels import ImageGeometry, image_geometry, pixel_scale_shift
 
 
 def _check(

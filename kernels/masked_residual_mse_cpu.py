@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.pixels import gather_patch_pixels, normalise_pixels
+from mirl.kernels.pixels import gather_patch_pixels, normalise_pixels
 
 VARIANCE_EPS = 1e-6
 

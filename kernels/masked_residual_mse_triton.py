@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.launch import ceil_div, next_power_of_two, on_device_of
-from kernels.masked_residual_mse_cpu import VARIANCE_EPS
-from kernels.pixels import device_floats, image_geometry, load_pixels, patch_base
-from kernels.registration import KernelOp, traced
-from kernels.triton_import import tl, triton
+from mirl.kernels.launch import ceil_div, next_power_of_two, on_device_of
+from mirl.kernels.masked_residual_mse_cpu import VARIANCE_EPS
+from mirl.kernels.pixels import device_floats, image_geometry, load_pixels, patch_base
+from mirl.kernels.registration import KernelOp, traced
+from mirl.kernels.triton_import import tl, triton
 
 _FINISH_BLOCK = 8192
 _SCALE_BLOCK = 4096

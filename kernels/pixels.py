@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.triton_import import tl, triton
+from mirl.kernels.triton_import import tl, triton
 
 LAYOUTS = ("BHWC", "BCHW")
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.checks import check_device, check_float, check_shape
-from kernels.column_sum import column_sum
-from kernels.dispatch import uses_triton
-from kernels.launch import ceil_div, multiprocessors, next_power_of_two, on_device_of, row_block
-from kernels.registration import KernelOp
-from kernels.triton_import import tl, triton
+from mirl.kernels.checks import check_device, check_float, check_shape
+from mirl.kernels.column_sum import column_sum
+from mirl.kernels.dispatch import uses_triton
+from mirl.kernels.launch import ceil_div, multiprocessors, next_power_of_two, on_device_of, row_block
+from mirl.kernels.registration import KernelOp
+from mirl.kernels.triton_import import tl, triton
 
 
 def residual_layer_norm_reference(

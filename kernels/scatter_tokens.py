@@ -11,12 +11,20 @@ stage to sum.
 import torch
 from torch import Tensor
 
-from kernels.checks import check_device, check_float, check_ids, check_restore, check_shape
-from kernels.column_sum import column_sum
-from kernels.dispatch import uses_triton
-from kernels.launch import TILE_WARPS, ceil_div, column_block, multiprocessors, on_device_of, row_block, rows_contiguous
-from kernels.registration import KernelOp
-from kernels.triton_import import tl, triton
+from mirl.kernels.checks import check_device, check_float, check_ids, check_restore, check_shape
+from mirl.kernels.column_sum import column_sum
+from mirl.kernels.dispatch import uses_triton
+from mirl.kernels.launch import (
+    TILE_WARPS,
+    ceil_div,
+    column_block,
+    multiprocessors,
+    on_device_of,
+    row_block,
+    rows_contiguous,
+)
+from mirl.kernels.registration import KernelOp
+from mirl.kernels.triton_import import tl, triton
 
 
 def scatter_tokens_reference(x_B1KE: Tensor, ids_restore_BN: Tensor, fill: Tensor, pos_1NE: Tensor | None) -> Tensor:

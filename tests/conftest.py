@@ -1,17 +1,16 @@
-"""Shared by all tests: the `gpu` marker, one thread, and the environment in which runs are started."""
+"""Shared by all tests: the `gpu` marker, one thread, runs as a user would start them, and a small data set."""
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+from tests.support.launch import launch_environment
+from tests.support.runs import write_photographs
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,6 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _one_thread() -> None:
     # Small tensors: threads cost more than they bring, and the order of sums stays the same on every machine.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory) -> Path:
+    """A folder of small photographs for whole runs."""
+    return write_photographs(tmp_path_factory.mktemp("photographs"))
 
 
 @pytest.fixture
@@ -47,19 +52,3 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return call
-
-
-def launch_environment() -> dict[str, str]:
-    """The environment of a user's shell with this interpreter's commands on PATH and no rank of an outer launcher."""
-    dropped = {
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "TRITON_INTERPRET",
-    }
-    kept = {name: value for name, value in os.environ.items() if name not in dropped and not name.startswith("PYTEST_")}
-    return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}", "OMP_NUM_THREADS": "1"}

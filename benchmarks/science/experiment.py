@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.science.fashion_mnist import CLASSES, MEAN, STD, balanced_subset, load
-from engine.config import OptimConfig
-from engine.finetuning.classifier import Classifier, encoder_config
-from engine.finetuning.in_memory import ShortFinetune, accuracy_percent, autocast, finetune_in_memory, shift_and_flip
-from engine.finetuning.initialise_from import initialise_from, reinit_last
-from engine.flops import training_flops_per_image
-from engine.models import MIRL, ExactSkips, ModelConfig
-from engine.noise import mask_noise
-from engine.optimizer import build_optimizer
-from engine.schedule import Schedule
+from mirl.engine.accounting.flops import training_flops_per_image
+from mirl.engine.analysis.in_memory import ShortFinetune, accuracy_percent, autocast, finetune_in_memory, shift_and_flip
+from mirl.engine.configuration.config import OptimConfig
+from mirl.engine.models import MIRL, ExactSkips, ModelConfig
+from mirl.engine.training.noise import mask_noise
+from mirl.engine.training.optimizer import build_optimizer
+from mirl.engine.training.schedule import Schedule
+from mirl.engine.transfer.classification.classifier import Classifier, encoder_config
+from mirl.engine.transfer.initialise_from import initialise_from, reinit_last
 
 METHODS: dict[str, dict[str, Any]] = {
     "mae": {"objective": "mae", "segments": 1, "did": False},

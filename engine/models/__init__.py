@@ -1,6 +1,6 @@
 """Masked Image Residual Learning: encoder, decoders with densely connected inputs (DID), residual objective.
 
-    from engine.models import MIRL, model_config
+    from mirl.engine.models import MIRL, model_config
 
     model = MIRL(model_config("vit_b_48"))
     output = model(images, noise=torch.rand(len(images), model.config.num_patches))
@@ -24,10 +24,9 @@ _HOME = {
     "ExactSkips": "skips",
     "MIRL": "mirl",
     "MIRLOutput": "mirl",
-    "read_release_checkpoint": "interop_release",
-    "release_to_state_dict": "interop_release",
-    "load_release": "interop_release",
-    "load_pretrained": "engine.pretrained",
+    "read_release_checkpoint": "interop.release",
+    "release_to_state_dict": "interop.release",
+    "load_release": "interop.release",
 }
 
 __all__ = sorted(_HOME)
@@ -36,5 +35,4 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOME[name]
-    return getattr(import_module(home if "." in home else f"{__name__}.{home}"), name)
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

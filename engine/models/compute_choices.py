@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from engine.models.checkpointing import CheckpointFunction, CheckpointPlan
-from engine.models.config import ModelConfig
-from engine.models.decoder import Decoder, DecoderBlock
-from engine.models.encoder import Encoder
-from engine.models.execution import Execution, Regions
-from engine.models.layers import Block, CrossAttention, HeadedAttention, Mlp, ResidualNorm
-from engine.models.pixels import image_layout
-from kernels import AttentionBackend, resolve_attention_backend
+from mirl.engine.models.checkpointing import CheckpointFunction, CheckpointPlan
+from mirl.engine.models.config import ModelConfig
+from mirl.engine.models.decoder import Decoder, DecoderBlock
+from mirl.engine.models.encoder import Encoder
+from mirl.engine.models.execution import Execution, Regions
+from mirl.engine.models.layers import Block, CrossAttention, HeadedAttention, Mlp, ResidualNorm
+from mirl.engine.models.pixels import image_layout
+from mirl.kernels import AttentionBackend, resolve_attention_backend
 
 
 class ComputeChoices(nn.Module):
@@ -78,7 +78,7 @@ class ComputeChoices(nn.Module):
 
     def set_regions(self, regions: Regions | None) -> None:
         """Run the blocks' bodies through ``regions`` in training steps of their batch size; None: eagerly.
-        `engine.compiling` makes regions and checks them.
+        `mirl.engine.training.compiling` makes regions and checks them.
         """
         self.regions = regions or Regions()
         for module in self.modules():

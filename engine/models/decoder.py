@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.models.checkpointing import CheckpointPlan
-from engine.models.config import ModelConfig
-from engine.models.execution import Regions
-from engine.models.heads import prediction_head
-from engine.models.layers import Attention, CrossAttention, Mlp, ResidualNorm, layer_norm
-from engine.models.masking import PatchMask
-from engine.models.skips import ExactSkips
-from kernels import gather_tokens, scatter_tokens
+from mirl.engine.models.checkpointing import CheckpointPlan
+from mirl.engine.models.config import ModelConfig
+from mirl.engine.models.execution import Regions
+from mirl.engine.models.heads import prediction_head
+from mirl.engine.models.layers import Attention, CrossAttention, Mlp, ResidualNorm, layer_norm
+from mirl.engine.models.masking import PatchMask
+from mirl.engine.models.skips import ExactSkips
+from mirl.kernels import gather_tokens, scatter_tokens
 
 
 class Entry(NamedTuple):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.models.layers import NORM_EPS
+from mirl.engine.models.layers import NORM_EPS
 
 
 def concatenated_inputs(embeddings: Sequence[Tensor]) -> list[Tensor]:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.models.checkpointing import CheckpointPlan
-from engine.models.config import ModelConfig
-from engine.models.layers import Block, layer_norm
-from engine.models.masking import PatchMask
-from engine.models.pixels import image_layout, normalise_images
-from engine.models.positions import sincos_positions
-from kernels import assemble_tokens, gather_patches, gather_tokens
+from mirl.engine.models.checkpointing import CheckpointPlan
+from mirl.engine.models.config import ModelConfig
+from mirl.engine.models.layers import Block, layer_norm
+from mirl.engine.models.masking import PatchMask
+from mirl.engine.models.pixels import image_layout, normalise_images
+from mirl.engine.models.positions import sincos_positions
+from mirl.kernels import assemble_tokens, gather_patches, gather_tokens
 
 
 class PatchProjection(nn.Conv2d):

@@ -19,8 +19,8 @@ Method = Callable[..., Any]
 class Execution:
     """Outside compiled regions; inside them the compiler makes these choices itself.
 
-    fused_norm: residual add and the LayerNorm after it as one kernel (`kernels.residual_layer_norm`).
-    fused_gelu: bias of a hidden layer and GELU as one kernel (`kernels.bias_gelu`).
+    fused_norm: residual add and the LayerNorm after it as one kernel (`mirl.kernels.residual_layer_norm`).
+    fused_gelu: bias of a hidden layer and GELU as one kernel (`mirl.kernels.bias_gelu`).
     recompute: keep the inputs of LayerNorm and GELU for the backward pass, not their outputs as well, which are made
     again there: 6 of 16 values per token and width of an encoder block, for one more pass over each. Same bits.
     """
@@ -37,8 +37,7 @@ class Execution:
 
 
 def fusing(wanted: bool) -> bool:
-    """Whether to call a fused kernel: inside a compiled region the compiler fuses, and a kernel of ours would stop it.
-    """
+    """Whether to call a fused kernel. Inside a compiled region the compiler fuses, and our kernel would stop it."""
     return wanted and not torch.compiler.is_compiling()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from engine.models.heads import WeightNormHead
+from mirl.engine.models.heads import WeightNormHead
 
 TOKEN_STD = 0.02
 

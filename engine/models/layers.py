@@ -17,8 +17,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.models.execution import Execution, Regions, apply_keeping_input, fusing
-from kernels import AttentionBackend, attention, bias_gelu, residual_layer_norm
+from mirl.engine.models.execution import Execution, Regions, apply_keeping_input, fusing
+from mirl.kernels import AttentionBackend, attention, bias_gelu, residual_layer_norm
 
 NORM_EPS = 1e-6
 
@@ -188,8 +188,7 @@ class Block(nn.Module):
         return x_BSD, branch_BSD if mlp_scale_B11 is None else branch_BSD * mlp_scale_B11
 
     def drop_scale(self, x_BSD: Tensor) -> Tensor | None:
-        """Stochastic depth: in training, 0 with probability ``drop_path`` for an image, else 1 / (1 - ``drop_path``).
-        """
+        """Stochastic depth: in training 0 with probability ``drop_path`` an image, else 1 / (1 - ``drop_path``)."""
         if not self.training or self.drop_path == 0:
             return None
         keep = 1 - self.drop_path

@@ -11,17 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.models.compute_choices import ComputeChoices
-from engine.models.config import ModelConfig
-from engine.models.decoder import Decoder, DecoderContext
-from engine.models.did import concatenated_inputs, fold_norm, normalised_prefix_buffer, project_prefixes
-from engine.models.encoder import Encoder
-from engine.models.initialise import initialise
-from engine.models.masking import PatchMask, mask_from_noise
-from engine.models.objective import feature_loss, objective_terms, perceptual_loss, reconstruction_loss
-from engine.models.perceptual import PerceptualLoss
-from engine.models.positions import sincos_positions
-from engine.models.skips import ExactSkips
+from mirl.engine.models.compute_choices import ComputeChoices
+from mirl.engine.models.config import ModelConfig
+from mirl.engine.models.decoder import Decoder, DecoderContext
+from mirl.engine.models.did import concatenated_inputs, fold_norm, normalised_prefix_buffer, project_prefixes
+from mirl.engine.models.encoder import Encoder
+from mirl.engine.models.initialise import initialise
+from mirl.engine.models.masking import PatchMask, mask_from_noise
+from mirl.engine.models.objectives.objective import feature_loss, objective_terms, perceptual_loss, reconstruction_loss
+from mirl.engine.models.objectives.perceptual import PerceptualLoss
+from mirl.engine.models.positions import sincos_positions
+from mirl.engine.models.skips import ExactSkips
 
 
 class MIRLOutput(NamedTuple):

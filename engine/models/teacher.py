@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.models.compute_choices import ComputeChoices
-from engine.models.config import ModelConfig
-from engine.models.encoder import Encoder
+from mirl.engine.models.compute_choices import ComputeChoices
+from mirl.engine.models.config import ModelConfig
+from mirl.engine.models.encoder import Encoder
 
 
 class EmaTeacher(ComputeChoices):

@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import launch_environment
-from tests.runs import TINY, write_photographs
+from tests.support.launch import CHECKOUT, launch_environment
+from tests.support.runs import TINY
 
 MARK = "MIRL_FAULT_TEST"
 ORPHAN_LIMIT_S = 30.0
@@ -33,11 +33,6 @@ def marked_processes(mark: str) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
-
-
-@pytest.fixture(scope="session")
-def photographs(tmp_path_factory) -> Path:
-    return write_photographs(tmp_path_factory.mktemp("photographs"))
 
 
 @pytest.fixture
@@ -84,7 +79,8 @@ class RankServer:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("rank_server.py"))],
+            [sys.executable, "-m", "tests.faults.rank_server"],
+            cwd=CHECKOUT,
             env=launch_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from engine import checkpoint
+from mirl.engine.checkpoints import writer as checkpoint
 
 # Phase of a save -> (rank that is killed, audit event, part of its first argument); no event: `kill_in_write`
 PHASES = {

@@ -27,11 +27,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(CHECKOUT)
+from tests.support.launch import CHECKOUT
+
 IMPORTED = (
-    "engine.pretrain", "engine.flags", "engine.pretrain_run", "nvidia.dali.fn", "nvidia.dali.plugin.pytorch",
-    "deepspeed.runtime.zero.stage_1_and_2", "torch._dynamo",
+    "mirl.engine.pretrain", "mirl.engine.configuration.flags", "mirl.engine.pretraining.run", "nvidia.dali.fn",
+    "nvidia.dali.plugin.pytorch", "deepspeed.runtime.zero.stage_1_and_2", "torch._dynamo",
 )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def become_rank(start: dict[str, Any], rank: int, number: int) -> None:
     os.environ |= start.get("environment", {})
     sys.argv = [str(CHECKOUT / "engine" / f"{start.get('entry', 'pretrain')}.py"), *start["arguments"]]
 
-    from engine import stop_request
+    from mirl.engine.distributed import stop_request
 
     stop_request.LAUNCHERS = stop_request.Launchers()
     if str(rank) in start.get("inject", {}):
@@ -119,9 +119,9 @@ def leave(code: int) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not serve():
-        from engine.errors import run_entry_point
+        from mirl.engine.errors import run_entry_point
 
         try:
-            run_entry_point(importlib.import_module(f"engine.{Path(sys.argv[0]).stem}").main)
+            run_entry_point(importlib.import_module(f"mirl.engine.{Path(sys.argv[0]).stem}").main)
         except SystemExit as end:
             leave(end.code)

@@ -6,10 +6,10 @@ import shutil
 
 import numpy as np
 
-from dataloaders.order import EpochOrder
-from engine.checkpoint_reader import find_newest_good
-from engine.errors import EXIT_USER_ERROR
-from tests.runs import equal_tensors, events, losses, records
+from mirl.dataloaders.order import EpochOrder
+from mirl.engine.checkpoints.reader import find_newest_good
+from mirl.engine.errors import EXIT_USER_ERROR
+from tests.support.runs import equal_tensors, events, losses, records
 
 KEEP = ["--keep-checkpoints", "0"]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint_reader import find_newest_good
-from engine.errors import EXIT_USER_ERROR
-from tests.runs import losses
+from mirl.engine.checkpoints.reader import find_newest_good
+from mirl.engine.errors import EXIT_USER_ERROR
+from tests.support.runs import losses
 
 SHARD = "rank-00001-of-00002.safetensors"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint_reader import find_newest_good, verify
-from engine.errors import EXIT_NOT_SAVED, EXIT_USER_ERROR
-from tests.runs import losses
+from mirl.engine.checkpoints.reader import find_newest_good, verify
+from mirl.engine.errors import EXIT_NOT_SAVED, EXIT_USER_ERROR
+from tests.support.runs import losses
 
 
 @pytest.fixture

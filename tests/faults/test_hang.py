@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from engine.checkpoint_reader import find_newest_good
-from engine.errors import EXIT_HUNG
-from engine.watchdog import Watchdog, stacks
+from mirl.engine.checkpoints.reader import find_newest_good
+from mirl.engine.distributed.watchdog import Watchdog, stacks
+from mirl.engine.errors import EXIT_HUNG
 
 
 def test_ranks_that_wait_for_a_hung_one_show_their_stacks_and_end(server, photographs, tmp_path):
@@ -48,7 +48,7 @@ def test_stacks_name_every_thread():
 
 
 def test_a_negative_limit_is_refused():
-    from engine.config import RunConfig
+    from mirl.engine.configuration.config import RunConfig
 
     with pytest.raises(ValueError, match="watchdog_minutes is -1"):
         RunConfig(watchdog_minutes=-1)

@@ -8,10 +8,10 @@ import signal
 import subprocess
 import time
 
-from engine.checkpoint_reader import find_newest_good, verify
-from engine.errors import EXIT_LOST_RANK
+from mirl.engine.checkpoints.reader import find_newest_good, verify
+from mirl.engine.errors import EXIT_LOST_RANK
 from tests.faults.inject import BALLAST_BYTES, PHASES, written_bytes
-from tests.runs import ENTRY, TINY, equal_tensors, losses
+from tests.support.runs import ENTRY, TINY, equal_tensors, losses
 
 STEPS = ["--steps", "7", "--checkpoint-every", "1", "--out", "out"]  # an epoch and two steps
 

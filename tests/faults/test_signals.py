@@ -1,7 +1,7 @@
 """SIGTERM to the `deepspeed` runner, to its launch.py and to the whole process group: each ends the run in order.
 
 That an interrupted and resumed run equals the uninterrupted one to the bit, and that SIGTERM to every rank gives exit
-code 75, is held by tests/engine/test_pretrain.py.
+code 75, is held by tests/engine/pretraining/test_pretrain.py.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engine.checkpoint_reader import find_newest_good
-from engine.errors import EXIT_PREEMPTED
+from mirl.engine.checkpoints.reader import find_newest_good
+from mirl.engine.errors import EXIT_PREEMPTED
 from tests.faults.conftest import MARK, marked_processes
-from tests.runs import ENTRY, TINY, events
+from tests.support.runs import ENTRY, TINY, events
 
 LIMIT_S = 30.0
 

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engine.errors import EXIT_USER_ERROR
-from tests.runs import ENTRY, TINY, losses
+from mirl.engine.errors import EXIT_USER_ERROR
+from tests.support.runs import ENTRY, TINY, losses
 
 # A library that cannot be imported, as one whose shared libraries do not fit, or that was never installed.
 WITHOUT = """
@@ -33,7 +33,7 @@ def finish(command: list[str], folder: Path, environment: dict[str, str]) -> sub
 
 
 def test_a_taken_port_is_one_line_that_names_it(server, photographs, tmp_path):
-    """Over several hosts; on one host no port is needed (tests/engine/test_pretrain.py)."""
+    """Over several hosts; on one host no port is needed (tests/engine/pretraining/test_pretrain.py)."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

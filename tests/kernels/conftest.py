@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import kernels
+from mirl import kernels
 
 
 @pytest.fixture(autouse=True)

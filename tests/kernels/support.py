@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.triton_import import INTERPRETED
+from mirl.kernels.triton_import import INTERPRETED
 
 # The interpreter's bfloat16 arithmetic is wrong, so bfloat16 kernels are tested on a GPU; float64 is plain torch's.
 CPU_DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float64)

@@ -3,10 +3,10 @@ import importlib
 import pytest
 import torch
 
-import kernels
+from mirl import kernels
 from tests.kernels.support import assert_near, leaf, randn, unit_roundoff
 
-attention_module = importlib.import_module("kernels.attention")
+attention_module = importlib.import_module("mirl.kernels.attention")
 resolve = kernels.resolve_attention_backend
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import kernels
+from mirl import kernels
 from tests.kernels.support import assert_near, leaf, places, randn, unit_roundoff
 
 SHAPES = [((1,), 36), ((2, 3), 5), ((70, 3), 96), ((2, 9), 1536), ((1, 2), 1100)]

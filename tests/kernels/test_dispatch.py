@@ -1,21 +1,13 @@
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import kernels
-from kernels.dispatch import uses_triton
-from kernels.triton_import import INTERPRETED, TRITON_VERSION
-
-CHECKOUT = Path(__file__).resolve().parents[2]
-
-
-def test_marker_and_version():
-    """The engine tells this package from the one of that name on PyPI; transformers uses a `kernels` >= 0.15."""
-    assert kernels.__mirl_engine__ is True
-    assert tuple(int(part) for part in kernels.__version__.split(".")) < (0, 15)
+from mirl import kernels
+from mirl.kernels.dispatch import uses_triton
+from mirl.kernels.triton_import import INTERPRETED, TRITON_VERSION
+from tests.support.launch import CHECKOUT
 
 
 def test_description_names_every_op():
@@ -40,18 +32,18 @@ def test_imports_without_triton_and_xformers():
     program = """
 import sys
 sys.modules["triton"] = None
-import torch, kernels
-from kernels.gather_tokens import gather_tokens_op
+import torch, mirl.kernels
+from mirl.kernels.gather_tokens import gather_tokens_op
 x, ids = torch.ones(1, 2, 3), torch.tensor([[1]])
-assert kernels.gather_tokens(x, ids).shape == (1, 1, 3)
-assert "not installed" in kernels.describe_dispatch("cuda")["gather_tokens"]
+assert mirl.kernels.gather_tokens(x, ids).shape == (1, 1, 3)
+assert "not installed" in mirl.kernels.describe_dispatch("cuda")["gather_tokens"]
 try:
     gather_tokens_op(x, ids)
 except ImportError as error:
     assert "pip install triton" in str(error), error
 else:
     raise AssertionError("launched without triton")
-kernels.attention(x[None], x[None], x[None])
+mirl.kernels.attention(x[None], x[None], x[None])
 assert "xformers" not in sys.modules, "imported before anybody asked for it"
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, check=False)

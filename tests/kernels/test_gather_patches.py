@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-import kernels
+from mirl import kernels
 from tests.kernels.support import (
     assert_near,
     channel_statistics,

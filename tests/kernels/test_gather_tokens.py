@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-import kernels
+from mirl import kernels
 from tests.kernels.support import assert_near, leaf, places, randn, random_masks
 
 # (B, N, K, D): one sample, one token, all but one, widths that are no power of two, a 14 x 10 grid, wider than a tile.

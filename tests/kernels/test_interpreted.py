@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from kernels.triton_import import HAS_TRITON, INTERPRETED
+from mirl.kernels.triton_import import HAS_TRITON, INTERPRETED
+from tests.support.launch import CHECKOUT
 
 HERE = Path(__file__).resolve().parent
-CHECKOUT = HERE.parents[1]
 # The fewest tests that must have passed in a file: a run that collects nothing is not a success.
 FILES = {
     "test_gather_patches": 20,

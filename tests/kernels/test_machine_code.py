@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.triton_import import HAS_TRITON, INTERPRETED, triton
+from mirl.kernels.triton_import import HAS_TRITON, INTERPRETED, triton
 
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: pip install triton"),
@@ -56,7 +56,7 @@ def images() -> torch.Tensor:
 
 
 def launch(module: str, name: str, *arguments):
-    getattr(importlib.import_module(f"kernels.{module}"), name)(*arguments)
+    getattr(importlib.import_module(f"mirl.kernels.{module}"), name)(*arguments)
 
 
 def loss(pairs: int, rows: int, full: bool):
@@ -114,7 +114,7 @@ def compiled(monkeypatch, tmp_path) -> list:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda self: 0)
     for module in ("residual_layer_norm", "bias_gelu", "scatter_tokens"):
-        loaded = importlib.import_module(f"kernels.{module}")  # the attribute of the package is the function
+        loaded = importlib.import_module(f"mirl.kernels.{module}")  # the attribute of the package is the function
         monkeypatch.setattr(loaded, "multiprocessors", lambda device: HOPPER_MULTIPROCESSORS)
     monkeypatch.setattr(runtime.driver, "_active", _HopperDriver())
     return kernels

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-import kernels
-from kernels.triton_import import INTERPRETED
+from mirl import kernels
+from mirl.kernels.triton_import import INTERPRETED
 from tests.kernels.support import (
     assert_near,
     channel_statistics,

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-import kernels
-from kernels.bias_gelu import bias_gelu_backward_op, bias_gelu_op
-from kernels.gather_patches import gather_patches_op
-from kernels.gather_tokens import assemble_tokens_op, gather_tokens_backward_op, gather_tokens_op
-from kernels.masked_residual_mse_triton import masked_residual_mse_op, scale_differences_op
-from kernels.residual_layer_norm import layer_norm_op, residual_layer_norm_backward_op, residual_layer_norm_op
-from kernels.scatter_tokens import scatter_tokens_backward_op, scatter_tokens_op
-from kernels.triton_import import INTERPRETED
+from mirl import kernels
+from mirl.kernels.bias_gelu import bias_gelu_backward_op, bias_gelu_op
+from mirl.kernels.gather_patches import gather_patches_op
+from mirl.kernels.gather_tokens import assemble_tokens_op, gather_tokens_backward_op, gather_tokens_op
+from mirl.kernels.masked_residual_mse_triton import masked_residual_mse_op, scale_differences_op
+from mirl.kernels.residual_layer_norm import layer_norm_op, residual_layer_norm_backward_op, residual_layer_norm_op
+from mirl.kernels.scatter_tokens import scatter_tokens_backward_op, scatter_tokens_op
+from mirl.kernels.triton_import import INTERPRETED
 from tests.kernels.support import randn, random_images, random_masks
 
 if not (INTERPRETED or torch.cuda.is_available()):
@@ -133,6 +133,6 @@ def test_both_ways_into_an_op_agree(graph, monkeypatch):
     """Plain eager calls skip the library's dispatcher; forced through it, outputs and gradients keep their bits."""
     expected = run(everything)
     if graph == "op":
-        monkeypatch.setattr("kernels.registration.traced", lambda tensor: True)
+        monkeypatch.setattr("mirl.kernels.registration.traced", lambda tensor: True)
     for first, second in zip(expected, run(everything), strict=True):
         assert torch.equal(first, second)

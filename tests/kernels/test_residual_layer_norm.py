@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import kernels
-from kernels.column_sum import column_sum
-from kernels.triton_import import INTERPRETED
+from mirl import kernels
+from mirl.kernels.column_sum import column_sum
+from mirl.kernels.triton_import import INTERPRETED
 from tests.kernels.support import assert_near, leaf, places, randn, unit_roundoff
 
 # Leading axes and D: one row, odd widths, the widths of S, E and B, more rows than two programs hold at once.

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-import kernels
+from mirl import kernels
 from tests.kernels.support import assert_near, leaf, places, randn, random_masks, unit_roundoff
 
 # (B, N, K, E): one sample, one visible, all but one visible, odd widths, a 14 x 10 grid, more samples than programs.

@@ -1,3 +1,3 @@
 """Runs of two ranks, started as the fault tests start them."""
 
-from tests.faults.conftest import _server, environment, photographs, server  # noqa: F401 - fixtures
+from tests.faults.conftest import _server, environment, server  # noqa: F401 - fixtures

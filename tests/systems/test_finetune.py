@@ -12,14 +12,14 @@ import timm
 import torch
 from PIL import Image
 
-from engine.checkpoint_reader import CheckpointReader
-from engine.cli import dispatch
-from engine.finetuning.command_line import FINETUNE
-from engine.finetuning.load import load_classifier
-from engine.flags import build_parser, parse
-from engine.models.pixels import normalise_images
-from engine.pretrained import load_encoder
-from tests.runs import equal_tensors, losses, records
+from mirl.engine.checkpoints.pretrained import load_encoder
+from mirl.engine.checkpoints.reader import CheckpointReader
+from mirl.engine.cli import dispatch
+from mirl.engine.configuration.flags import build_parser, parse
+from mirl.engine.models.pixels import normalise_images
+from mirl.engine.transfer.classification.command_line import FINETUNE
+from mirl.engine.transfer.load import load_classifier
+from tests.support.runs import equal_tensors, losses, records
 
 SHORT = [
     "--batch-size", "8", "--epochs", "4", "--warmup-steps", "1", "--lr", "3e-3", "--log-every", "1",

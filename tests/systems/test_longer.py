@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from engine.config import OptimConfig
-from engine.schedule import Durations
-from tests.runs import records
+from mirl.engine.configuration.config import OptimConfig
+from mirl.engine.training.schedule import Durations
+from tests.support.runs import records
 
 STEPS_PER_EPOCH = 5  # 44 photographs in batches of 8
 

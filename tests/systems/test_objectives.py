@@ -8,8 +8,8 @@ import pytest
 import torch
 from torchvision.models import vgg16
 
-from engine.checkpoint_reader import CheckpointReader
-from tests.runs import equal_tensors, losses
+from mirl.engine.checkpoints.reader import CheckpointReader
+from tests.support.runs import equal_tensors, losses
 
 SYSTEMS = {
     "mirl": [],

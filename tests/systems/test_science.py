@@ -12,9 +12,9 @@ import torch
 from benchmarks.science.experiment import FRESH, FULL, METHODS, REDUCED, run_unit
 from benchmarks.science.fashion_mnist import balanced_subset, load, read_idx
 from benchmarks.science.reading import by_setting, comparisons, difference, draw, table, verdict
-from engine.finetuning.in_memory import ShortFinetune
-from engine.flops import training_flops_per_image
-from engine.models import ExactSkips
+from mirl.engine.accounting.flops import training_flops_per_image
+from mirl.engine.analysis.in_memory import ShortFinetune
+from mirl.engine.models import ExactSkips
 
 TINY = dataclasses.replace(
     REDUCED, depth=6, width=16, heads=2, segments=2, decoder_width=16, decoder_heads=2, decoder_depth=1,

@@ -1,0 +1,110 @@
+"""The augmentation, defined once: which window of an image is taken, whether it is mirrored, where evaluation looks.
+
+Everything that is random is decided here, on the host, from the keyed numbers of a sample; decoders and resizers only
+carry it out. Sizes are those of the upright image, after its EXIF orientation (see dataloaders/decoding/headers.py).
+B batch; a window is (top, left, height, width) in pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mirl.keyed import keyed_uniform
+
+ATTEMPTS = 10
+_CROP_STREAM = 2
+_TOP, _LEFT, _FLIP = 2 * ATTEMPTS, 2 * ATTEMPTS + 1, 2 * ATTEMPTS + 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """RandomResizedCrop and horizontal flip, with the semantics of torchvision's transforms of those names.
+
+    image_size: output (height, width) in pixels. scale: range of the crop's share of the image's area. ratio: range of
+    its width / height, drawn uniformly in the logarithm. flip: mirror half of the images.
+    """
+
+    image_size: tuple[int, int]
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            raise ValueError(f"image_size is {self.image_size}, must be (height, width), both at least 1")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale is {self.scale}, must be (low, high) with 0 < low <= high <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio is {self.ratio}, must be (low, high) with 0 < low <= high")
+
+    def windows(
+        self, sizes_B2: np.ndarray, seed: int, epoch: int, positions_B: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(windows int32 [B, 4], mirrored bool [B]) of the samples at `positions_B` of an epoch.
+
+        sizes_B2: (height, width) of each upright image.
+        """
+        u_BK = keyed_uniform(_CROP_STREAM, seed, epoch, positions_B[:, None], np.arange(_FLIP + 1)[None, :])
+        windows_B4 = random_windows(sizes_B2, u_BK, self.scale, self.ratio)
+        mirrored_B = u_BK[:, _FLIP] < 0.5 if self.flip else np.zeros(len(positions_B), dtype=bool)
+        return windows_B4, mirrored_B
+
+
+def random_windows(
+    sizes_B2: np.ndarray, u_BK: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
+) -> np.ndarray:
+    """RandomResizedCrop's window from uniform numbers: int32 [B, 4].
+
+    Ten attempts: area share from `scale`, aspect ratio log-uniform in `ratio`, sides rounded half to even; the first
+    that fits is placed uniformly. If none fits, the largest centred window whose aspect ratio lies within `ratio`.
+    u_BK holds areas in columns 0-9, ratios in 10-19, then top and left.
+    """
+    height_B1, width_B1 = sizes_B2[:, :1].astype(np.float64), sizes_B2[:, 1:].astype(np.float64)
+    area_BA = height_B1 * width_B1 * (scale[0] + (scale[1] - scale[0]) * u_BK[:, :ATTEMPTS])
+    low, high = np.log(ratio[0]), np.log(ratio[1])
+    aspect_BA = np.exp(low + (high - low) * u_BK[:, ATTEMPTS : 2 * ATTEMPTS])
+    w_BA = np.rint(np.sqrt(area_BA * aspect_BA))
+    h_BA = np.rint(np.sqrt(area_BA / aspect_BA))
+    fits_BA = (w_BA > 0) & (w_BA <= width_B1) & (h_BA > 0) & (h_BA <= height_B1)
+
+    rows_B, first_B = np.arange(len(sizes_B2)), fits_BA.argmax(axis=1)
+    height_B, width_B = height_B1[:, 0], width_B1[:, 0]
+    h_B, w_B = h_BA[rows_B, first_B], w_BA[rows_B, first_B]
+    top_B = np.floor(u_BK[:, _TOP] * (height_B - h_B + 1))
+    left_B = np.floor(u_BK[:, _LEFT] * (width_B - w_B + 1))
+
+    none_B = ~fits_BA.any(axis=1)
+    if none_B.any():
+        # A one-pixel-high strip would round to a width or height of 0, which torchvision lets through; 1 is the least.
+        wide_B, tall_B = width_B / height_B > ratio[1], width_B / height_B < ratio[0]
+        h_fall_B = np.where(tall_B, np.clip(np.rint(width_B / ratio[0]), 1, height_B), height_B)
+        w_fall_B = np.where(wide_B, np.clip(np.rint(height_B * ratio[1]), 1, width_B), width_B)
+        h_B, w_B = np.where(none_B, h_fall_B, h_B), np.where(none_B, w_fall_B, w_B)
+        top_B = np.where(none_B, (height_B - h_B) // 2, top_B)
+        left_B = np.where(none_B, (width_B - w_B) // 2, left_B)
+    return np.stack([top_B, left_B, h_B, w_B], axis=1).astype(np.int32)
+
+
+def evaluation_windows(
+    sizes_B2: np.ndarray, resize_short: int, image_size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The whole image, then Resize(short side) and CenterCrop as torchvision does them.
+
+    Returns windows int32 [B, 4], mirrored (never) bool [B], resized sizes int32 [B, 2], (top, left) of the crop in
+    the resized image int32 [B, 2]. The long side is floor(resize_short * long / short); offsets are rounded half to
+    even. Where the crop would reach over the edge (a wide crop of a tall image) the short side grows until it fits;
+    torchvision would pad with black.
+    """
+    height_B, width_B = sizes_B2[:, 0].astype(np.int64), sizes_B2[:, 1].astype(np.int64)
+    lesser_B, greater_B = np.minimum(height_B, width_B), np.maximum(height_B, width_B)
+    covering_B = np.maximum(-(-image_size[0] * lesser_B // height_B), -(-image_size[1] * lesser_B // width_B))
+    short_B = np.maximum(resize_short, covering_B)
+    long_B = short_B * greater_B // lesser_B
+    portrait_B1 = (height_B > width_B)[:, None]
+    resized_B2 = np.where(portrait_B1, np.stack([long_B, short_B], 1), np.stack([short_B, long_B], 1))
+    offset_B2 = np.rint((resized_B2 - np.asarray(image_size)) / 2.0)
+    windows_B4 = np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1)
+    mirrored_B = np.zeros(len(sizes_B2), dtype=bool)
+    return windows_B4.astype(np.int32), mirrored_B, resized_B2.astype(np.int32), offset_B2.astype(np.int32)

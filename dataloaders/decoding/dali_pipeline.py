@@ -1,0 +1,269 @@
+"""The one module that uses NVIDIA DALI: a decoder of batches that is fed by us and tells us which sample it refused.
+
+One graph for both machines. Inputs of a sample: the encoded file, the window (start and shape, upright pixels), and
+where the graph finishes the image, the resized size, the offset of the final crop and the mirror flag.
+
+    encoded -> decoders.image_slice (window only) -> [finish: resize bicubic antialiased -> slice -> flip] -> output
+
+device_id n: device="mixed" decoding (nvJPEG, hardware decoder) and finish, output uint8 [B, H, W, C] on that GPU.
+device_id None: CPU operators; without finish the output is the decoded windows, which dataloaders/decoding/resize.py
+resizes faster than DALI's CPU operator does; with finish it is uint8 [B, H, W, C] in host memory.
+
+DALI raises for a whole batch when one file is bad and the pipeline is then unusable, and there is no switch to skip. So
+this class keeps the inputs of all batches in flight; on an error it finds the refused samples one by one in a pipeline
+of batch 1, lets the caller exchange them, rebuilds and feeds everything again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+_MAX_EXCHANGES = 100
+_log = logging.getLogger(__name__)
+_INSTALL = "pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120 with a CUDA 12 driver)"
+# A pixmap of 2 x 2 grey pixels: what fills the pipeline when it is built.
+_BLANK = np.frombuffer(b"P6 2 2 255\n" + bytes([128]) * 12, np.uint8)
+
+
+@dataclass(slots=True)
+class DecodeJob:
+    """One batch: encoded files (uint8 vectors), windows int32 [B, 4] as (top, left, height, width), mirrored bool [B].
+
+    sizes, offsets: int32 [B, 2] of evaluation (resize to sizes, cut at offsets), or None: resize to the output size.
+    """
+
+    encoded: list[np.ndarray]
+    windows: np.ndarray
+    mirrored: np.ndarray
+    sizes: np.ndarray | None = None
+    offsets: np.ndarray | None = None
+
+    def one(self, i: int) -> DecodeJob:
+        """Sample i as a batch of its own."""
+        take = slice(i, i + 1)
+        sizes = None if self.sizes is None else self.sizes[take]
+        offsets = None if self.offsets is None else self.offsets[take]
+        return DecodeJob(self.encoded[take], self.windows[take], self.mirrored[take], sizes, offsets)
+
+    def put(self, i: int, other: DecodeJob) -> None:
+        """Sample i becomes the only sample of `other`."""
+        self.encoded[i], self.windows[i], self.mirrored[i] = other.encoded[0], other.windows[0], other.mirrored[0]
+        if self.sizes is not None and self.offsets is not None:
+            assert other.sizes is not None and other.offsets is not None
+            self.sizes[i], self.offsets[i] = other.sizes[0], other.offsets[0]
+
+
+Exchange = Callable[[int], DecodeJob]
+
+
+class DaliDecoder:
+    """Decodes jobs in the order in which they are submitted; at most `depth` are in flight."""
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        image_size: tuple[int, int],
+        channels: int,
+        threads: int,
+        device_id: int | None,
+        depth: int = 2,
+        finish: bool | None = None,
+        hw_decoder_load: float = 0.65,
+    ) -> None:
+        """channels: 3 (RGB) or 1 (grey). threads: DALI's worker threads. finish: resize in the graph; default: on GPUs.
+
+        hw_decoder_load: share of the JPEG files that the hardware decoder of an A100, H100 or newer takes.
+        ValueError with the pip line if DALI is missing.
+        """
+        if channels not in (1, 3):
+            raise ValueError(f"channels is {channels}; DALI decodes pictures to 1 or 3 channels")
+        self.batch_size, self.image_size, self.channels = batch_size, image_size, channels
+        self.threads, self.device_id, self.depth = threads, device_id, depth
+        self.hw_decoder_load = hw_decoder_load
+        self.finish = device_id is not None if finish is None else finish
+        if device_id is not None and not self.finish:
+            raise ValueError("finish is False with a GPU; decoded windows are only handed out on the CPU")
+        self._in_flight: deque[tuple[DecodeJob, Exchange]] = deque()
+        self._failure: RuntimeError | None = None
+        self._probe = None
+        self._stream = torch.cuda.Stream(device_id) if device_id is not None else None
+        self._pipe = self._build(batch_size, threads, depth)
+
+    def submit(self, job: DecodeJob, exchange: Exchange) -> None:
+        """Starts to decode; call `collect` first when `depth` jobs are in flight.
+
+        exchange(i) is called, from `collect`, if DALI refuses sample i, and returns a job of one image to decode in its
+        place; if that is refused too, it is called again.
+        """
+        if len(self._in_flight) >= self.depth:
+            raise RuntimeError(f"{self.depth} jobs are in flight; collect one first")
+        self._in_flight.append((job, exchange))
+        try:
+            self._start(job)
+        except RuntimeError as error:  # an earlier job in flight has failed meanwhile; `collect` sees to both
+            self._failure = error
+
+    def collect(self) -> list[np.ndarray] | torch.Tensor:
+        """The oldest job's output: a uint8 [B, H, W, C] tensor, or without finish a list of uint8 [h, w, C] windows."""
+        for _ in range(_MAX_EXCHANGES):
+            try:
+                if self._failure is not None:
+                    raise self._failure
+                outputs = self._pipe.share_outputs()
+            except RuntimeError as error:
+                self._recover(error)
+                continue
+            try:
+                result = self._take(outputs[0])
+            finally:
+                self._pipe.release_outputs()
+            self._in_flight.popleft()
+            return result
+        raise RuntimeError(f"DALI failed {_MAX_EXCHANGES} times on one batch")
+
+    def drain(self) -> None:
+        """Throws away what is in flight, so that the next job is the first."""
+        while self._in_flight:
+            try:
+                if self._failure is not None:
+                    raise self._failure
+                self._pipe.share_outputs()
+                self._pipe.release_outputs()
+            except RuntimeError as error:  # a refused sample in a batch that nobody will see
+                _log.debug("dropped batch: %s", error)
+                self._in_flight.clear()
+                self._rebuild()
+                return
+            self._in_flight.popleft()
+
+    def close(self) -> None:
+        """Drops the pipelines; their threads end with them."""
+        self._in_flight.clear()
+        self._pipe = self._probe = None
+
+    def _take(self, output):
+        if not self.finish:
+            # Views keep their DALI tensor alive, and with the dynamic executor the memory with it.
+            return [np.asarray(output[i]) for i in range(len(output))]
+        if self.device_id is None:
+            return torch.from_numpy(np.array(output.as_tensor()))
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        with torch.cuda.stream(self._stream):
+            images_BHWC = torch.empty(output.as_tensor().shape(), dtype=torch.uint8, device=f"cuda:{self.device_id}")
+            feed_ndarray(output.as_tensor(), images_BHWC, cuda_stream=self._stream)
+        self._stream.synchronize()  # in the loader's thread; training does not wait here
+        return images_BHWC
+
+    def _recover(self, error: RuntimeError) -> None:
+        """Exchanges the refused samples of the first job that has any and starts all jobs in flight again."""
+        for job, exchange in self._in_flight:
+            refused = [i for i in range(len(job.encoded)) if not self._accepts(job.one(i))]
+            for i in refused:
+                job.put(i, self._exchange_until_accepted(exchange, i, error))
+            if refused:
+                break
+        else:
+            raise RuntimeError(
+                "DALI failed on a batch, but on none of its images alone (out of memory, or a fault of the device); "
+                "lower the micro-batch or the prefetch depth"
+            ) from error
+        self._rebuild()
+        for job, _ in self._in_flight:
+            self._start(job)
+
+    def _exchange_until_accepted(self, exchange: Exchange, i: int, error: RuntimeError) -> DecodeJob:
+        for _ in range(_MAX_EXCHANGES):
+            other = exchange(i)
+            if self._accepts(other):
+                return other
+        raise RuntimeError(f"DALI refused {_MAX_EXCHANGES} images in a row") from error
+
+    def _rebuild(self) -> None:
+        self._pipe, self._failure = self._build(self.batch_size, self.threads, self.depth), None
+
+    def _start(self, job: DecodeJob) -> None:
+        self._feed(self._pipe, job)
+        self._pipe.schedule_run()
+
+    def _accepts(self, job: DecodeJob) -> bool:
+        if self._probe is None:
+            self._probe = self._build(1, 1, 1)
+        try:
+            self._feed(self._probe, job)
+            self._probe.schedule_run()
+            self._probe.share_outputs()
+            self._probe.release_outputs()
+            return True
+        except RuntimeError as error:
+            _log.debug("DALI refuses a sample: %s", error)
+            self._probe = None
+            return False
+
+    def _feed(self, pipe, job: DecodeJob) -> None:
+        pipe.feed_input("encoded", job.encoded)
+        pipe.feed_input("start", np.ascontiguousarray(job.windows[:, :2]))
+        pipe.feed_input("shape", np.ascontiguousarray(job.windows[:, 2:]))
+        if not self.finish:
+            return
+        count = len(job.encoded)
+        sizes = job.sizes if job.sizes is not None else np.tile(np.int32(self.image_size), (count, 1))
+        offsets = job.offsets if job.offsets is not None else np.zeros((count, 2), np.int32)
+        pipe.feed_input("size", sizes.astype(np.float32))
+        pipe.feed_input("offset", np.ascontiguousarray(offsets, dtype=np.int32))
+        pipe.feed_input("mirror", job.mirrored.astype(np.int32))
+
+    def _build(self, batch_size: int, threads: int, depth: int):
+        """A pipeline that is built, warm, and empty: DALI's first run takes `depth` batches at once, blanks here."""
+        try:
+            from nvidia.dali import Pipeline, fn, types
+        except ImportError as error:
+            raise ValueError(f"NVIDIA DALI cannot be imported ({error}), pictures need it; {_INSTALL}") from error
+        on_gpu = self.device_id is not None
+        pipe = Pipeline(
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=self.device_id,
+            prefetch_queue_depth=depth,
+            exec_dynamic=True,
+        )
+        with pipe:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+            start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
+            shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
+            images = fn.decoders.image_slice(
+                encoded,
+                start=start,
+                shape=shape,
+                axes=[0, 1],
+                device="mixed" if on_gpu else "cpu",
+                output_type=types.RGB if self.channels == 3 else types.GRAY,
+                adjust_orientation=True,
+                **({"hw_decoder_load": self.hw_decoder_load, "jpeg_fancy_upsampling": True} if on_gpu else {}),
+            )
+            if self.finish:
+                size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
+                offset = fn.external_source(name="offset", dtype=types.INT32, ndim=1)
+                mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
+                images = fn.resize(
+                    images, size=size, interp_type=types.INTERP_CUBIC, antialias=True, subpixel_scale=False
+                )
+                images = fn.slice(images, start=offset, shape=list(self.image_size), axes=[0, 1])
+                images = fn.flip(images, horizontal=mirror)
+            pipe.set_outputs(images)
+        pipe.build()
+        blank = DecodeJob([_BLANK], np.array([[0, 0, 2, 2]], np.int32), np.zeros(1, bool))
+        for _ in range(depth):
+            self._feed(pipe, blank)
+        pipe.schedule_run()
+        for _ in range(depth):
+            pipe.share_outputs()
+            pipe.release_outputs()
+        return pipe

@@ -1,0 +1,157 @@
+"""From a number in the data set to something a decoder takes, with a stand-in where an image is broken.
+
+A broken image must not change how many images a batch has, so it is replaced at once by another, on the rank that met
+it. Which one is a hash of (seed, epoch, position, attempt): the same for any world size and after any resume.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from mirl.dataloaders.decoding.arrays import ArrayFormat
+from mirl.dataloaders.decoding.headers import as_portable_pixmap, decode_with_pillow, read_header
+from mirl.dataloaders.errors import BadImage, ImageError
+from mirl.dataloaders.sources.base import Source
+from mirl.keyed import keyed_u64
+
+_REPLACEMENT_STREAM = 3
+_MAX_REPLACEMENTS = 100
+_CHUNK = 8  # samples a thread reads per task: a task costs about 20 us, a sample about 40
+
+
+@dataclass(slots=True)
+class Sample:
+    """One image on its way into a batch.
+
+    wanted, index: the item that the order names, and the item that is shown (another if `wanted` is broken).
+    data: the encoded file, uint8 [bytes], or, of an array data set, pixels [H, W, C]. height, width: upright pixels.
+    """
+
+    wanted: int
+    index: int
+    epoch: int
+    position: int
+    data: np.ndarray
+    height: int
+    width: int
+    label: int = -1
+    attempt: int = 0
+    reason: str = ""
+
+
+class SampleReader:
+    """Reads samples of a source in parallel threads."""
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        seed: int,
+        channels: int = 3,
+        array_format: ArrayFormat | None = None,
+        labels: bool = False,
+        threads: int = 4,
+    ) -> None:
+        self.source, self.seed, self.channels = source, seed, channels
+        self.array_format, self.labels = array_format, labels
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mirl-read")
+        self._refused_by_dali: set[int] = set()
+        self._lock = threading.Lock()
+
+    def start(self, indices: Sequence[int] | np.ndarray, epoch: int, positions: Sequence[int] | np.ndarray) -> list:
+        """Begins to read a batch; returns futures for `finish`."""
+        triples = [(int(i), epoch, int(p)) for i, p in zip(indices, positions, strict=True)]
+        return [self._pool.submit(self._read_chunk, triples[at : at + _CHUNK]) for at in range(0, len(triples), _CHUNK)]
+
+    def finish(self, futures: list) -> list[Sample]:
+        """The samples of a started batch, in order."""
+        return [sample for future in futures for sample in future.result()]
+
+    def read(self, index: int, epoch: int, position: int) -> Sample:
+        """One sample, or its first readable stand-in."""
+        try:
+            return self._load(Sample(index, index, epoch, position, np.empty(0, np.uint8), 0, 0))
+        except ImageError as error:
+            return self.replace(Sample(index, index, epoch, position, np.empty(0, np.uint8), 0, 0), str(error))
+
+    def replace(self, sample: Sample, reason: str) -> Sample:
+        """The next stand-in for a sample whose current image failed; the reason of the first failure is kept."""
+        first_reason = sample.reason or reason
+        for attempt in range(sample.attempt, _MAX_REPLACEMENTS):
+            key = int(keyed_u64(_REPLACEMENT_STREAM, self.seed, sample.epoch, sample.position, attempt)[0])
+            index = key % self.source.num_images
+            try:
+                return self._load(
+                    Sample(
+                        wanted=sample.wanted,
+                        index=index,
+                        epoch=sample.epoch,
+                        position=sample.position,
+                        data=sample.data,
+                        height=0,
+                        width=0,
+                        attempt=attempt + 1,
+                        reason=first_reason,
+                    )
+                )
+            except ImageError:
+                continue
+        raise ValueError(
+            f"{self.source.path(sample.wanted)} cannot be read ({first_reason}), nor can {_MAX_REPLACEMENTS} other "
+            "images that were tried in its place; run mirl validate-data on the data set"
+        )
+
+    def decode_here(self, sample: Sample) -> Sample:
+        """The same sample, decoded by Pillow and wrapped as a pixmap, which DALI takes; ImageError if Pillow cannot."""
+        pixels_HWC = decode_with_pillow(sample.data.tobytes(), self.channels)
+        sample.data = np.frombuffer(as_portable_pixmap(pixels_HWC), np.uint8)
+        sample.height, sample.width = pixels_HWC.shape[:2]
+        return sample
+
+    def after_refusal(self, sample: Sample) -> Sample:
+        """What to show for a sample that DALI refused: Pillow's decoding of it, or a stand-in.
+
+        The file is remembered and no longer offered to DALI, which loses a whole batch on it.
+        """
+        with self._lock:
+            self._refused_by_dali.add(sample.index)
+        try:
+            return self.decode_here(sample)
+        except ImageError as error:
+            return self.replace(sample, str(error))
+
+    def bad_image(self, sample: Sample) -> BadImage:
+        """The record of a sample that stands in for a broken image."""
+        return BadImage(
+            path=self.source.path(sample.wanted),
+            reason=sample.reason,
+            epoch=sample.epoch,
+            position=sample.position,
+            replaced_by=self.source.path(sample.index),
+        )
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read_chunk(self, triples: list[tuple[int, int, int]]) -> list[Sample]:
+        return [self.read(*triple) for triple in triples]
+
+    def _load(self, sample: Sample) -> Sample:
+        data = self.source.read(sample.index)
+        if self.array_format is not None:
+            sample.data = self.array_format.read(data)
+            sample.height, sample.width = sample.data.shape[:2]
+        else:
+            header = read_header(data)
+            sample.data = np.frombuffer(data, np.uint8)
+            sample.height, sample.width = header.height, header.width
+            if not header.native or sample.index in self._refused_by_dali:
+                self.decode_here(sample)
+        if self.labels:
+            sample.label = self.source.label(sample.index)
+        return sample

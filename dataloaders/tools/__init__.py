@@ -1,0 +1,1 @@
+"""What the commands on data sets do: validate, re-encode, index, measure."""

@@ -1,0 +1,135 @@
+"""Re-encoding of one image, and the two units of work of `prepare_data`: one file, one shard."""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from mirl.dataloaders.decoding.headers import decode_with_pillow, read_header
+from mirl.dataloaders.errors import ImageError, one_line
+from mirl.dataloaders.sources.base import FileSource, Source
+from mirl.dataloaders.sources.manifest import atomic_writer
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """From any encoded picture to the JPEG of the copy."""
+
+    short_side: int
+    quality: int
+
+    def __call__(self, data: bytes) -> bytes:
+        """ImageError if the picture is broken."""
+        header = read_header(data)
+        small = min(header.height, header.width) <= self.short_side
+        if small and header.format == "JPEG" and _is_plain_rgb(data):
+            decode_with_pillow(data)
+            return data
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                # Lets libjpeg leave out detail it would only average away, down to twice the size that is needed.
+                factor = 2 * self.short_side / min(image.size)
+                if factor < 1:
+                    image.draft("RGB", (int(image.width * factor), int(image.height * factor)))
+                upright = ImageOps.exif_transpose(image)
+                width, height = shrunk_size(header.width, header.height, self.short_side)
+                small_image = upright.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        except Exception as error:  # Pillow's plug-ins raise almost anything on damaged files
+            raise ImageError(one_line(error)) from error
+        buffer = io.BytesIO()
+        small_image.save(buffer, "JPEG", quality=self.quality, subsampling="4:2:0", optimize=True)
+        return buffer.getvalue()
+
+
+@dataclass
+class Done:
+    """What one task did."""
+
+    written: int = 0
+    kept: int = 0
+    bytes: int = 0
+    broken: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class FileTask:
+    """One image to one file."""
+
+    source: Source
+    index: int
+    target: Path
+
+    def run(self, encode: Encoder) -> Done:
+        if self.target.exists():
+            return Done(kept=1)
+        try:
+            data = encode(self.source.read(self.index))
+        except ImageError as error:
+            return Done(broken=[(self.source.path(self.index), str(error))])
+        with atomic_writer(self.target, "wb") as file:
+            file.write(data)
+        return Done(written=1, bytes=len(data))
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A range of images to one tar shard."""
+
+    source: Source
+    first: int
+    end: int
+    target: Path
+    classes: dict[str, int] | None
+
+    def run(self, encode: Encoder) -> Done:
+        if self.target.exists():
+            return Done(kept=self.end - self.first)
+        done, broken = Done(), []
+        with atomic_writer(self.target, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
+            for index in range(self.first, self.end):
+                path = self.source.path(index)
+                try:
+                    data = encode(self.source.read(index))
+                except ImageError as error:
+                    broken.append((path, str(error)))
+                    continue
+                # WebDataset ends the key at the first dot; 70 characters fit the plain tar header.
+                stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(path.partition("::")[2] or path).stem)[:70]
+                key = f"{index:09d}-{stem}"
+                _add(tar, f"{key}.jpg", data)
+                if self.classes is not None:
+                    _add(tar, f"{key}.cls", str(self.classes[class_name(self.source, index)]).encode())
+                done.written += 1
+                done.bytes += len(data)
+        done.broken = broken
+        return done
+
+
+def class_name(source: Source, index: int) -> str:
+    """The first folder of an image's name, "" where it lies in none."""
+    assert isinstance(source, FileSource)
+    folder, separator, _ = source.paths.name(index).partition("/")
+    return folder if separator else ""
+
+
+def shrunk_size(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """(width, height) with the shorter side at most short_side, never enlarged."""
+    factor = min(1.0, short_side / min(width, height))
+    return max(1, round(width * factor)), max(1, round(height * factor))
+
+
+def _is_plain_rgb(data: bytes) -> bool:
+    with Image.open(io.BytesIO(data)) as image:
+        return image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))

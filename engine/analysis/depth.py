@@ -1,0 +1,148 @@
+"""What the blocks of a pre-trained encoder do, one by one: whether its depth is of use.
+
+Three measurements. Gradient norms (the paper's appendix C): a block that pre-training hardly moves has little to learn
+from it. Linear probes on every block: accuracy that falls towards the end says that late features serve the
+reconstruction and nothing else. Fine-tuning with the blocks from some depth on initialised afresh (the paper's Fig. 2):
+where that does no harm, or even helps, what pre-training wrote into those blocks was worth nothing.
+
+Letters: n images, L blocks, B of a batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mirl.dataloaders import SubsetSource, build_eval_loader, open_source
+from mirl.engine.analysis.features import LabelledFeatures, count_classes
+from mirl.engine.analysis.in_memory import ShortFinetune, accuracy_percent, finetune_in_memory
+from mirl.engine.analysis.linear_probe import train_linear_probe
+from mirl.engine.models import MIRL, ModelConfig
+from mirl.engine.models.teacher import EmaTeacher
+from mirl.engine.training.noise import mask_noise
+from mirl.engine.transfer.classification.classifier import Classifier, encoder_config
+from mirl.engine.transfer.initialise_from import initialise_from, reinit_last
+from mirl.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelledImages:
+    """uint8 [n, H, W, C] or normalised float32 [n, C, H, W]; labels int64 [n]; classes: names, None without folders."""
+
+    images: Tensor
+    labels: Tensor
+    classes: list[str] | None
+
+
+def load_labelled(
+    data: Path,
+    config: ModelConfig,
+    *,
+    limit: int,
+    device: torch.device,
+    labels: bool = True,
+    split: str = "train",
+    batch_size: int = 64,
+) -> LabelledImages:
+    """At most ``limit`` images of ``data``, spread evenly over it, centre-cropped to the size of ``config``.
+
+    split: "train" or "val", what a folder stands for that holds both.
+
+    Raises:
+        UserError: no images or, where they are wanted, no labels.
+    """
+    source = open_source(data, labels=labels, split=split)
+    count = min(limit, source.num_images)
+    chosen = SubsetSource(source, [number * source.num_images // count for number in range(count)])
+    images, found = [], []
+    with build_eval_loader(
+        chosen, image_size=(config.image_height, config.image_width), batch_size=batch_size,
+        device_id=device.index or 0 if device.type == "cuda" else None, channels=config.channels, mean=config.mean,
+        std=config.std, labels=labels,
+    ) as loader:  # fmt: skip
+        for batch in loader:
+            rows = torch.from_numpy(batch.valid.nonzero()[0]).to(device)
+            images.append(batch.images[rows])
+            found.append(batch.labels[rows] if labels else rows)
+    if not sum(map(len, images)):
+        raise UserError(f"every image of {data} is broken: run mirl validate-data on it")
+    return LabelledImages(images=torch.cat(images), labels=torch.cat(found), classes=source.classes)
+
+
+def gradient_norms(model: MIRL, images: Tensor, *, seed: int, batch_size: int = 32) -> list[float]:
+    """Norm of the pre-training loss's gradient in each block's parameters, the loss averaged over all of ``images``.
+
+    Masks are those of ``seed``. The teacher of a feature loss is a copy of the encoder itself; a VGG loss is left out.
+    """
+    config = model.config
+    teacher = EmaTeacher(model, config, decay=0.0) if config.feature_loss else None
+    model.eval()  # without stochastic depth, the norms are a function of the images and the seed
+    model.zero_grad()
+    for first in range(0, len(images), batch_size):
+        batch = images[first : first + batch_size]
+        noise = mask_noise(seed, 0, first, len(batch), config.num_patches).to(batch.device)
+        features = {} if teacher is None else {"teacher_features": teacher(batch)}
+        # A full pass has the same loss, and does without the VGG-16, which a checkpoint does not hold.
+        output = model(batch, noise=noise, full=bool(config.vgg_loss), **features)
+        (output.loss * (len(batch) / len(images))).backward()
+    norms = [
+        torch.stack([parameter.grad.norm() for parameter in block.parameters()]).norm().item()
+        for block in model.encoder.blocks
+    ]
+    model.zero_grad()
+    return norms
+
+
+def probe_accuracies(
+    encoder: Classifier, train: LabelledImages, val: LabelledImages, *, epochs: int, seed: int, batch_size: int = 64
+) -> list[float]:
+    """Top-1 in per cent on ``val`` of a linear probe of the mean patch token after each block."""
+    encoder.eval()
+
+    def features(data: LabelledImages) -> list[LabelledFeatures]:
+        batches = [encoder.block_features(part) for part in data.images.split(batch_size)]
+        return [
+            LabelledFeatures(features=torch.cat(block).float(), labels=data.labels, classes=data.classes)
+            for block in zip(*batches, strict=True)
+        ]
+
+    accuracies = []
+    for seen, unseen in zip(features(train), features(val), strict=True):
+        classes = count_classes(seen, unseen, names=("data", "val"))
+        probe = train_linear_probe(seen, num_classes=classes, epochs=epochs, seed=seed)
+        hit = probe(unseen.features).argmax(dim=1) == unseen.labels
+        accuracies.append(100 * hit.float().mean().item())
+    return accuracies
+
+
+def cut_depths(depth: int, cuts: int) -> list[int]:
+    """Where blocks are initialised afresh from: ``cuts`` depths spread evenly over 0 .. depth - 1, and depth (none)."""
+    return sorted({round(depth * number / cuts) for number in range(cuts)} | {depth})
+
+
+def reinit_accuracies(
+    source: ModelConfig,
+    encoder_weights: dict[str, Tensor],
+    train: LabelledImages,
+    val: LabelledImages,
+    *,
+    cuts: int,
+    recipe: ShortFinetune,
+    seed: int,
+) -> dict[int, float]:
+    """{first fresh block: top-1 in per cent on ``val`` after a short fine-tuning}; the depth itself: none is fresh."""
+    classes = int(train.labels.max()) + 1 if train.classes is None else len(train.classes)
+    config = dataclasses.replace(encoder_config(source), depth=source.built_depth)
+    accuracies = {}
+    for first in cut_depths(config.depth, cuts):
+        torch.manual_seed(seed)
+        model = Classifier(config, num_classes=classes)
+        initialise_from(model, config, encoder_weights)
+        reinit_last(model, config.depth - first, seed)
+        model.to(train.images.device)
+        finetune_in_memory(model, train.images, train.labels, recipe, seed=seed)
+        accuracies[first] = accuracy_percent(model, val.images, val.labels)
+    return accuracies

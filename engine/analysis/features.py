@@ -1,0 +1,107 @@
+"""Features of a labelled set under a frozen encoder, extracted once.
+
+Letters: n images, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mirl.dataloaders import build_eval_loader
+from mirl.engine.checkpoints.pretrained import load_encoder
+from mirl.engine.transfer.classification.classifier import Classifier, encoder_config, pool_tokens
+from mirl.engine.transfer.classification.evaluation import require_same_classes
+from mirl.engine.transfer.initialise_from import initialise_from
+from mirl.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledFeatures:
+    """features: float32 [n, D]; labels: int64 [n], both on one device; classes: their names, None for a list of paths.
+    skipped: broken images, which are not among the n."""
+
+    features: Tensor
+    labels: Tensor
+    classes: list[str] | None
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, rows: Tensor) -> LabelledFeatures:
+        """The images numbered in ``rows``."""
+        return LabelledFeatures(features=self.features[rows], labels=self.labels[rows], classes=self.classes)
+
+
+def frozen_encoder(checkpoint: Path | str, device: torch.device) -> Classifier:
+    """The encoder of a checkpoint or run in eval mode, the blocks that it has and the last norm; its head is unused.
+
+    Raises:
+        UserError: no whole encoder there.
+    """
+    config, weights = load_encoder(checkpoint)
+    config = dataclasses.replace(encoder_config(config), depth=config.built_depth)
+    model = Classifier(config, num_classes=1, pool="token")
+    initialise_from(model, config, weights)
+    return model.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def extract_features(
+    model: Classifier,
+    data: Path | str,
+    *,
+    pool: str,
+    device: torch.device,
+    batch_size: int = 64,
+    threads: int = 4,
+    split: str = "train",
+) -> LabelledFeatures:
+    """``pool`` ("avg", "token") of the normed tokens of every image of ``data``: short side resized, centre crop.
+
+    split: "train" or "val", what a folder stands for that holds both.
+
+    Raises:
+        UserError: no images or no labels; every image broken.
+    """
+    config = model.config
+    features, labels = [], []
+    with build_eval_loader(
+        data,
+        image_size=(config.image_height, config.image_width),
+        batch_size=batch_size,
+        device_id=device.index or 0 if device.type == "cuda" else None,
+        threads=threads,
+        channels=config.channels,
+        mean=config.mean,
+        std=config.std,
+        split=split,
+    ) as loader:
+        for batch in loader:
+            rows = torch.from_numpy(batch.valid.nonzero()[0]).to(device)
+            features.append(pool_tokens(model.tokens(batch.images), pool)[rows].float())
+            labels.append(batch.labels[rows])
+        classes, skipped = loader.classes, len(loader.bad_images)
+    found = LabelledFeatures(features=torch.cat(features), labels=torch.cat(labels), classes=classes, skipped=skipped)
+    if not len(found):
+        raise UserError(f"every image of {data} is broken: run mirl validate-data on it")
+    return found
+
+
+def count_classes(train: LabelledFeatures, val: LabelledFeatures, *, names: tuple[str, str]) -> int:
+    """Classes of both sets. UserError where those of ``val`` are not those of ``train``; ``names``: of the two sets."""
+    require_same_classes(train.classes, val.classes, train=names[0], val=names[1])
+    if train.classes is not None:
+        return len(train.classes)
+    classes, largest = int(train.labels.max()) + 1, int(val.labels.max())
+    if largest >= classes:
+        raise UserError(
+            f"{names[1]} has label {largest} and the labels of {names[0]} end at {classes - 1}: give sets of the same "
+            "classes"
+        )
+    return classes

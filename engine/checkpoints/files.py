@@ -1,0 +1,121 @@
+"""What a checkpoint's folder holds, and how one is published: written aside, described, renamed into place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mirl.errors import UserError
+
+FORMAT = 1
+POINTER = "latest"
+
+
+@contextmanager
+def aside(final: Path) -> Iterator[Path]:
+    """A name beside ``final`` to write a file or a folder under; it becomes ``final`` at the end, or is removed.
+
+    Raises:
+        UserError: ``final`` exists.
+    """
+    if final.exists():
+        raise UserError(f"{final} exists and is not written over: give another name")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = final.parent / f".{final.name}.{secrets.token_hex(4)}.partial"
+    try:
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+        os.replace(partial, final)
+        sync(final.parent)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def write_weights(final: Path, weights: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+    """A checkpoint of whole parameters, made by one process: no moments, so that a run can start from it but not go on.
+
+    weights: fp32, by parameter name. state: at least ``config``; the shapes are added to it.
+
+    Raises:
+        UserError: ``final`` exists.
+    """
+    with aside(final) as partial:
+        partial.mkdir()
+        path = partial / "rank-00000-of-00001.safetensors"
+        save_tensors({f"weight/{name}@0": weight.flatten() for name, weight in weights.items()}, path)
+        shapes = {name: list(weight.shape) for name, weight in weights.items()}
+        write_manifest(partial, state | {"parameters": shapes}, {path.name: describe(path)}, world_size=1)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that whoever may read other files of this process may read: safetensors makes its files for
+    their owner alone.
+    """
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)
+
+
+def write_manifest(folder: Path, state: dict[str, Any], files: dict[str, Any], *, world_size: int) -> None:
+    """State and manifest of a checkpoint, beside its other ``files`` (name -> `describe`)."""
+    write_json(folder / "state.json", state)
+    config = json.dumps(state.get("config"), sort_keys=True).encode()
+    manifest = {
+        "format": FORMAT,
+        "world_size": world_size,
+        "config_sha256": hashlib.sha256(config).hexdigest(),
+        "files": files | {"state.json": describe(folder / "state.json")},
+    }
+    write_json(folder / "manifest.json", manifest)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Published checkpoints in ``folder``, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    write_whole(path, json.dumps(values, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of ``text`` or nothing."""
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(aside, path)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

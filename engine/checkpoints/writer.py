@@ -1,0 +1,172 @@
+"""Checkpoints that are whole or absent: written aside, described by a manifest, renamed into place, pointed to last.
+
+    OUT/checkpoints/latest                          name of the newest whole checkpoint
+    OUT/checkpoints/step-00000300/manifest.json     size and sha256 of every other file
+    OUT/checkpoints/step-00000300/state.json        step counters, loader position, configuration, parameter shapes
+    OUT/checkpoints/step-00000300/rank-00000-of-00002.safetensors
+                                                    fp32 weights and AdamW moments owned by that rank, keyed
+                                                    KIND/NAME@START
+
+A fragment file says which elements of which parameter it holds, so any number of ranks and any ZeRO stage can read what
+any other wrote. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mirl.engine.checkpoints.files import (
+    POINTER,
+    describe,
+    list_checkpoints,
+    save_tensors,
+    sync,
+    write_json,
+    write_manifest,
+    write_whole,
+)
+from mirl.engine.distributed.ds_engine import Fragment
+from mirl.engine.distributed.launch import Ranks
+
+COMMIT_TIMEOUT_S = 1800.0
+ABANDON_GRACE_S = 10.0
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run in the background; one at a time.
+
+    `save` copies the state to host memory and returns; a thread writes it. Rank 0's thread publishes the checkpoint
+    once every rank's file is on disk. A save that fails leaves every earlier checkpoint as it was, and is told by
+    `poll`.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, *, keep: int) -> None:
+        self.folder, self.ranks, self.keep = folder, ranks, keep
+        self.stall_seconds = 0.0
+        # Names the unfinished folders of this run, so that the leftovers of a killed one cannot be taken for ours.
+        self._token = ranks.broadcast(secrets.token_hex(4))
+        self._thread: threading.Thread | None = None
+        self._failure: str | None = None
+        self._published: Path | None = None
+        self._stalls_ms: dict[str, float] = {}
+        self._give_up_at = float("inf")
+        if ranks.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(".step-*.partial"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        ranks.barrier()
+
+    def save(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any]) -> None:
+        """Start writing the checkpoint of ``step``; waits first for the one before it."""
+        started = time.perf_counter()
+        self.wait()
+        copies = {fragment.key: fragment.tensor.detach().to("cpu", copy=True) for fragment in fragments}
+        self._thread = threading.Thread(target=self._write, args=(step, copies, state), name="checkpoint")
+        self._thread.start()
+        stall_seconds = time.perf_counter() - started
+        self.stall_seconds += stall_seconds
+        self._stalls_ms[_name(step)] = 1000 * stall_seconds
+
+    def wait(self) -> None:
+        """Until this rank's part of the last save is written (on rank 0: until it is published)."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def abandon(self) -> None:
+        """Finish writing, but wait no longer than a moment for other ranks: some may never come."""
+        self._give_up_at = time.monotonic() + ABANDON_GRACE_S
+        self.wait()
+
+    def stall_ms(self, published: Path) -> float:
+        """How long this rank's training stood still for a checkpoint that `poll` returned."""
+        return self._stalls_ms.pop(published.name)
+
+    def poll(self) -> tuple[Path | None, str | None]:
+        """``(published, failure)`` since the last call: the path of a new checkpoint, the reason of a failed one."""
+        result = self._published, self._failure
+        self._published = self._failure = None
+        return result
+
+    def _write(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        name = _name(step)
+        partial = self.folder / f".{name}.{self._token}.partial"
+        path = partial / f"rank-{self.ranks.rank:05d}-of-{self.ranks.world_size:05d}.safetensors"
+        try:
+            partial.mkdir(exist_ok=True)
+            save_tensors(tensors, path)
+            sync(path)
+            write_json(partial / f"{path.stem}.done", describe(path))
+            if self.ranks.is_main:
+                self._publish(partial, self.folder / name, state)
+        except Exception as error:  # whatever it is (safetensors has a type of its own), a thread must hand it on
+            self._failure = f"the checkpoint of step {step} was not written: {error}"
+            if self.ranks.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                _mark_failed(path, str(error))
+
+    def _publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
+        files = self._await_all(partial)
+        write_manifest(partial, state, files, world_size=self.ranks.world_size)
+        for marker in partial.glob("*.done"):
+            marker.unlink()
+        sync(partial)
+        if final.exists():  # a checkpoint of the same step, from before the run was resumed at an earlier one
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        sync(self.folder)
+        write_whole(self.folder / POINTER, final.name + "\n")
+        sync(self.folder)
+        self._published = final
+        self._prune()
+
+    def _await_all(self, partial: Path) -> dict[str, Any]:
+        """Descriptions of all ranks' files, once all are there."""
+        deadline = time.monotonic() + COMMIT_TIMEOUT_S
+        while True:
+            failed = list(partial.glob("*.failed"))
+            if failed:
+                raise OSError(f"{failed[0].stem}: {failed[0].read_text().strip() or 'see the output of that rank'}")
+            done = sorted(partial.glob("*.done"))
+            if len(done) == self.ranks.world_size:
+                return {f"{marker.stem}.safetensors": json.loads(marker.read_text()) for marker in done}
+            if time.monotonic() > self._give_up_at:
+                raise TimeoutError(f"the run ended when {len(done)} of {self.ranks.world_size} ranks had written")
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"only {len(done)} of {self.ranks.world_size} ranks wrote into {partial.parent}: is --out on a "
+                    "file system that all hosts share?"
+                )
+            time.sleep(0.02)
+
+    def _prune(self) -> None:
+        if self.keep:
+            for old in list_checkpoints(self.folder)[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _mark_failed(path: Path, reason: str) -> None:
+    """Tell rank 0, which waits for file ``path``. On a full disk there is room for no new file, but for a new name."""
+    marker = path.with_suffix(".failed")
+    try:
+        if path.exists():
+            os.truncate(path, 0)
+            os.replace(path, marker)
+        marker.write_text(reason)
+    except OSError as error:
+        print(f"{path.stem}: {reason}; rank 0 may not have been told why: {error}", flush=True)

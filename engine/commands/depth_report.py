@@ -1,0 +1,189 @@
+"""`mirl depth-report CHECKPOINT`: does its depth serve a pre-trained model? A table, a picture, a JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mirl.engine.checkpoints.files import write_whole
+from mirl.engine.configuration.flags import Parser
+from mirl.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print, and write OUT/depth.json and OUT/depth.png."""
+    arguments = _parser().parse_args(argv)
+    if arguments.out.exists():
+        raise UserError(f"out is {arguments.out}, which exists: give another folder")
+    for name in ("images", "train_images", "val_images", "probe_epochs", "steps", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"{name} is {getattr(arguments, name)}: give 1 or more")
+    if arguments.cuts < 0:
+        raise UserError(f"cuts is {arguments.cuts}: give 0 (no fine-tuning) or more")
+
+    # Only now: these import torch and DALI, and a wrong flag should be told at once.
+    import torch
+
+    from mirl.engine.analysis import depth
+    from mirl.engine.analysis.features import frozen_encoder
+    from mirl.engine.analysis.in_memory import ShortFinetune
+    from mirl.engine.checkpoints.pretrained import load_encoder, load_pretrained
+    from mirl.engine.checkpoints.reader import locate
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = locate(arguments.checkpoint)
+    config, weights = load_encoder(checkpoint)
+    report: dict[str, Any] = {
+        "checkpoint": str(checkpoint), "model": config.name, "objective": config.objective,
+        "depth": config.built_depth, "segments": config.segments, "seed": arguments.seed,
+    }  # fmt: skip
+
+    arguments.out.mkdir(parents=True)
+    try:
+        model = load_pretrained(checkpoint, device=device)
+    except UserError as error:
+        print(f"no gradient norms: {error}")
+    else:
+        if config.vgg_loss:
+            print("gradient norms are those of the loss without its VGG term")
+        data = depth.load_labelled(arguments.data, config, limit=arguments.images, device=device, labels=False)
+        print(f"gradient norms over {len(data.images)} images ...", flush=True)
+        report["gradient_norm"] = depth.gradient_norms(model, data.images, seed=arguments.seed)
+        report["gradient_images"] = len(data.images)
+        _write(report, arguments.out)
+
+    if arguments.val is not None:
+        train = depth.load_labelled(arguments.data, config, limit=arguments.train_images, device=device)
+        val = depth.load_labelled(arguments.val, config, limit=arguments.val_images, device=device, split="val")
+        report |= {"train_images": len(train.images), "val_images": len(val.images)}
+        print(f"linear probes of {config.built_depth} blocks on {len(train.images)} images ...", flush=True)
+        report["probe_top1_percent"] = depth.probe_accuracies(
+            frozen_encoder(checkpoint, device), train, val, epochs=arguments.probe_epochs, seed=arguments.seed
+        )
+        _write(report, arguments.out)
+        if arguments.cuts:
+            print(f"{arguments.cuts + 1} fine-tunings of {arguments.steps} steps ...", flush=True)
+            recipe = ShortFinetune(steps=arguments.steps, batch_size=arguments.batch_size, lr=arguments.lr)
+            fresh_from = depth.reinit_accuracies(
+                config, weights, train, val, cuts=arguments.cuts, recipe=recipe, seed=arguments.seed
+            )
+            report["reinit_top1_percent"] = {str(first): value for first, value in fresh_from.items()}
+            report["finetune_steps"] = arguments.steps
+    else:
+        print("no probes and no fine-tuning: give --val, and labels in --data (a folder for each class)")
+
+    _write(report, arguments.out)
+    written = ["depth.json"] + (["depth.png"] if _draw(report, arguments.out / "depth.png") else [])
+    print(table(report))
+    print(f"wrote {' and '.join(str(arguments.out / name) for name in written)}")
+    return 0
+
+
+def _write(report: dict[str, Any], out: Path) -> None:
+    """After each measurement, so that a later one cannot lose it."""
+    write_whole(out / "depth.json", json.dumps(report, indent=2) + "\n")
+
+
+def table(report: dict[str, Any]) -> str:
+    """A line a block, and a reading of each measurement."""
+    fresh_from = {int(first): value for first, value in report.get("reinit_top1_percent", {}).items()}
+    lines = ["block  gradient norm  probe top-1 %  top-1 % with this block and all after it fresh"]
+    for block in range(report["depth"]):
+        gradient = f"{report['gradient_norm'][block]:13.3e}" if "gradient_norm" in report else f"{'-':>13}"
+        probe = f"{report['probe_top1_percent'][block]:13.2f}" if "probe_top1_percent" in report else f"{'-':>13}"
+        fresh = f"{fresh_from[block]:.2f}" if block in fresh_from else "-"
+        lines.append(f"{block:>5}  {gradient}  {probe}  {fresh}")
+    return "\n".join([*lines, *reading(report)])
+
+
+def reading(report: dict[str, Any]) -> list[str]:
+    """What the figures say, in sentences that hold whatever they are."""
+    lines = []
+    if probes := report.get("probe_top1_percent"):
+        best = max(range(len(probes)), key=probes.__getitem__)
+        lines.append(
+            f"probe: best after block {best} ({probes[best]:.2f} %), after the last one {probes[-1]:.2f} %, "
+            f"{probes[best] - probes[-1]:.2f} less"
+        )
+    if fresh_from := {int(first): value for first, value in report.get("reinit_top1_percent", {}).items()}:
+        whole = fresh_from.pop(report["depth"])
+        # Two standard errors of the difference of two accuracies on so many images; what the seed does comes on top.
+        error = 2 * (2 * whole * (100 - whole) / report["val_images"]) ** 0.5
+        lines.append(f"fine-tuned with every block as pre-trained: {whole:.2f} %; less than {error:.2f} apart is noise")
+        harmless = []
+        for first, value in sorted(fresh_from.items(), reverse=True):
+            if value < whole - error:
+                break
+            harmless.append(first)
+        lines.append(
+            f"with the blocks from {harmless[-1]} on initialised afresh it is no worse, as far as "
+            f"{report['val_images']} images and one seed can tell"
+            if harmless
+            else "initialising even the last blocks afresh costs accuracy: the whole depth is of use"
+        )
+    return lines
+
+
+def _draw(report: dict[str, Any], path: Path) -> bool:
+    """A panel for each measurement; False where there is none."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [name for name in ("gradient_norm", "probe_top1_percent", "reinit_top1_percent") if name in report]
+    if not panels:
+        return False
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), squeeze=False)
+    titles = {
+        "gradient_norm": ("gradient norm of the pre-training loss", "block"),
+        "probe_top1_percent": ("linear probe, top-1 %", "block"),
+        "reinit_top1_percent": ("fine-tuned, top-1 %", "first fresh block (the depth: none)"),
+    }
+    for axis, name in zip(axes[0], panels, strict=True):
+        values = report[name]
+        points = [int(key) for key in values] if isinstance(values, dict) else range(len(values))
+        axis.plot(points, list(values.values()) if isinstance(values, dict) else values, marker="o", markersize=3)
+        axis.set_title(titles[name][0], fontsize=10)
+        axis.set_xlabel(titles[name][1])
+        axis.grid(alpha=0.3)
+    axes[0][0].set_yscale("log" if panels[0] == "gradient_norm" else "linear")
+    step = report["depth"] // report["segments"]
+    for axis in axes[0]:
+        for border in range(step, report["depth"], step):
+            axis.axvline(border - 0.5, color="grey", linewidth=0.5, linestyle=":")
+    figure.suptitle(f"{report['model']}, {report['objective']}, depth {report['depth']}", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="mirl depth-report",
+        description="For each block: gradient norm, probe accuracy, and the effect of initialising it and all after it "
+        "afresh before a short fine-tuning.",
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, help="a checkpoint, or the folder of a run (its newest good checkpoint)"
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="TRAIN", help="images; labelled: TRAIN/CLASS/x.jpg")
+    parser.add_argument(
+        "--val", type=Path, metavar="VAL", help="labelled images of the same classes; none: gradients only"
+    )
+    parser.add_argument("--out", type=Path, default=Path("depth_report"), help="folder to make [depth_report]")
+    parser.add_argument("--images", type=int, default=256, help="images of the gradient [256]")
+    parser.add_argument(
+        "--train-images", type=int, default=4000, help="labelled images of probe and fine-tuning [4000]"
+    )
+    parser.add_argument("--val-images", type=int, default=2000, help="images that accuracies are measured on [2000]")
+    parser.add_argument("--probe-epochs", type=int, default=50, help="epochs of a linear probe [50]")
+    parser.add_argument("--cuts", type=int, default=4, help="depths from which blocks are made fresh; 0: none [4]")
+    parser.add_argument("--steps", type=int, default=300, help="steps of a fine-tuning [300]")
+    parser.add_argument("--batch-size", type=int, default=64, help="images of a step [64]")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of a fine-tuning [0.001]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of masks, probes and fine-tunings [0]")
+    return parser

@@ -1,0 +1,94 @@
+"""`mirl probe CHECKPOINT --data TRAIN --val VAL`: how well frozen features separate the classes of a labelled set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mirl.engine.configuration.flags import Parser
+from mirl.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print top-1 and top-5 of a linear probe and of weighted nearest neighbours; write them to --json."""
+    arguments = _parser().parse_args(argv)
+    if arguments.json and arguments.json.exists() and not arguments.overwrite:
+        raise UserError(f"json is {arguments.json}, which exists: give another name or --overwrite")
+    for name in ("batch_size", "threads", "epochs", "knn_k"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"{name} is {getattr(arguments, name)}: give 1 or more")
+    if arguments.knn_temperature <= 0:
+        raise UserError(f"knn_temperature is {arguments.knn_temperature}: give a number above 0, e.g. 0.07")
+
+    # Only now: these import torch and DALI, and a wrong flag should be told at once.
+    import torch
+
+    from mirl.engine.analysis.features import count_classes, extract_features, frozen_encoder
+    from mirl.engine.analysis.linear_probe import train_linear_probe
+    from mirl.engine.analysis.nearest_neighbours import knn_votes
+    from mirl.engine.checkpoints.reader import locate
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = locate(arguments.checkpoint)
+    model = frozen_encoder(checkpoint, device)
+    options = {
+        "pool": arguments.pool, "device": device, "batch_size": arguments.batch_size, "threads": arguments.threads,
+    }  # fmt: skip
+    train = extract_features(model, arguments.data, **options)
+    val = extract_features(model, arguments.val, split="val", **options)
+    classes = count_classes(train, val, names=(str(arguments.data), str(arguments.val)))
+    print(f"features of {len(train)} training and {len(val)} validation images, {classes} classes")
+    if train.skipped or val.skipped:
+        print(f"left out: {train.skipped} training and {val.skipped} validation images, which are broken")
+
+    k, temperature = arguments.knn_k, arguments.knn_temperature
+    votes = knn_votes(train, val.features, num_classes=classes, k=k, temperature=temperature)
+    probe = train_linear_probe(train, num_classes=classes, epochs=arguments.epochs, seed=arguments.seed)
+    results = {
+        "checkpoint": str(checkpoint),
+        "pool": arguments.pool,
+        "train_images": len(train),
+        "val_images": len(val),
+        "classes": classes,
+        "linear": _scores(probe(val.features), val.labels)
+        | {"epochs": arguments.epochs, "rate": probe.rate, "seed": arguments.seed},
+        "knn": _scores(votes, val.labels) | {"k": k, "temperature": temperature},
+    }
+    for name, note in (("linear", f"learning rate {probe.rate:g}"), ("knn", f"k {k}, temperature {temperature:g}")):
+        scores = results[name]
+        print(f"{name:<6}  top-1 {scores['top1_percent']:6.2f} %  top-5 {scores['top5_percent']:6.2f} %  ({note})")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        print(f"wrote {arguments.json}")
+    return 0
+
+
+def _scores(logits: Any, labels: Any) -> dict[str, float]:
+    from mirl.engine.transfer.classification.evaluation import hits
+
+    found = hits(logits, labels)
+    return {
+        "top1_percent": 100 * found[:, 0].float().mean().item(),
+        "top5_percent": 100 * found.any(dim=1).float().mean().item(),
+    }
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="mirl probe", description="Linear probe and weighted nearest neighbours on frozen features.")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a checkpoint, or the folder of a run (its newest good checkpoint)"
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="TRAIN", help="labelled images: TRAIN/CLASS/x.jpg")
+    parser.add_argument("--val", type=Path, required=True, metavar="VAL", help="labelled images of the same classes")
+    parser.add_argument("--pool", choices=("avg", "token"), default="avg", help="mean of patches, or class token [avg]")
+    parser.add_argument("--knn-k", type=int, default=20, metavar="K", help="neighbours [20]")
+    parser.add_argument("--knn-temperature", type=float, default=0.07, metavar="T", help="of their weights [0.07]")
+    parser.add_argument("--epochs", type=int, default=100, help="of the linear probe [100]")
+    parser.add_argument("--seed", type=int, default=0, help="of the linear probe's order and held-out images [0]")
+    parser.add_argument("--batch-size", type=int, default=64, help="images of a forward pass [64]")
+    parser.add_argument("--threads", type=int, default=4, help="threads that decode images [4]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    parser.add_argument("--overwrite", action="store_true", help="replace --json if it exists")
+    return parser

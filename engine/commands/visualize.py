@@ -1,0 +1,61 @@
+"""`mirl visualize CHECKPOINT IMAGE ...`: what a pre-trained model reconstructs, as the picture grids of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mirl.engine.configuration.flags import Parser
+from mirl.engine.training.noise import mask_noise
+from mirl.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the grid and print where it is and what each pair's error on these images is."""
+    parser = Parser(
+        prog="mirl visualize", description="Reconstruct images with a pre-trained model and write a picture grid."
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, help="a checkpoint, or the folder of a run (its newest good checkpoint)"
+    )
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument(
+        "--out", type=Path, default=Path("reconstructions.png"), help="the PNG file to write [reconstructions.png]"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the masks [0]")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    arguments = parser.parse_args(argv)
+    if arguments.out.exists() and not arguments.overwrite:
+        raise UserError(f"out is {arguments.out}, which exists: give another name or --overwrite")
+    if arguments.out.suffix.lower() != ".png":
+        raise UserError(f"out is {arguments.out}: give a name that ends in .png")
+    missing = [path for path in arguments.images if not path.is_file()]
+    if missing:
+        raise UserError(f"image {missing[0]} does not exist: give paths of image files")
+
+    # Only now: these import torch and DALI, and a wrong path should be told at once.
+    from mirl.dataloaders import load_images
+    from mirl.engine.checkpoints.pretrained import load_pretrained
+    from mirl.engine.pretraining.pictures import reconstruct, save_grid
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_pretrained(arguments.checkpoint, device=device)
+    config = model.config
+    images = load_images(
+        [str(path) for path in arguments.images],
+        image_size=(config.image_height, config.image_width),
+        channels=config.channels,
+    ).to(device)
+    noise = mask_noise(arguments.seed, 0, 0, len(images), config.num_patches).to(device)
+    titles, columns = reconstruct(model, images, noise)
+    save_grid(arguments.out, titles, columns)
+    with torch.no_grad():
+        output = model(images, noise=noise)
+    terms = ", ".join(f"{term:.4f}" for term in output.terms.tolist())
+    print(f"wrote {arguments.out}: {len(images)} images, columns {', '.join(titles)}")
+    print(f"masked-patch error {output.loss.item():.4f} (terms {terms})")
+    if config.norm_pix:
+        print("Predictions are of normalised patches; they are shown with the true mean and contrast of each patch.")
+    return 0

@@ -1,0 +1,1 @@
+"""The settings of a run as frozen dataclasses, and the command line that is made from them."""

@@ -1,0 +1,267 @@
+"""The settings of a pre-training run: frozen dataclasses, checked when they are made.
+
+A run is a `PretrainConfig`. Recipes (`engine/pretraining/recipes.py`) return one, the command line
+(`engine/configuration/flags.py`) overrides single fields, and the result is printed, saved as config.json beside the
+checkpoints and read back by `--resume`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from mirl.engine.models.config import ModelConfig
+from mirl.errors import UserError
+
+PRECISIONS = ("auto", "bf16", "fp32")
+SWITCHES = ("auto", "on", "off")
+SCHEDULES = ("cosine", "step")
+
+
+def setting(default: Any, text: str, **metadata: Any) -> Any:
+    """A dataclass field with the help text of its command-line flag.
+
+    ``of`` in ``metadata``: the section of the only kind of run that offers the flag.
+    """
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images are read and how they are cropped."""
+
+    data: tuple[str, ...] = setting(
+        (), "folder(s), text list(s) or tar shard(s) of images; none: the demo photographs", metavar="PATH"
+    )
+    index_dir: str = setting("", "folder of the .idx files of tar shards; none: beside the shards", metavar="DIR")
+    crop_scale: tuple[float, float] = setting(
+        (0.2, 1.0), "smallest and largest share of the image area that a crop covers"
+    )
+    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "narrowest and widest aspect ratio of a crop")
+    flip: bool = setting(True, "mirror every other crop at random")
+    loader_threads: int = setting(
+        0, "CPU threads that decode images, per rank; 0: the cores of the machine shared by its ranks"
+    )
+    max_bad_images: float = setting(0.001, "share of unreadable images past which the run stops")
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise UserError(f"crop_scale is {self.crop_scale}: give 0 < MIN <= MAX <= 1, e.g. 0.2 1.0")
+        low, high = self.crop_ratio
+        if not 0 < low <= high:
+            raise UserError(f"crop_ratio is {self.crop_ratio}: give 0 < MIN <= MAX, e.g. 0.75 1.3333")
+        if self.loader_threads < 0:
+            raise UserError(f"loader_threads is {self.loader_threads}: give 0 (automatic) or a positive number")
+        if not 0 <= self.max_bad_images <= 1:
+            raise UserError(f"max_bad_images is {self.max_bad_images}: give a share from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, its learning rate and how long it runs (section 4.1 of the paper; the recipe of MAE)."""
+
+    batch_size: int = setting(4096, "effective batch: images of one optimiser step over all ranks")
+    micro_batch: int = setting(0, "images per rank and forward pass; 0: the effective batch shared by the ranks")
+    epochs: float = setting(0.0, "passes over the data set; this or --steps", metavar="N")
+    steps: int = setting(0, "optimiser steps; this or --epochs")
+    warmup_epochs: float = setting(0.0, "epochs of linear warm-up; this or --warmup-steps")
+    warmup_steps: int = setting(0, "optimiser steps of linear warm-up")
+    base_lr: float = setting(1.5e-4, "learning rate at an effective batch of 256; scaled linearly with the batch")
+    lr: float = setting(0.0, "peak learning rate itself; 0: base_lr * batch_size / 256")
+    min_lr: float = setting(0.0, "learning rate at the end of the cosine")
+    schedule: str = setting(
+        "cosine", "learning-rate curve after the warm-up; step: x0.1 at 90 % and at 95 %", choices=SCHEDULES
+    )
+    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's decay rates of the two moments")
+    weight_decay: float = setting(0.05, "AdamW's weight decay, on matrices only")
+    teacher_decay: float = setting(
+        0.999, "share of the old average that the teacher of --feature-loss keeps in a step", of="model"
+    )
+    clip_grad: float = setting(0.0, "largest global gradient norm; 0: no clipping")
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size is {self.batch_size}: give a positive number of images")
+        if self.micro_batch < 0:
+            raise UserError(f"micro_batch is {self.micro_batch}: give 0 (automatic) or a positive number of images")
+        if bool(self.epochs > 0) == bool(self.steps > 0):
+            raise UserError(
+                f"epochs is {self.epochs:g} and steps is {self.steps}: give exactly one of them, above zero"
+            )
+        if self.warmup_epochs and self.warmup_steps:
+            raise UserError(
+                f"warmup_epochs is {self.warmup_epochs:g} and warmup_steps is {self.warmup_steps}: give one of them "
+                "and set the other to 0"
+            )
+        for name in ("epochs", "warmup_epochs", "warmup_steps", "min_lr", "lr", "weight_decay", "clip_grad"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}: give zero or more")
+        if self.base_lr <= 0:
+            raise UserError(f"base_lr is {self.base_lr}: give a positive learning rate, e.g. 1.5e-4")
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"schedule is {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
+        if not 0 <= self.teacher_decay < 1:
+            raise UserError(f"teacher_decay is {self.teacher_decay}: give a number in [0, 1), e.g. 0.999")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas is {self.betas}: give two numbers in [0, 1), e.g. 0.9 0.95")
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr or self.base_lr * self.batch_size / 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run writes, in which precision it computes, how it is resumed and stopped."""
+
+    out: str = setting("runs/pretrain", "folder of this run: log, metrics, pictures, checkpoints", metavar="DIR")
+    seed: int = setting(0, "seed of the weights, the order of images, crops and masks")
+    precision: str = setting("auto", "auto: bf16 where the device computes in it, else fp32", choices=PRECISIONS)
+    deepspeed_config: str = setting(
+        "zero2", "JSON file for DeepSpeed, or the name of one in ds_configs/", metavar="FILE"
+    )
+    resume: str = setting(
+        "", "auto: go on from the newest good checkpoint in --out; or a checkpoint's path", metavar="auto|PATH"
+    )
+    vgg_weights: str = setting(
+        "", "file of torchvision's vgg16 weights (.pth or .safetensors), for --vgg-loss", metavar="FILE", of="model"
+    )
+    init_from: str = setting("", "start a new run from the weights of this checkpoint", metavar="PATH", of="model")
+    checkpoint_every: int = setting(0, "optimiser steps between checkpoints; 0: twenty in a run")
+    keep_checkpoints: int = setting(3, "newest checkpoints kept; 0: all")
+    activation_checkpointing: str = setting(
+        "none",
+        "recompute activations in the backward pass: none, every, segments, or every n-th block (a number)",
+        metavar="none|every|segments|N",
+    )
+    compile: str = setting("auto", "compile the bodies of the blocks, once each; auto: on a GPU", choices=SWITCHES)
+    fused: str = setting(
+        "auto",
+        "add + LayerNorm and bias + GELU as one kernel each, outside of compiled regions; auto: on a GPU",
+        choices=SWITCHES,
+    )
+    recompute_pointwise: bool = setting(
+        False, "keep only the inputs of LayerNorm and GELU for the backward pass: less memory, the same results"
+    )
+    flat_gradients: bool = setting(
+        True, "ZeRO 1 and 2: gradients go straight into one flat buffer; without it, through DeepSpeed's buckets"
+    )
+    max_minutes: float = setting(0.0, "save and leave after this many minutes (exit code 75); 0: no limit")
+    max_nonfinite_steps: int = setting(
+        5, "skipped steps in a row (non-finite loss or gradient) after which all ranks stop"
+    )
+    watchdog_minutes: float = setting(
+        10.0, "end a rank that finished no step for this long, after dumping its stacks (exit code 70); 0: never"
+    )
+    cpu_threads: int = setting(0, "torch threads of a rank on a CPU; 0: the cores of the machine shared by its ranks")
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision is {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
+        for name in ("compile", "fused"):
+            if getattr(self, name) not in SWITCHES:
+                raise UserError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(SWITCHES)}")
+        if self.recompute_pointwise and self.activation_checkpointing != "none":
+            raise UserError(
+                f"recompute_pointwise is True and activation_checkpointing is {self.activation_checkpointing!r}, which "
+                "does more of the same: keep one of them"
+            )
+        if self.resume and self.init_from:
+            raise UserError(
+                "resume and init_from are both given: resume goes on with a run, init_from starts a new one; keep one"
+            )
+        for name in ("checkpoint_every", "keep_checkpoints", "max_minutes", "watchdog_minutes", "cpu_threads"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}: give zero or more")
+        if self.max_nonfinite_steps < 1:
+            raise UserError(f"max_nonfinite_steps is {self.max_nonfinite_steps}: give 1 or more")
+        if self.activation_checkpointing not in ("none", "every", "segments") and not (
+            self.activation_checkpointing.isdigit() and int(self.activation_checkpointing) > 0
+        ):
+            raise UserError(
+                f"activation_checkpointing is {self.activation_checkpointing!r}: give none, every, segments, or a "
+                "positive number n (every n-th block)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What the run tells while it goes on."""
+
+    log_every: int = setting(0, "optimiser steps between log lines; 0: two hundred in a run")
+    picture_every: int = setting(0, "optimiser steps between picture grids; 0: six in a run", of="model")
+    pictures: int = setting(4, "images in a picture grid; 0: no pictures", of="model")
+    tensorboard: bool = setting(True, "write TensorBoard event files")
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "picture_every", "pictures"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}: give zero or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What every run has. ``recipe`` names where its defaults came from. A kind of run adds sections of its own."""
+
+    recipe: str
+    data: DataConfig
+    optim: OptimConfig
+    run: RunConfig = field(default_factory=RunConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @classmethod
+    def sections(cls) -> dict[str, type]:
+        """The dataclass of each section, by the name of its field, a run's own sections first."""
+        hints = typing.get_type_hints(cls)
+        common = set(Config.__annotations__)
+        kinds = {
+            item.name: hints[item.name]
+            for item in dataclasses.fields(cls)
+            if dataclasses.is_dataclass(hints[item.name])
+        }
+        return {name: kinds[name] for name in sorted(kinds, key=lambda name: name in common)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, as config.json holds them."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, source: str) -> Self:
+        """The inverse of `to_dict`; UserError names ``source`` and the field that does not fit."""
+        try:
+            made = {name: section_from_dict(kind, values[name], source=source) for name, kind in cls.sections().items()}
+            return cls(recipe=values["recipe"], **made)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{source} is not a configuration of this engine: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(Config):
+    """One pre-training run."""
+
+    model: ModelConfig
+
+    def __post_init__(self) -> None:
+        if self.model.vgg_loss and not self.run.vgg_weights:
+            raise UserError(
+                f"vgg_loss is {self.model.vgg_loss} and vgg_weights is not given: name a file of torchvision's vgg16 "
+                "weights (vgg16-397923af.pth), or set vgg_loss to 0"
+            )
+
+
+def section_from_dict(kind: type, values: dict[str, Any], *, source: str) -> Any:
+    """One section of a configuration from JSON values (lists become tuples)."""
+    known = {item.name for item in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(
+            f"{source}: {kind.__name__} has no field {unknown[0]!r}; it was written by another version of the engine"
+        )
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

@@ -1,0 +1,234 @@
+"""Where this process stands among the ranks of a run, and how they meet.
+
+Works under the deepspeed launcher, torchrun and srun, and as a single process without any of them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from mirl.errors import UserError
+
+RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
+# Longer than anything that one rank may wait for while it works (a checkpoint on a slow disk); the watchdog ends hangs.
+CONTROL_TIMEOUT = datetime.timedelta(hours=1)
+# What gloo and NCCL say when the process at the other end is gone.
+LOST_PEER = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "ncclRemoteError",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among the others; ``control`` is a gloo group for small host-side agreements."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def agree_max(self, values: list[float]) -> list[float]:
+        """The largest of each value over all ranks, through host memory (no synchronisation with the GPU)."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return tensor.tolist()
+
+    def gather(self, value: object) -> list:
+        """``value`` of every rank, in rank order, on every rank. Only between processes of one run: it unpickles."""
+        if self.world_size == 1:
+            return [value]
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def broadcast(self, value: object) -> object:
+        """Rank 0's ``value``."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(group=self.control)
+
+
+def join() -> Ranks:
+    """Read the launcher's environment, pick the device and join the process group.
+
+    Raises:
+        UserError: the environment of the launcher is incomplete or contradicts itself, or more ranks than GPUs were
+        started.
+    """
+    _adopt_slurm()
+    rank, world_size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
+    local_rank = _integer("LOCAL_RANK", 0)
+    local_world_size = _integer("LOCAL_WORLD_SIZE", _integer("LOCAL_SIZE", world_size if _one_host() else 1))
+    if not 0 <= rank < world_size:
+        raise UserError(
+            f"RANK is {rank} and WORLD_SIZE is {world_size}: start the ranks with one launcher, or unset both for "
+            "one process"
+        )
+    device = _device(local_rank)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # DeepSpeed and torch both read these; one process without a launcher has none of them.
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank), LOCAL_SIZE=str(local_world_size)
+    )
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    if not dist.is_initialized():
+        options = {"device_id": device} if backend == "nccl" else {}
+        store = _private_store(world_size, local_world_size)
+        if store is None:
+            _choose_interface()
+            try:
+                dist.init_process_group(backend, timeout=RENDEZVOUS_TIMEOUT, **options)
+            except dist.DistNetworkError as error:
+                if "EADDRINUSE" not in str(error):
+                    raise
+                raise UserError(
+                    f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} is taken by another program: "
+                    "choose a free one (deepspeed --master_port N; torchrun --rdzv-endpoint HOST:N; "
+                    "export MASTER_PORT=N under srun)"
+                ) from error
+        else:
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world_size, timeout=RENDEZVOUS_TIMEOUT, **options
+            )
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if world_size > 1 else None
+    return Ranks(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        device=device,
+        control=control,
+    )
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank's process is gone."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER)
+
+
+def leave() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def cores_per_rank(local_world_size: int) -> int:
+    """CPU cores that this process may use, shared with the other ranks of this host unless Slurm has shared them."""
+    cores = len(os.sched_getaffinity(0))
+    each_is_a_task = os.environ.get("SLURM_NTASKS") == os.environ.get("WORLD_SIZE", "1")
+    if each_is_a_task and cores <= _integer("SLURM_CPUS_PER_TASK", 0):
+        return cores
+    return max(1, cores // local_world_size)
+
+
+def _private_store(world_size: int, local_world_size: int) -> dist.Store | None:
+    """A store that needs no free port, where all ranks are on this host; None: meet at MASTER_ADDR:MASTER_PORT.
+
+    torchrun already holds its port. The deepspeed launcher always names the same one (29500), which a second run on the
+    machine would find taken; its workers have one parent, so a file named for that parent is theirs alone.
+    """
+    if world_size == 1:
+        return dist.HashStore()
+    if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("CROSS_SIZE") != "1" or local_world_size != world_size:
+        return None
+    parent = psutil.Process(os.getppid())
+    name = f"mirl-{os.getuid()}-{parent.pid}-{int(parent.create_time() * 1000)}-{os.environ['MASTER_PORT']}"
+    return dist.FileStore(str(Path(tempfile.gettempdir()) / name), world_size)
+
+
+def _choose_interface() -> None:
+    """Make gloo listen on the network that leads to MASTER_ADDR.
+
+    It would take the address of this host's name, which many systems map to 127.0.1.1, where no other host can reach
+    it. NCCL looks for interfaces itself.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))  # sends nothing
+        except OSError:
+            return  # the rendezvous gives the reason
+        ours = probe.getsockname()[0]
+    addresses = {
+        item.address: interface
+        for interface, items in psutil.net_if_addrs().items()
+        for item in items
+        if item.family == socket.AF_INET
+    }
+    outside = [interface for address, interface in addresses.items() if not address.startswith("127.")]
+    if not ours.startswith("127.") and ours in addresses:
+        os.environ["GLOO_SOCKET_IFNAME"] = addresses[ours]
+    elif outside and not _one_host():
+        os.environ["GLOO_SOCKET_IFNAME"] = outside[0]  # MASTER_ADDR is the name of this host, mapped to 127.0.1.1
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this host shows {torch.cuda.device_count()}; start at most that "
+            "many ranks on it"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _one_host() -> bool:
+    return os.environ.get("CROSS_SIZE", "1") == "1"
+
+
+def _adopt_slurm() -> None:
+    """srun gives SLURM_PROCID and the like; MASTER_ADDR must come from the batch script (see docs/clusters.md)."""
+    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or os.environ.get("SLURM_NTASKS", "1") == "1":
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            "MASTER_ADDR is not set: in the batch script, export MASTER_ADDR=$(scontrol show hostnames | head -n 1)"
+        )
+    for ours, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
+        os.environ[ours] = os.environ[slurm]
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0]
+
+
+def _integer(name: str, default: int) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(
+            f"the environment variable {name} is {text!r}: it must be a number, or unset for one process"
+        ) from None
+
+
+def seconds_since_process_start() -> float:
+    """Wall time since this process began, imports included."""
+    return time.time() - psutil.Process().create_time()

@@ -1,0 +1,1 @@
+"""Weights of other projects under our names, and ours under theirs."""

@@ -1,0 +1,1 @@
+"""The pre-training run: its recipes, command line, task and pictures."""

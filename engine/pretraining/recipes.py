@@ -1,0 +1,97 @@
+"""Named runs. Each returns a `PretrainConfig`; every field can be overridden on the command line.
+
+ImageNet-1K top-1 in per cent after pre-training and fine-tuning, from the table of results of the authors' release.
+None of these recipes has been run to its end here: not measured.
+
+| recipe     | 300 epochs | 800 epochs |
+|------------|------------|------------|
+| vit_b      | 83.5       | 84.1       |
+| vit_s_54   | 84.4       | 84.8       |
+| vit_b_24   | 84.7       |            |
+| vit_b_48   | 85.3       | 86.2       |
+
+vit_s and vit_l have no figure of MIRL's there. docs/systems.md has the commands of the paper's other systems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mirl.engine.configuration.config import DataConfig, LogConfig, OptimConfig, PretrainConfig, RunConfig
+from mirl.engine.models import ModelConfig, model_config
+from mirl.errors import UserError
+
+IMAGENET_MODELS = ("vit_s", "vit_b", "vit_l", "vit_s_54", "vit_b_24", "vit_b_48")
+DEFAULT_RECIPE = "demo"
+
+
+def demo() -> PretrainConfig:
+    """A small, deep-for-its-width MIRL on the demo photographs, for some minutes on two CPU cores.
+
+    Raw pixels are the target: in so few steps they give recognisable pictures, which normalised ones do not.
+
+    Command: ``deepspeed engine/pretrain.py --deepspeed_config ds_configs/zero2.json``
+    """
+    return PretrainConfig(
+        recipe="demo",
+        model=ModelConfig(
+            name="demo",
+            depth=8,
+            width=128,
+            heads=4,
+            segments=4,
+            decoder_width=64,
+            decoder_heads=4,
+            patch_size=8,
+            image_height=64,
+            image_width=64,
+            norm_pix=False,
+        ),
+        data=DataConfig(crop_scale=(0.8, 1.0)),
+        optim=OptimConfig(batch_size=32, steps=600, warmup_steps=40, lr=2e-3, clip_grad=1.0),
+        run=RunConfig(out="runs/demo", checkpoint_every=200),
+        log=LogConfig(log_every=20, picture_every=200),
+    )
+
+
+def small_data() -> PretrainConfig:
+    """Some ten thousand images of one's own on one GPU: long training of a ViT-S with gentle crops.
+
+    Command: ``deepspeed engine/pretrain.py --deepspeed_config ds_configs/zero2.json --recipe small_data --data FOLDER``
+    """
+    return PretrainConfig(
+        recipe="small_data",
+        model=model_config("vit_s"),
+        data=DataConfig(crop_scale=(0.3, 1.0)),
+        optim=OptimConfig(batch_size=512, epochs=800, warmup_epochs=40, clip_grad=1.0),
+        run=RunConfig(out="runs/small_data"),
+    )
+
+
+def imagenet(model: str, epochs: int) -> PretrainConfig:
+    """ImageNet-1K as in section 4.1 of the paper: batch 4096, 40 epochs of warm-up, mask ratio 0.75, cosine.
+
+    Command: ``deepspeed engine/pretrain.py --deepspeed_config ds_configs/zero2.json --recipe MODEL_EPOCHS --data
+    train/`` Result here: not measured; the paper's is in the table above.
+    """
+    return PretrainConfig(
+        recipe=f"{model}_{epochs}",
+        model=model_config(model),
+        data=DataConfig(),
+        optim=OptimConfig(batch_size=4096, epochs=epochs, warmup_epochs=40),
+        run=RunConfig(out=f"runs/{model}_{epochs}"),
+    )
+
+
+RECIPES: dict[str, Callable[[], PretrainConfig]] = {"demo": demo, "small_data": small_data} | {
+    f"{model}_{epochs}": (lambda model=model, epochs=epochs: imagenet(model, epochs))
+    for model in IMAGENET_MODELS
+    for epochs in (300, 800)
+}
+
+
+def recipe(name: str) -> PretrainConfig:
+    """The recipe called ``name``; UserError lists the names."""
+    if name not in RECIPES:
+        raise UserError(f"recipe is {name!r}: choose one of {', '.join(RECIPES)}")
+    return RECIPES[name]()

@@ -1,0 +1,105 @@
+"""Pre-training as a task of the loop: masks from the seed, the model's loss, pictures of reconstructions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mirl.dataloaders import Batch
+from mirl.engine.accounting.flops import training_flops_per_image
+from mirl.engine.configuration.config import PretrainConfig
+from mirl.engine.distributed.ds_engine import Fragment, FragmentReader, TrainEngine
+from mirl.engine.distributed.launch import Ranks
+from mirl.engine.models.teacher import EmaTeacher
+from mirl.engine.pretraining.pictures import reconstruct, save_grid
+from mirl.engine.training.noise import mask_noise, seed_stochastic_depth
+from mirl.engine.training.run_log import RunLog
+from mirl.engine.training.schedule import Durations
+from mirl.engine.training.task import Place
+
+TEACHER = "teacher"
+"""Kind of the fragments that hold the EMA teacher."""
+
+
+class PretrainTask:
+    """One rank's part. ``picture_images``: what the picture grids show, None for none. ``teacher``: of the feature
+    loss; every rank has a whole one and updates it alike.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        *,
+        ranks: Ranks,
+        engine: TrainEngine,
+        durations: Durations,
+        log: RunLog,
+        picture_images: Tensor | None,
+        out: Path,
+        teacher: EmaTeacher | None = None,
+    ) -> None:
+        self.config, self.ranks, self.engine, self.durations, self.log = config, ranks, engine, durations, log
+        self.picture_images, self.out = picture_images, out
+        self.term_names: tuple[str, ...] = engine.module.term_names
+        self.gflops_per_image = training_flops_per_image(config.model) / 1e9
+        self.teacher = teacher
+
+    def forward(self, batch: Batch, place: Place) -> tuple[Tensor, Tensor]:
+        """Loss and terms of `mirl.engine.models.MIRL`."""
+        noise = self._noise(self.config.run.seed, place.step, place.first, len(batch.images))
+        if self.config.model.drop_path:
+            seed_stochastic_depth(self.config.run.seed, place.step, place.first)
+        output = self.engine.forward(batch.images, noise=noise, **self._features(batch.images))
+        return output.loss, output.terms.detach()
+
+    def _features(self, images: Tensor) -> dict[str, Tensor]:
+        if self.teacher is None:
+            return {}
+        # The average is kept in fp32 and computes in the precision of the model.
+        in_bf16 = self.engine.weight_dtype == torch.bfloat16
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=in_bf16):
+            return {"teacher_features": self.teacher(images)}
+
+    def after_step(self, applied: bool) -> None:
+        """Move the teacher towards the weights that the step gave."""
+        if self.teacher is not None and applied:
+            self.teacher.update(self.engine.module)
+
+    def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> None:
+        """A grid of reconstructions, at the interval of the configuration and at the end."""
+        if self.config.log.pictures and (step % self.durations.picture_every == 0 or last):
+            self._picture(step)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """The teacher, its parameters dealt out to the ranks, which all have the same."""
+        if self.teacher is not None:
+            for index, (name, parameter) in enumerate(self.teacher.named_parameters()):
+                if index % self.ranks.world_size == self.ranks.rank:
+                    yield Fragment(name=name, kind=TEACHER, start=0, tensor=parameter.detach().flatten())
+
+    @staticmethod
+    @torch.no_grad()
+    def load_teacher(teacher: EmaTeacher, read: FragmentReader) -> None:
+        """Set ``teacher`` from a checkpoint of a run that had one; the reader raises UserError where it had none."""
+        for name, parameter in teacher.named_parameters():
+            parameter.copy_(read(name, TEACHER, 0, parameter.numel()).reshape(parameter.shape))
+
+    def _noise(self, seed: int, step: int, first: int, batch: int) -> Tensor:
+        noise = mask_noise(seed, step, first, batch, self.config.model.num_patches)
+        return noise.to(self.ranks.device, non_blocking=True)
+
+    def _picture(self, step: int) -> None:
+        """Under ZeRO-3 every rank takes part, because each holds a part of the weights."""
+        if self.picture_images is None or not (self.ranks.is_main or self.engine.stage == 3):
+            return
+        noise = self._noise(self.config.run.seed + 1, 0, 0, len(self.picture_images))
+        titles, columns = reconstruct(self.engine.module, self.picture_images, noise)
+        if self.ranks.is_main:
+            path = self.out / "pictures" / f"step-{step:08d}.png"
+            try:
+                self.log.picture(save_grid(path, titles, columns), step)
+            except OSError as error:
+                self.log.say(f"warning: no picture of step {step}: {error}; training goes on")

@@ -1,0 +1,128 @@
+"""Compiled regions: the bodies of the blocks through torch.compile, each kind once, checked against eager before use.
+
+| region                 | what is in it                                               | graphs              |
+|------------------------|-------------------------------------------------------------|---------------------|
+| `Block.compute`        | an encoder block                                            | first of a segment, |
+|                        |                                                             | others              |
+| `DecoderBlock.ask`     | end of self-attention, norm, queries of the cross-attention | one per row count   |
+| `DecoderBlock.finish`  | end of the last attention, norm, MLP                        | one per row count   |
+
+So a model of any depth and number of decoders has `expected_graphs` graphs, all of them made in the trial step. What
+has other shapes in every decoder (cross-attention over kv_g) stays outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mirl.engine.models import MIRL
+from mirl.engine.models.compute_choices import ComputeChoices
+from mirl.engine.models.execution import Regions
+
+COMPILE = ("auto", "on", "off")
+# Of loss and gradients, relative. In bfloat16 the compiler rounds at fewer places than eager (two parts in a hundred
+# after 48 blocks); float32 differs by the order of sums. A wrong graph is off by the size of the gradient itself.
+TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-3, torch.float64: 1e-6}
+
+
+@dataclass(frozen=True)
+class CompileChoice:
+    """Whether regions are compiled, and why."""
+
+    on: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'on' if self.on else 'off'} ({self.reason})"
+
+
+def choose_compile(requested: str, device: torch.device, zero_stage: int) -> CompileChoice:
+    """``requested``: auto, on or off. What cannot work is off whatever was asked, with the reason."""
+    if requested not in COMPILE:
+        raise ValueError(f"compile is {requested!r}: choose one of {', '.join(COMPILE)}")
+    if requested == "off":
+        return CompileChoice(False, "as asked")
+    if zero_stage == 3:
+        return CompileChoice(False, "ZeRO-3 gathers parameters in hooks, which no graph can hold")
+    if requested == "on":
+        return CompileChoice(True, "as asked")
+    if device.type == "cuda":
+        return CompileChoice(True, "auto on a GPU")
+    return CompileChoice(False, "auto on a CPU: measured no faster, see benchmarks/LOG.md")
+
+
+def expected_graphs(model: ComputeChoices) -> int:
+    """Graphs that the regions of ``model`` compile to, by the count of the table above."""
+    config = model.config
+    # A block is the first of its segment or not, and drops paths or not: the very first never does.
+    kinds = {
+        (index % config.segment_depth == 0, index > 0 and config.drop_path > 0) for index in range(config.built_depth)
+    }
+    encoder = len(kinds)
+    if not isinstance(model, MIRL):
+        return encoder
+    masked_last = model.skips.masked_only_tail
+    rows = ["all"] * (config.decoder_depth - 1) + ["masked" if masked_last else "all"]
+    did = [index < config.did_blocks for index in range(config.decoder_depth)]
+    asks = {row for row, dense in zip(rows, did, strict=True) if dense}
+    finishes = set(zip(rows, did, strict=True))
+    return encoder + len(asks) + len(finishes)
+
+
+def compile_regions(
+    model: ComputeChoices, batch: int, device: torch.device, *, backend: str = "inductor"
+) -> CompileChoice:
+    """Compile the regions of ``model`` for training steps of ``batch`` images, and take one such step with and without.
+
+    The step is a forward and a backward pass on random pixels; no parameter and no ``.grad`` is changed. Whatever goes
+    wrong (no compiler, a graph break, a result that differs) leaves the model eager and comes back as the reason.
+    """
+    model.set_regions(None)
+    expected = _trial(model, batch, device)
+    # No break is tolerated: a region in pieces would be slower than eager without anyone knowing.
+    model.set_regions(
+        Regions(lambda method: torch.compile(method, backend=backend, dynamic=False, fullgraph=True), batch)
+    )
+    try:
+        problem = _difference(_trial(model, batch, device), expected, model.weight_dtype)
+    except Exception as error:  # noqa: BLE001 - anything from a missing g++ to an internal assertion of the compiler
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        problem = f"{type(error).__name__}: {first_line[:200]}"
+    if problem is None:
+        return CompileChoice(True, f"{expected_graphs(model)} graphs, a trial step agrees with eager")
+    model.set_regions(None)
+    return CompileChoice(False, f"FELL BACK TO EAGER: {problem}")
+
+
+def _trial(model: ComputeChoices, batch: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Loss and gradients of one step."""
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, config.image_height, config.image_width, config.channels)
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)  # stochastic depth
+        loss = model.trial_loss(images, generator)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Not backward(): hooks of a distributed engine must not see these gradients.
+    return loss.detach(), *torch.autograd.grad(loss, parameters)
+
+
+def _difference(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype) -> str | None:
+    tolerance = TOLERANCE[dtype]
+    loss_error = float((actual[0] - expected[0]).abs() / expected[0].abs())
+    squares = [
+        (float((a.float() - e.float()).square().sum()), float(e.float().square().sum()))
+        for a, e in zip(actual[1:], expected[1:], strict=True)
+    ]
+    gradient_error = (sum(error for error, _ in squares) / sum(norm for _, norm in squares)) ** 0.5
+    # Written so that NaN is a difference.
+    if loss_error <= tolerance and gradient_error <= tolerance:
+        return None
+    return (
+        f"a trial step differs from eager by {loss_error:.1e} in the loss and {gradient_error:.1e} in the gradient, "
+        f"{tolerance:g} is allowed in {str(dtype).removeprefix('torch.')}"
+    )

@@ -1,0 +1,78 @@
+"""The training data of a run: one loader a rank, the same data on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mirl.dataloaders import TrainLoader, build_train_loader, prepare_demo
+from mirl.engine.configuration.config import Config
+from mirl.engine.distributed.launch import Ranks, cores_per_rank
+from mirl.engine.models import ModelConfig
+from mirl.engine.training.run_setup import Plan
+from mirl.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageShape:
+    """Of the images that a model takes: pixels, channels, and the statistics of each channel."""
+
+    height: int
+    width: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> ImageShape:
+        return cls(
+            height=model.image_height, width=model.image_width, channels=model.channels, mean=model.mean, std=model.std
+        )
+
+
+def build_loader(plan: Plan, shape: ImageShape, **options: Any) -> TrainLoader:
+    """The training loader of this rank; ``options`` go to `build_train_loader`. UserError where ranks differ."""
+    config, ranks = plan.config, plan.ranks
+    sources = [Path(path) for path in config.data.data]
+    if not sources:
+        # One process cuts the photographs, the others find them cut.
+        if ranks.local_rank == 0:
+            prepare_demo()
+        ranks.barrier()
+        sources = [prepare_demo()]
+    data = config.data
+    loader = build_train_loader(
+        sources,
+        image_size=(shape.height, shape.width),
+        micro_batch=plan.micro_batch,
+        accumulation=plan.accumulation,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=config.run.seed,
+        device_id=device_id(ranks),
+        threads=loader_threads(config, ranks),
+        scale=data.crop_scale,
+        ratio=data.crop_ratio,
+        flip=data.flip,
+        channels=shape.channels,
+        mean=shape.mean,
+        std=shape.std,
+        index_dir=data.index_dir or None,
+        bad_image_limit=data.max_bad_images,
+        raise_on_bad_limit=False,  # the trainer lets all ranks agree to stop
+        **options,
+    )
+    if len(set(ranks.gather(loader.fingerprint))) > 1:
+        seen = ", ".join(f"rank {rank} {count}" for rank, count in enumerate(ranks.gather(loader.num_images)))
+        raise UserError(f"the ranks see different data sets (images: {seen}): give every host the same files")
+    return loader
+
+
+def device_id(ranks: Ranks) -> int | None:
+    """The GPU that decodes, None for the CPU."""
+    return ranks.device.index if ranks.device.type == "cuda" else None
+
+
+def loader_threads(config: Config, ranks: Ranks) -> int:
+    return config.data.loader_threads or min(16, cores_per_rank(ranks.local_world_size))

@@ -1,0 +1,81 @@
+"""Durations and learning rates, in optimiser steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mirl.engine.configuration.config import LogConfig, OptimConfig, RunConfig
+from mirl.errors import UserError
+
+STEP_DECAYS = ((0.90, 0.1), (0.95, 0.01))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate as a function of the number of applied steps.
+
+    Steps that were skipped for non-finite gradients do not count, so the curve is that of the updates the weights
+    really had.
+    """
+
+    peak_lr: float
+    min_lr: float
+    warmup_steps: int
+    total_steps: int
+    shape: str
+
+    def lr(self, applied_steps: int) -> float:
+        """Learning rate of the next step, once ``applied_steps`` steps have been applied.
+
+        Linear warm-up from peak / warmup_steps, then half a cosine to ``min_lr``, or (`shape` = step) the peak times
+        0.1 from 90 % and times 0.01 from 95 % of the run.
+        """
+        if applied_steps < self.warmup_steps:
+            return self.peak_lr * (applied_steps + 1) / self.warmup_steps
+        if self.shape == "step":
+            share = applied_steps / self.total_steps
+            factor = 1.0
+            for start, decay in STEP_DECAYS:
+                if share >= start:
+                    factor = decay
+            return self.peak_lr * factor
+        share = (applied_steps - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.min_lr + (self.peak_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Durations:
+    """Every length of a run, converted to optimiser steps once."""
+
+    total_steps: int
+    warmup_steps: int
+    checkpoint_every: int
+    log_every: int
+    picture_every: int
+
+    @classmethod
+    def resolve(cls, optim: OptimConfig, run: RunConfig, log: LogConfig, *, steps_per_epoch: int) -> Durations:
+        """Durations for a data set of ``steps_per_epoch`` steps an epoch; UserError when the warm-up fills the run."""
+        total = optim.steps or math.ceil(optim.epochs * steps_per_epoch)
+        warmup = optim.warmup_steps or round(optim.warmup_epochs * steps_per_epoch)
+        if warmup >= total:
+            raise UserError(
+                f"the warm-up takes {warmup} of {total} steps: shorten --warmup-epochs / --warmup-steps or train longer"
+            )
+        return cls(
+            total_steps=total,
+            warmup_steps=warmup,
+            checkpoint_every=run.checkpoint_every or max(1, math.ceil(total / 20)),
+            log_every=log.log_every or max(1, total // 200),
+            picture_every=log.picture_every or max(1, math.ceil(total / 6)),
+        )
+
+    def schedule(self, optim: OptimConfig) -> Schedule:
+        return Schedule(
+            peak_lr=optim.peak_lr,
+            min_lr=optim.min_lr,
+            warmup_steps=self.warmup_steps,
+            total_steps=self.total_steps,
+            shape=optim.schedule,
+        )

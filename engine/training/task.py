@@ -1,0 +1,51 @@
+"""What the training loop asks of the thing it trains: pre-training and fine-tuning each are one `Task`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from mirl.dataloaders import Batch
+from mirl.engine.distributed.ds_engine import Fragment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a micro-batch stands in a run: images ``first`` ... of the effective batch of step ``step`` (from 0).
+
+    Randomness keyed by it is the same however many ranks and accumulations share the effective batch.
+    """
+
+    step: int
+    first: int
+
+
+class Task(Protocol):
+    """All ranks make the same calls in the same order."""
+
+    term_names: tuple[str, ...]
+    """Names of the parts of the loss, in the order of the terms that `forward` returns."""
+    gflops_per_image: float
+    """Floating-point operations of forward and backward on one image, in units of 1e9, for the utilisation."""
+
+    def forward(self, batch: Batch, place: Place) -> tuple[Tensor, Tensor]:
+        """Loss (scalar) and its unweighted terms ([len(term_names)], detached) of one micro-batch."""
+        ...
+
+    def after_step(self, applied: bool) -> None:
+        """After every optimiser step; ``applied`` is False where it was skipped."""
+        ...
+
+    def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> None:
+        """What the task shows of itself after ``step``: pictures, an evaluation.
+
+        One that takes long asks ``interrupted`` now and then, on all ranks, and ends early where that is True.
+        """
+        ...
+
+    def fragments(self) -> Iterable[Fragment]:
+        """This rank's part of the task's own state, saved beside weights and moments."""
+        ...

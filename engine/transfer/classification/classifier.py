@@ -1,0 +1,133 @@
+"""A pre-trained encoder with a classification head: a plain Vision Transformer under timm's parameter names.
+
+Shapes: B batch, H W image, C channels, N patches, D width, L depth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from mirl.engine.models.compute_choices import ComputeChoices
+from mirl.engine.models.config import ModelConfig
+from mirl.engine.models.encoder import Encoder
+from mirl.engine.models.initialise import initialise
+from mirl.engine.models.layers import layer_norm
+from mirl.engine.models.masking import PatchMask
+from mirl.engine.models.positions import resample_positions, sincos_positions
+
+POOLS = ("avg", "token")
+HEAD_STD = 2e-5
+
+
+class Classifier(ComputeChoices):
+    """Images to logits, with all patches visible; initialised from torch's global random numbers.
+
+    | pool  | path                                                                       |
+    |-------|----------------------------------------------------------------------------|
+    | avg   | mean of the patch tokens -> ``fc_norm`` -> ``head``; no ``encoder.norm``   |
+    | token | ``encoder.norm`` -> class token -> ``head``; no ``fc_norm``                |
+
+    State dict: ``encoder.*``, ``fc_norm.*``, ``head.*``: timm's names behind the first prefix. Fixed positions are not
+    in it; trained ones are ``encoder.pos_embed`` [1 + N, D].
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_classes: int,
+        pool: str = "avg",
+        drop_path: float = 0.0,
+        position_grid: tuple[int, int] | None = None,
+        train_positions: bool = False,
+    ) -> None:
+        """config: of the encoder and the images; what it says of decoders and objective is not used.
+
+        position_grid: the grid that the encoder was pre-trained on, from which the positions are resampled to that of
+        ``config``; None: the same. train_positions: positions are a parameter instead of a fixed buffer.
+        """
+        super().__init__(encoder_config(config, drop_path, config.attention))
+        if num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}: give 1 or more")
+        if pool not in POOLS:
+            raise ValueError(f"pool is {pool!r}: choose one of {', '.join(POOLS)}")
+        self.pool = pool
+        self.encoder = Encoder(self.config)
+        self.fc_norm = nn.Identity()
+        if pool == "avg":
+            self.encoder.norm, self.fc_norm = nn.Identity(), layer_norm(config.width)
+        self.head = nn.Linear(config.width, num_classes)
+        initialise(self)
+        # Cut at two deviations: torch's bounds of +-2 would let through, once in millions of draws, a weight of 2.
+        nn.init.trunc_normal_(self.head.weight, std=HEAD_STD, a=-2 * HEAD_STD, b=2 * HEAD_STD)
+        self.position_grid = position_grid or self.config.grid
+        positions = fixed_positions(self.config, self.position_grid)
+        if train_positions:
+            del self.encoder.pos_embed
+            self.encoder.pos_embed = nn.Parameter(positions)
+        else:
+            self.encoder.pos_embed.copy_(positions)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] of uint8 images [B, H, W, C] or normalised float ones [B, C, H, W]."""
+        return self.head(self.features(images))
+
+    def trial_loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Distance of the features to random ones, beside the logits: the head, which begins near zero, lets through
+        hardly any gradient. A square is never near zero, so that its relative error says something.
+        """
+        features_BD = self.features(images)
+        random_BD = torch.randn(features_BD.shape, generator=generator).to(features_BD)
+        return (features_BD - random_BD).float().square().mean() + self.head(features_BD).float().square().mean()
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the head sees: [B, D]."""
+        return self.fc_norm(pool_tokens(self.tokens(images), self.pool))
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Class token and patches after the last block, [B, 1 + N, D]; under the pool "token" through the norm."""
+        self.choose(images)
+        (latent_BSD,) = self.encoder(images, all_visible(len(images), self.config.num_patches, images.device))
+        return latent_BSD
+
+    @torch.no_grad()
+    def block_features(self, images: Tensor) -> list[Tensor]:
+        """Mean of the patch tokens after each of the L blocks, not normalised: L tensors [B, D]."""
+        self.choose(images, plain=True)
+        mask = all_visible(len(images), self.config.num_patches, images.device)
+        x_BSD, delta_BSD = self.encoder.embed(images, mask.ids_keep), None
+        features = []
+        for block in self.encoder.blocks:
+            x_BSD, delta_BSD = block.branches(x_BSD, delta_BSD)
+            features.append(pool_tokens(x_BSD + delta_BSD, "avg"))
+        return features
+
+
+def encoder_config(config: ModelConfig, drop_path: float = 0.0, attention: str = "auto") -> ModelConfig:
+    """``config`` as that of a plain Vision Transformer of all its blocks, without norms that only decoders read.
+
+    The attention backend of pre-training is not taken over: it may not run here.
+    """
+    return dataclasses.replace(
+        config, segments=1, did=False, objective="mae", truncated_depth=None, feature_loss=0.0, vgg_loss=0.0,
+        drop_path=drop_path, attention=attention,
+    )  # fmt: skip
+
+
+def fixed_positions(config: ModelConfig, source_grid: tuple[int, int]) -> Tensor:
+    """The sin-cos positions of ``source_grid``, resampled to the grid of ``config``: [1 + N, D]."""
+    return resample_positions(sincos_positions(source_grid, config.width), source_grid, config.grid)
+
+
+def all_visible(batch: int, num_patches: int, device: torch.device) -> PatchMask:
+    """The mask that hides nothing."""
+    ids_BN = torch.arange(num_patches, device=device).expand(batch, num_patches)
+    return PatchMask(ids_keep=ids_BN, ids_masked=ids_BN[:, :0], ids_restore=ids_BN)
+
+
+def pool_tokens(tokens_BSD: Tensor, pool: str) -> Tensor:
+    """[B, 1 + N, D] -> [B, D]: the class token, or the mean of the others."""
+    return tokens_BSD[:, 0] if pool == "token" else tokens_BSD[:, 1:].mean(dim=1)

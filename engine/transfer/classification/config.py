@@ -1,0 +1,78 @@
+"""The settings of a fine-tuning run: those of any run, and what a classifier needs besides."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from mirl.engine.configuration.config import Config, section_from_dict, setting
+from mirl.engine.models.config import ATTENTION_BACKENDS, ModelConfig
+from mirl.engine.transfer.classification.rand_augment import DEFAULT as RAND_AUGMENT
+from mirl.errors import UserError
+
+OFF = "off"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSection:
+    """Encoder, head, augmentation and evaluation."""
+
+    checkpoint: str = setting(
+        "", "pre-trained checkpoint, or folder of a run (its newest good checkpoint)", metavar="PATH"
+    )
+    val: tuple[str, ...] = setting((), "labelled images to evaluate on; none: no evaluation", metavar="PATH")
+    eval_every: float = setting(1.0, "epochs between evaluations, besides the one at the end; 0: that one alone")
+    num_classes: int = setting(0, "classes; 0: the sub-folders of the data")
+    pool: str = setting("avg", "avg: mean of the patches; token: the class token", choices=("avg", "token"))
+    image_height: int = setting(0, "height of the images in pixels")
+    image_width: int = setting(0, "width of the images in pixels")
+    attention: str = setting("auto", "attention backend", choices=ATTENTION_BACKENDS)
+    train_positions: bool = setting(False, "train the positions, instead of keeping the fixed ones")
+    reinit_last: int = setting(0, "initialise the last N blocks afresh before fine-tuning (Fig. 2 of the paper)")
+    layer_decay: float = setting(0.88, "factor of the learning rate from a layer to the one below it")
+    drop_path: float = setting(0.0, "largest rate of stochastic depth, rising linearly over the blocks")
+    rand_augment: str = setting(RAND_AUGMENT, "RandAugment in timm's notation, or off", metavar="FORM|off")
+    random_erase: float = setting(0.25, "probability that a part of an image is erased")
+    mixup: float = setting(0.8, "alpha of mixup; 0: off")
+    cutmix: float = setting(1.0, "alpha of cutmix; 0: off")
+    label_smoothing: float = setting(0.1, "share of a target that is spread over all classes")
+    ema: float = setting(
+        0.9999, "largest decay of the average of the weights, evaluated beside the weights themselves; 0: off"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("eval_every", "num_classes", "image_height", "image_width", "reinit_last"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}: give zero or more")
+        for name, below_one in (("ema", True), ("drop_path", True)):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give a number of at least 0 and below {below_one:d}")
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"layer_decay is {self.layer_decay}: give a factor above 0 and up to 1; 1 is none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(Config):
+    """One fine-tuning run.
+
+    source, model: of the pre-trained encoder, and of the encoder as it is fine-tuned (its own image size, all of its
+    depth); known once the checkpoint has been read. classes: names by label, known once the data has been listed; empty
+    where the data has numbers alone.
+    """
+
+    finetune: FinetuneSection
+    source: ModelConfig | None = None
+    model: ModelConfig | None = None
+    classes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, source: str) -> FinetuneConfig:
+        """As `Config.from_dict`, with the two models and the classes."""
+        made = super().from_dict(values, source=source)
+        models = {
+            name: section_from_dict(ModelConfig, values[name], source=source)
+            for name in ("source", "model")
+            if values.get(name)
+        }
+        return dataclasses.replace(made, classes=tuple(values.get("classes", ())), **models)

@@ -1,0 +1,84 @@
+"""Fine-tuning as a task of the loop: augmentation, cross-entropy, the average of the weights, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from mirl.dataloaders import Batch, EvalLoader
+from mirl.engine.accounting.flops import classifier_macs
+from mirl.engine.distributed.ds_engine import Fragment, TrainEngine
+from mirl.engine.distributed.launch import Ranks
+from mirl.engine.models.config import ModelConfig
+from mirl.engine.training.ema import ShardedEma
+from mirl.engine.training.noise import seed_stochastic_depth
+from mirl.engine.training.run_log import RunLog
+from mirl.engine.training.task import Place
+from mirl.engine.transfer.classification.augmentation import BatchAugmentation, soft_cross_entropy
+from mirl.engine.transfer.classification.evaluation import EvaluationInterrupted, Scores, evaluate
+
+
+class FinetuneTask:
+    """One rank's part. val: what is evaluated every ``eval_every`` steps, None for no evaluation."""
+
+    term_names = ("cross_entropy",)
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        *,
+        ranks: Ranks,
+        engine: TrainEngine,
+        log: RunLog,
+        augmentation: BatchAugmentation,
+        ema: ShardedEma | None,
+        val: EvalLoader | None,
+        eval_every: int,
+    ) -> None:
+        self.ranks, self.engine, self.log, self.augmentation = ranks, engine, log, augmentation
+        self.ema, self.val, self.eval_every = ema, val, eval_every
+        # Forward and backward: three times the forward pass.
+        self.gflops_per_image = 3 * 2 * classifier_macs(model) / 1e9
+        self.drop_path = model.drop_path
+        self.scores: dict[str, Scores] = {}
+
+    def forward(self, batch: Batch, place: Place) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the augmented micro-batch with its soft targets."""
+        images_BCHW, targets_BC = self.augmentation(batch)
+        if self.drop_path:
+            seed_stochastic_depth(self.augmentation.seed, place.step, place.first)
+        loss = soft_cross_entropy(self.engine.forward(images_BCHW), targets_BC)
+        return loss, loss.detach().reshape(1)
+
+    def after_step(self, applied: bool) -> None:
+        """Take the new weights into their average."""
+        if self.ema is not None and applied:
+            self.ema.update()
+
+    def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> None:
+        """Top-1, top-5 and loss of the weights, and of their average, at the interval and at the end."""
+        if self.val is None or not (step % self.eval_every == 0 or last):
+            return
+        try:
+            self.scores = {"": evaluate(self.engine.module, self.val, self.ranks.device, interrupted)}
+            if self.ema is not None:
+                with self.ema.swapped_in() as module:
+                    self.scores["ema_"] = evaluate(module, self.val, self.ranks.device, interrupted)
+        except EvaluationInterrupted:
+            self.log.say(f"step {step}  the evaluation was cut short")
+            return
+        values: dict[str, float] = {"step": step}
+        parts = [f"step {step}  {self.scores[''].images} images evaluated"]
+        for prefix, scores in self.scores.items():
+            values |= scores.metrics(f"val_{prefix}")
+            parts.append(
+                f"{prefix}top-1 {scores.top1_percent:.2f}%  {prefix}top-5 {scores.top5_percent:.2f}%  "
+                f"{prefix}loss {scores.loss:.4f}"
+            )
+        self.log.metrics(values, "  ".join(parts))
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's part of the average."""
+        if self.ema is not None:
+            yield from self.ema.fragments()

@@ -1,0 +1,53 @@
+"""A classifier from a checkpoint of fine-tuning, in one call and without a process group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mirl.engine.checkpoints.reader import CheckpointReader, locate
+from mirl.engine.training.ema import KIND
+from mirl.engine.transfer.classification.classifier import Classifier
+from mirl.engine.transfer.classification.config import FinetuneConfig
+from mirl.errors import UserError
+
+WEIGHTS = {"last": "weight", "ema": KIND}
+
+
+def is_classifier(path: Path | str) -> bool:
+    """Whether the checkpoint, or the newest good one of a run, is of fine-tuning. UserError if there is none."""
+    return "finetune" in CheckpointReader(locate(Path(path))).state["config"]
+
+
+def load_classifier(
+    path: Path | str, *, weights: str = "last", device: torch.device | str = "cpu"
+) -> tuple[Classifier, FinetuneConfig]:
+    """The fine-tuned model (fp32, in eval mode) and its run's configuration, with the names of its classes.
+
+    weights: "last", as training left them, or "ema", their average.
+
+    Raises:
+        UserError: no such checkpoint, a damaged one, or no average in it.
+
+    >>> model, config = load_classifier("runs/finetune", weights="ema")          # doctest: +SKIP
+    >>> config.classes[model(images).argmax()]                                   # doctest: +SKIP
+    """
+    reader = CheckpointReader(locate(Path(path)))
+    if "finetune" not in reader.state["config"]:
+        raise UserError(f"{reader.path} is of pre-training and has no classifier: fine-tune it first (mirl finetune)")
+    config = FinetuneConfig.from_dict(reader.state["config"], source=str(reader.path / "state.json"))
+    if weights == "ema" and not config.finetune.ema:
+        raise UserError(f"weights is 'ema' and {reader.path} was trained with --ema 0: give last")
+    model = Classifier(
+        config.model,
+        num_classes=reader.shapes["head.weight"][0],
+        pool=config.finetune.pool,
+        position_grid=config.source.grid,
+        train_positions=config.finetune.train_positions,
+    )
+    reader.require_same_model({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(reader.read(name, WEIGHTS[weights], 0, parameter.numel()).reshape(parameter.shape))
+    return model.to(device).eval(), config

@@ -1,0 +1,12 @@
+"""The one error that a user can mend. Every room may raise it; nothing else is imported here."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something that was asked for cannot be done, and the person who asked can mend it.
+
+    The message is one line of the form "X is V: give Y". It names the field or file, its value and the mend. A command
+    prints it without a traceback and ends with exit code 2. Every other exception is a fault of ours and keeps its
+    traceback.
+    """

@@ -1,0 +1,135 @@
+"""One rank of test_zero.py: trains a tiny model under many settings in one process group and writes the losses of each
+as JSON.
+
+usage: python -m tests.engine.distributed.zero_worker OUT_PREFIX < cases.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from mirl.engine.configuration.config import DataConfig, OptimConfig, PretrainConfig, RunConfig
+from mirl.engine.distributed import flat_gradients
+from mirl.engine.distributed.ds_config import read_ds_config, resolve_batch, resolve_ds_config
+from mirl.engine.distributed.ds_engine import TrainEngine
+from mirl.engine.distributed.launch import Ranks, join, leave
+from mirl.engine.models import MIRL, model_config
+from mirl.engine.training.noise import mask_noise
+from mirl.engine.training.optimizer import build_optimizer
+
+BATCH, STEPS, LR = 8, 3, 2e-3
+SIZE = {
+    "depth": 4, "width": 48, "heads": 4, "segments": 4, "decoder_width": 32, "decoder_heads": 4, "patch_size": 8,
+    "image_height": 32, "image_width": 32,
+}  # fmt: skip
+
+
+def build(case: dict) -> tuple[PretrainConfig, MIRL]:
+    config = PretrainConfig(
+        recipe="test",
+        model=model_config("vit_s", **SIZE, variant=case.get("variant", "paper")),
+        data=DataConfig(),
+        optim=OptimConfig(batch_size=BATCH, micro_batch=case.get("micro_batch", 0), steps=STEPS, lr=LR, clip_grad=0.5),
+        run=RunConfig(deepspeed_config=case["stage"], precision=case.get("precision", "fp32")),
+    )
+    torch.manual_seed(0)
+    model = MIRL(config.model)
+    model.set_activation_checkpointing(case.get("activation_checkpointing", "none"))
+    return config, model
+
+
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (BATCH, 32, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+def noise(step: int, first: int, batch: int) -> torch.Tensor:
+    return mask_noise(0, step, first, batch, 16)
+
+
+def bare_loop(case: dict) -> list[float]:
+    """The same training without DeepSpeed, in one process."""
+    config, model = build(case | {"stage": "zero2"})
+    optimizer = build_optimizer(model, config.optim, torch.device("cpu"))
+    losses = []
+    for step in range(STEPS):
+        loss = model(images(), noise=noise(step, 0, BATCH)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def train(case: dict, ranks: Ranks) -> list[float] | dict:
+    """Losses of every step; of a poisoned case what came of it instead, see `poisoned`."""
+    config, model = build(case)
+    micro, accumulation = resolve_batch(config, ranks.world_size)
+    ds_config = resolve_ds_config(
+        read_ds_config(case["stage"]),
+        config,
+        micro_batch=micro,
+        accumulation=accumulation,
+        precision=config.run.precision,
+        device=ranks.device,
+    )
+    # Everything of this model fits into one call; many take a smaller measure.
+    pieces = case.get("piece", 2**20)
+    flat_gradients.COPIED_TOGETHER = flat_gradients.LEAST_PIECE = pieces
+    if "piece" in case:
+        ds_config["zero_optimization"]["reduce_bucket_size"] = 4 * pieces
+    optimizer = build_optimizer(model, config.optim, ranks.device)
+    engine = TrainEngine(model, optimizer, ds_config, flat_gradients=case.get("flat_gradients", True))
+    if "poison" in case:
+        return poisoned(engine, case["poison"], micro, ranks)
+    losses = []
+    for step in range(STEPS):
+        total = torch.zeros(())
+        for part in range(accumulation):
+            first = part * micro * ranks.world_size + ranks.rank * micro
+            output = engine.forward(images()[first : first + micro], noise=noise(step, first, micro))
+            engine.backward(output.loss)
+            applied = engine.step(LR)
+            total += output.loss.detach().float() / accumulation
+        assert applied
+        if ranks.world_size > 1:
+            torch.distributed.all_reduce(total)
+        losses.append(total.item() / ranks.world_size)
+    return losses
+
+
+def poisoned(engine: TrainEngine, value: str, micro: int, ranks: Ranks) -> dict:
+    """Three steps, in the second of which one gradient of the last rank is ``value`` ("nan", "inf", "-inf")."""
+    applied, states = [], []
+    target = dict(engine.module.named_parameters())["encoder.blocks.2.mlp.fc1.bias"]
+    bad = ranks.rank == ranks.world_size - 1
+    for step in range(STEPS):
+        first = ranks.rank * micro
+        handle = None
+        if bad and step == 1:
+            handle = target.register_hook(lambda grad: grad.index_fill(0, torch.tensor([5]), float(value)))
+        output = engine.forward(images()[first : first + micro], noise=noise(step, first, micro))
+        engine.backward(output.loss)
+        applied.append(engine.step(LR))
+        if handle is not None:
+            handle.remove()
+        mine = [fragment.tensor.double().abs().sum() for fragment in engine.fragments()]
+        total = torch.stack([*mine, torch.zeros((), dtype=torch.float64)]).sum().reshape(1)
+        if ranks.world_size > 1:
+            torch.distributed.all_reduce(total)
+        states.append(total.item())
+    return {"applied": applied, "states": states}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    cases = json.load(sys.stdin)
+    place = join()
+    results = {name: train(case, place) for name, case in cases.items()}
+    if place.is_main:
+        Path(sys.argv[1]).write_text(json.dumps(results))
+    leave()

@@ -1,0 +1,151 @@
+"""Compiled regions: how many graphs, never more of them, equal results, and a fallback that says why.
+
+The backend of these tests records and differentiates the graphs and runs them as they are ("aot_eager"): what they hold
+is independent of the code generator, which takes minutes on a small machine. One slow test takes the real one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from mirl.engine.models import MIRL, Execution
+from mirl.engine.training.compiling import choose_compile, compile_regions, expected_graphs
+from tests.engine.models.helpers import gradients, make_inputs, make_model, tiny_config
+
+CPU = torch.device("cpu")
+CONFIGS: dict[str, dict[str, Any]] = {
+    "paper": {"depth": 8, "segments": 4},
+    "release": {"variant": "release", "depth": 4, "segments": 2, "decoder_depth": 3},
+    "MAE": {"objective": "mae", "segments": 1, "did": False, "decoder_depth": 3},
+    "stochastic depth": {"depth": 6, "segments": 2, "drop_path": 0.2},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def step(model: MIRL, batch: int = 3, **arguments: Any) -> Any:
+    images, noise = make_inputs(model.config, batch)
+    return model(images, noise=noise, **arguments)
+
+
+@pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS.keys())
+def test_every_graph_is_made_in_the_trial_step_and_none_later(overrides: dict[str, Any]) -> None:
+    model = make_model(tiny_config(**overrides), dtype=torch.float32)
+    choice = compile_regions(model, 3, CPU, backend="aot_eager")
+    assert choice.on, choice.reason
+    assert graphs() == expected_graphs(model)
+    assert not counters["graph_break"]
+    for _ in range(2):
+        step(model).loss.backward()
+    # All of these run eagerly: a smaller batch, a picture, a probe.
+    step(model, batch=2).loss.backward()
+    model.eval()
+    with torch.no_grad():
+        step(model, full=True)
+    model.train()
+    step(model, full=True).loss.backward()
+    step(model).loss.backward()
+    assert graphs() == expected_graphs(model)
+    assert not counters["recompiles"] and not counters["graph_break"]
+
+
+@pytest.mark.parametrize(("name", "fused"), [("release", True), ("stochastic depth", False)])
+def test_same_loss_and_gradients(name: str, fused: bool) -> None:
+    config = tiny_config(**CONFIGS[name])
+    model = make_model(config, dtype=torch.float32)
+    model.set_execution(Execution(fused_norm=fused, fused_gelu=fused))
+    torch.manual_seed(3)  # of stochastic depth
+    expected = step(model).loss
+    expected_gradients = gradients(model, expected)
+    assert compile_regions(model, 3, CPU, backend="aot_eager").on
+    torch.manual_seed(3)
+    actual = step(model).loss
+    # float32, the same operations decomposed: sums in another order
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+    for name, gradient in gradients(model, actual).items():
+        bound = 1e-4 * expected_gradients[name].abs().max().item()
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=bound)
+
+
+def test_the_trial_step_leaves_no_trace() -> None:
+    model = make_model(tiny_config(drop_path=0.2), dtype=torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    assert compile_regions(model, 2, CPU, backend="aot_eager").on
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_compiler_that_fails_is_named_and_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no C++ compiler found")
+
+    model = make_model(tiny_config(), dtype=torch.float32)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    choice = compile_regions(model, 3, CPU)
+    assert not choice.on and str(choice) == "off (FELL BACK TO EAGER: RuntimeError: no C++ compiler found)"
+    step(model).loss.backward()
+
+
+@pytest.mark.parametrize("wrong", [1.5, float("nan")], ids=["another value", "NaN"])
+def test_a_wrong_result_is_found_and_left_alone(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
+    model = make_model(tiny_config(), dtype=torch.float32)
+    expected = step(model).loss
+
+    def wrong_compile(method: Any, **_: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            result = method(*arguments)
+            return (result[0], wrong * result[1]) if isinstance(result, tuple) else wrong * result
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", wrong_compile)
+    choice = compile_regions(model, 3, CPU)
+    assert not choice.on and "a trial step differs from eager" in choice.reason
+    assert torch.equal(step(model).loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "stage", "on", "reason"),
+    [
+        ("auto", "cpu", 2, False, "auto on a CPU"),
+        ("auto", "cuda", 2, True, "auto on a GPU"),
+        ("auto", "cuda", 3, False, "ZeRO-3"),
+        ("on", "cpu", 1, True, "as asked"),
+        ("on", "cpu", 3, False, "ZeRO-3"),
+        ("off", "cuda", 2, False, "as asked"),
+    ],
+)
+def test_choice(requested: str, device: str, stage: int, on: bool, reason: str) -> None:
+    choice = choose_compile(requested, torch.device(device), stage)
+    assert choice.on is on and reason in choice.reason
+
+
+def test_an_unknown_choice_is_refused() -> None:
+    with pytest.raises(ValueError, match="compile is 'yes': choose one of auto, on, off"):
+        choose_compile("yes", CPU, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_real_compiler(dtype: torch.dtype) -> None:
+    model = make_model(tiny_config(), dtype=dtype)
+    choice = compile_regions(model, 3, CPU)
+    assert choice.on, choice.reason
+    assert graphs() == expected_graphs(model)
