@@ -27,7 +27,7 @@ from mirl.engine.errors import run_entry_point  # noqa: E402
 
 def main(argv: list[str] | None = None) -> int:
     """Parse ``argv`` (default: the command line) and run; returns the exit code."""
-    from mirl.engine.configuration.flags import parse_pretrain
+    from mirl.engine.pretraining.command_line import parse_pretrain
 
     config = parse_pretrain(sys.argv[1:] if argv is None else argv)
     # Only now, so that --help and a wrong flag answer at once: these import torch, DeepSpeed and DALI.

@@ -2,18 +2,20 @@
 
     import mirl
 
-    model = mirl.load_pretrained("runs/demo")
-    config = mirl.recipe("vit_b_48_300")
-    mirl.pretrain(config)
+    config = mirl.recipe("small_data", data="photographs/", steps=2000, out="runs/mine")
+    run = mirl.pretrain(config)
+    encoder = mirl.load_frozen_encoder(run)
 
-Importing this package costs no torch: each name below is imported on first use. `docs/python.md` shows them at work.
+Importing this package costs no torch: a name is imported when it is first used. `docs/python.md` shows them at work.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 _HERE = Path(__file__).resolve().parent
 if not (_HERE / "engine").is_dir():
@@ -21,3 +23,84 @@ if not (_HERE / "engine").is_dir():
     __path__.append(str(_HERE.parent))
     # The checkout goes behind everything else, so that `import kernels` still finds Hugging Face's package.
     sys.path.sort(key=lambda entry: os.path.realpath(entry or os.curdir) == str(_HERE.parent))
+
+if TYPE_CHECKING:
+    from mirl.dataloaders import build_eval_loader, build_train_loader, load_images
+    from mirl.engine.analysis.features import extract_features, features, load_frozen_encoder
+    from mirl.engine.checkpoints.pretrained import load_encoder, load_pretrained
+    from mirl.engine.configuration.config import PretrainConfig
+    from mirl.engine.models import MIRL, ModelConfig, mask_from_noise, model_config
+    from mirl.engine.pretraining.pictures import reconstruct, save_grid
+    from mirl.engine.pretraining.recipes import recipe
+    from mirl.engine.pretraining.run import pretrain
+    from mirl.engine.transfer.classification.config import FinetuneConfig
+    from mirl.engine.transfer.classification.load import load_classifier
+    from mirl.engine.transfer.classification.recipes import finetune_recipe
+    from mirl.engine.transfer.classification.run import finetune
+    from mirl.engine.version import __version__
+    from mirl.errors import UserError
+
+# Where each name of the face is defined.
+_HOMES = {
+    "build_eval_loader": "dataloaders",
+    "build_train_loader": "dataloaders",
+    "load_images": "dataloaders",
+    "extract_features": "engine.analysis.features",
+    "features": "engine.analysis.features",
+    "load_frozen_encoder": "engine.analysis.features",
+    "load_encoder": "engine.checkpoints.pretrained",
+    "load_pretrained": "engine.checkpoints.pretrained",
+    "PretrainConfig": "engine.configuration.config",
+    "MIRL": "engine.models",
+    "ModelConfig": "engine.models",
+    "mask_from_noise": "engine.models",
+    "model_config": "engine.models",
+    "reconstruct": "engine.pretraining.pictures",
+    "save_grid": "engine.pretraining.pictures",
+    "recipe": "engine.pretraining.recipes",
+    "pretrain": "engine.pretraining.run",
+    "FinetuneConfig": "engine.transfer.classification.config",
+    "load_classifier": "engine.transfer.classification.load",
+    "finetune_recipe": "engine.transfer.classification.recipes",
+    "finetune": "engine.transfer.classification.run",
+    "__version__": "engine.version",
+    "UserError": "errors",
+}
+
+__all__ = [
+    "MIRL",
+    "FinetuneConfig",
+    "ModelConfig",
+    "PretrainConfig",
+    "UserError",
+    "__version__",
+    "build_eval_loader",
+    "build_train_loader",
+    "extract_features",
+    "features",
+    "finetune",
+    "finetune_recipe",
+    "load_classifier",
+    "load_encoder",
+    "load_frozen_encoder",
+    "load_images",
+    "load_pretrained",
+    "mask_from_noise",
+    "model_config",
+    "pretrain",
+    "recipe",
+    "reconstruct",
+    "save_grid",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

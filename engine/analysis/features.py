@@ -38,7 +38,7 @@ class LabelledFeatures:
         return LabelledFeatures(features=self.features[rows], labels=self.labels[rows], classes=self.classes)
 
 
-def frozen_encoder(checkpoint: Path | str, device: torch.device) -> Classifier:
+def load_frozen_encoder(checkpoint: Path | str, device: torch.device | str = "cpu") -> Classifier:
     """The encoder of a checkpoint or run in eval mode, the blocks that it has and the last norm; its head is unused.
 
     Raises:
@@ -52,6 +52,15 @@ def frozen_encoder(checkpoint: Path | str, device: torch.device) -> Classifier:
 
 
 @torch.no_grad()
+def features(model: Classifier, images: Tensor, *, pool: str = "avg") -> Tensor:
+    """The features float32 [B, D] of a batch under a model of `load_frozen_encoder`.
+
+    images: uint8 [B, H, W, C], or float [B, C, H, W] normalised. pool: "avg", the mean of the normed patch tokens, or
+    "token", the class token.
+    """
+    return pool_tokens(model.tokens(images), pool).float()
+
+
 def extract_features(
     model: Classifier,
     data: Path | str,
@@ -70,7 +79,7 @@ def extract_features(
         UserError: no images or no labels; every image broken.
     """
     config = model.config
-    features, labels = [], []
+    rows_of_batches, labels = [], []
     with build_eval_loader(
         data,
         image_size=(config.image_height, config.image_width),
@@ -84,10 +93,12 @@ def extract_features(
     ) as loader:
         for batch in loader:
             rows = torch.from_numpy(batch.valid.nonzero()[0]).to(device)
-            features.append(pool_tokens(model.tokens(batch.images), pool)[rows].float())
+            rows_of_batches.append(features(model, batch.images, pool=pool)[rows])
             labels.append(batch.labels[rows])
         classes, skipped = loader.classes, len(loader.bad_images)
-    found = LabelledFeatures(features=torch.cat(features), labels=torch.cat(labels), classes=classes, skipped=skipped)
+    found = LabelledFeatures(
+        features=torch.cat(rows_of_batches), labels=torch.cat(labels), classes=classes, skipped=skipped
+    )
     if not len(found):
         raise UserError(f"every image of {data} is broken: run mirl validate-data on it")
     return found

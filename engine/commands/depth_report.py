@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     from mirl.engine.analysis import depth
-    from mirl.engine.analysis.features import frozen_encoder
+    from mirl.engine.analysis.features import load_frozen_encoder
     from mirl.engine.analysis.in_memory import ShortFinetune
     from mirl.engine.checkpoints.pretrained import load_encoder, load_pretrained
     from mirl.engine.checkpoints.reader import locate
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         report |= {"train_images": len(train.images), "val_images": len(val.images)}
         print(f"linear probes of {config.built_depth} blocks on {len(train.images)} images ...", flush=True)
         report["probe_top1_percent"] = depth.probe_accuracies(
-            frozen_encoder(checkpoint, device), train, val, epochs=arguments.probe_epochs, seed=arguments.seed
+            load_frozen_encoder(checkpoint, device), train, val, epochs=arguments.probe_epochs, seed=arguments.seed
         )
         _write(report, arguments.out)
         if arguments.cuts:

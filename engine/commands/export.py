@@ -20,8 +20,8 @@ from mirl.engine.models import ModelConfig
 from mirl.engine.models.interop.huggingface import hf_config, hf_preprocessor, hf_state_dict
 from mirl.engine.models.interop.timm_keys import grid_of, timm_config, timm_state_dict
 from mirl.engine.models.layers import NORM_EPS
-from mirl.engine.transfer.load import WEIGHTS as CLASSIFIER_WEIGHTS
-from mirl.engine.transfer.load import is_classifier, load_classifier
+from mirl.engine.transfer.classification.load import WEIGHTS as CLASSIFIER_WEIGHTS
+from mirl.engine.transfer.classification.load import is_classifier, load_classifier
 from mirl.errors import UserError
 
 WEIGHTS = "model.safetensors"

@@ -25,14 +25,14 @@ def main(argv: Sequence[str]) -> int:
     # Only now: these import torch and DALI, and a wrong flag should be told at once.
     import torch
 
-    from mirl.engine.analysis.features import count_classes, extract_features, frozen_encoder
+    from mirl.engine.analysis.features import count_classes, extract_features, load_frozen_encoder
     from mirl.engine.analysis.linear_probe import train_linear_probe
     from mirl.engine.analysis.nearest_neighbours import knn_votes
     from mirl.engine.checkpoints.reader import locate
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = locate(arguments.checkpoint)
-    model = frozen_encoder(checkpoint, device)
+    model = load_frozen_encoder(checkpoint, device)
     options = {
         "pool": arguments.pool, "device": device, "batch_size": arguments.batch_size, "threads": arguments.threads,
     }  # fmt: skip

@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from mirl.engine.configuration.config import Config, OptimConfig, PretrainConfig
-from mirl.engine.models import MODEL_NAMES, ModelConfig, model_config
-from mirl.engine.models.config import SINGLE_DECODER
-from mirl.engine.pretraining.recipes import DEFAULT_RECIPE, RECIPES
+from mirl.engine.configuration.config import Config
+from mirl.engine.configuration.overrides import override
+from mirl.engine.models import MODEL_NAMES
 from mirl.errors import UserError
 
 TITLES = {
@@ -39,27 +38,11 @@ class CommandLine:
     description: str
 
 
-PRETRAIN = CommandLine(
-    kind=PretrainConfig,
-    recipes=RECIPES,
-    default=DEFAULT_RECIPE,
-    prog="engine/pretrain.py",
-    usage="deepspeed engine/pretrain.py --deepspeed_config ds_configs/zero2.json [--recipe NAME] [--data PATH ...] "
-    "[flags]",
-    description="Pre-train a Vision Transformer by Masked Image Residual Learning.",
-)
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with errors as one line that names the mend."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists every flag")
-
-
-def parse_pretrain(argv: Sequence[str]) -> PretrainConfig:
-    """The pre-training configuration that ``argv`` asks for; see `parse`."""
-    return parse(PRETRAIN, argv)
 
 
 def parse(command: CommandLine, argv: Sequence[str]) -> Any:
@@ -75,8 +58,7 @@ def parse(command: CommandLine, argv: Sequence[str]) -> Any:
         _refuse_unknown(parser, unknown)
     base = command.recipes[known.recipe]()
     given = {key: value for key, value in vars(known).items() if value is not _ABSENT}
-    made = {name: _override(getattr(base, name), kind, given, name) for name, kind in command.kind.sections().items()}
-    return command.kind(recipe=known.recipe, **made)
+    return override(dataclasses.replace(base, recipe=known.recipe), given)
 
 
 _ABSENT = object()
@@ -183,44 +165,6 @@ def image_size(text: str) -> tuple[int, int]:
     if len(parts) > 2 or not all(part.isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is no image size: give one side (224) or height x width (192x256)")
     return int(parts[0]), int(parts[-1])
-
-
-def _override(section: Any, kind: type, given: dict[str, Any], name: str) -> Any:
-    changes = {key.split(".", 1)[1]: value for key, value in given.items() if key.startswith(name + ".")}
-    for key, value in changes.items():
-        if isinstance(value, list):
-            changes[key] = tuple(value)
-    if "image_size" in changes:
-        changes["image_height"], changes["image_width"] = changes.pop("image_size")
-    if kind is ModelConfig and "name" in changes:
-        return model_config(changes.pop("name"), **changes)
-    if kind is ModelConfig and changes.get("objective") in SINGLE_DECODER and section.objective not in SINGLE_DECODER:
-        # The recipe's decoders belong to another objective; what the flags say still holds.
-        changes = {"segments": 1, "did": False, "decoder_depth": None} | changes
-    if kind is OptimConfig:
-        _drop_the_other(changes, "epochs", "steps")
-        _drop_the_other(changes, "warmup_epochs", "warmup_steps")
-        if ("epochs" in changes or "steps" in changes) and not {"warmup_epochs", "warmup_steps"} & set(changes):
-            changes |= _shorter_warmup(section, changes)
-    return dataclasses.replace(section, **changes)
-
-
-def _drop_the_other(changes: dict[str, Any], one: str, other: str) -> None:
-    """A length given in one unit replaces the recipe's in the other."""
-    if changes.get(one) and other not in changes:
-        changes[other] = 0
-    elif changes.get(other) and one not in changes:
-        changes[one] = 0
-
-
-def _shorter_warmup(section: OptimConfig, changes: dict[str, Any]) -> dict[str, Any]:
-    """Keep the recipe's warm-up where it still fits into a shorter run, else a tenth of the run."""
-    epochs, steps = changes.get("epochs") or 0, changes.get("steps") or 0
-    if epochs and section.warmup_epochs and section.warmup_epochs <= epochs / 2:
-        return {}
-    if steps and section.warmup_steps and section.warmup_steps <= steps / 2:
-        return {}
-    return {"warmup_epochs": epochs / 10, "warmup_steps": int(steps / 10)}
 
 
 def _dashed(token: str) -> str:

@@ -118,6 +118,7 @@ class TrainEngine:
                 accumulation=self._engine.gradient_accumulation_steps(),
             )
         self._make_moments()
+        self.remarks: list[str] = []
 
     @property
     def module(self) -> nn.Module:

@@ -16,8 +16,10 @@ vit_s and vit_l have no figure of MIRL's there. docs/systems.md has the commands
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from mirl.engine.configuration.config import DataConfig, LogConfig, OptimConfig, PretrainConfig, RunConfig
+from mirl.engine.configuration.overrides import override_by_keyword
 from mirl.engine.models import ModelConfig, model_config
 from mirl.errors import UserError
 
@@ -90,8 +92,15 @@ RECIPES: dict[str, Callable[[], PretrainConfig]] = {"demo": demo, "small_data": 
 }
 
 
-def recipe(name: str) -> PretrainConfig:
-    """The recipe called ``name``; UserError lists the names."""
+def recipe(name: str, **changes: Any) -> PretrainConfig:
+    """The recipe called ``name``, with single settings changed; they have the names of the flags.
+
+    Raises:
+        UserError: no such recipe or setting, or settings that do not fit together.
+
+    >>> recipe("demo", steps=20, image_size=64).optim.steps
+    20
+    """
     if name not in RECIPES:
         raise UserError(f"recipe is {name!r}: choose one of {', '.join(RECIPES)}")
-    return RECIPES[name]()
+    return override_by_keyword(RECIPES[name](), changes)

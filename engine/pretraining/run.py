@@ -1,136 +1,87 @@
-"""One pre-training run, from its configuration to its last checkpoint."""
+"""The pre-training run: what it builds, and what it says of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from mirl.dataloaders import TrainLoader, load_images
 from mirl.engine.checkpoints.pretrained import load_weights
-from mirl.engine.checkpoints.writer import CheckpointWriter
 from mirl.engine.configuration.config import PretrainConfig
-from mirl.engine.distributed.ds_engine import DEEPSPEED_VERSION, TrainEngine
-from mirl.engine.distributed.launch import Ranks, seconds_since_process_start
-from mirl.engine.models import MIRL, Execution
+from mirl.engine.distributed.ds_engine import TrainEngine
+from mirl.engine.distributed.launch import Ranks
+from mirl.engine.models import MIRL
 from mirl.engine.models.objectives.perceptual import PerceptualLoss, read_vgg
 from mirl.engine.models.teacher import EmaTeacher
 from mirl.engine.pretraining.recipes import recipe
 from mirl.engine.pretraining.task import PretrainTask
-from mirl.engine.training.optimizer import build_optimizer
+from mirl.engine.training.computing import set_computation
+from mirl.engine.training.plan import RunPlan
+from mirl.engine.training.run import RunKind, RunParts, run_training
 from mirl.engine.training.run_data import ImageShape, build_loader
-from mirl.engine.training.run_log import RunLog
-from mirl.engine.training.run_setup import (
-    Plan,
-    closing_lines,
-    compile_where_chosen,
-    describe_run,
-    first_progress,
-    make_plan,
-    on_this_rank,
-    open_out,
-    refuse_finished,
-    require_attention,
-)
-from mirl.engine.training.schedule import Durations
-from mirl.engine.training.trainer import Trainer
-from mirl.engine.version import __version__
+from mirl.engine.training.telling import newest_checkpoint
 from mirl.errors import UserError
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Run ``config`` on this rank; returns the run's folder.
-
-    Raises:
-        UserError: the configuration cannot be run here; nothing was written.
-        mirl.engine.errors.Diverged, mirl.engine.errors.Preempted, mirl.engine.errors.NotSaved: see `Trainer.run`.
-        mirl.engine.errors.LostRank: another rank is gone.
-    """
-    return on_this_rank(lambda ranks: _pretrain(config, ranks))
+    """Run ``config`` on this rank; returns the run's folder. Raises what `run_training` does."""
+    return run_training(config, Pretraining())
 
 
-def _pretrain(config: PretrainConfig, ranks: Ranks) -> Path:
-    plan = make_plan(config, ranks, recipe_out=recipe(config.recipe).run.out)
-    config, out = plan.config, plan.out
-    loader = build_loader(plan, ImageShape.of(config.model))
-    durations = Durations.resolve(config.optim, config.run, config.log, steps_per_epoch=loader.steps_per_epoch)
-    model = _build_model(plan)
-    progress = first_progress(plan, loader)
-    refuse_finished(plan, progress, durations)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    optimizer = build_optimizer(model, config.optim, ranks.device)
-    engine = TrainEngine(model, optimizer, plan.ds_config, flat_gradients=config.run.flat_gradients)
-    if plan.reader is not None:
-        engine.load_fragments(plan.reader.read, optimizer_steps=progress.applied_steps)
+class Pretraining(RunKind[PretrainConfig]):
+    """Masked Image Residual Learning, or another objective of the paper, on images without labels."""
 
-    teacher = _build_teacher(plan, engine)
-    require_attention(engine, ranks)
-    compiled = compile_where_chosen(plan, engine)
-    log = RunLog(out, is_main=ranks.is_main)
-    open_out(plan, log, durations, progress.step)
-    for line in [*_opening(config, parameters), *describe_run(plan, durations, loader, engine), *plan.remarks]:
-        log.say(line)
-    log.say(
-        f"compiled regions {compiled}; fused norm and GELU {'on' if model.execution.fused_norm else 'off'}; recomputed "
-        f"{'norm and GELU' if config.run.recompute_pointwise else 'nothing'}"
-    )
-    task = PretrainTask(
-        config,
-        ranks=ranks,
-        engine=engine,
-        durations=durations,
-        log=log,
-        picture_images=_picture_images(config, ranks, loader),
-        out=out,
-        teacher=teacher,
-    )
-    trainer = Trainer(
-        config,
-        ranks=ranks,
-        engine=engine,
-        task=task,
-        loader=loader,
-        durations=durations,
-        writer=CheckpointWriter(out / "checkpoints", ranks, keep=config.run.keep_checkpoints),
-        log=log,
-        progress=progress,
-        micro_batch=plan.micro_batch,
-        accumulation=plan.accumulation,
-    )
-    log.say(f"first step begins {seconds_since_process_start():.1f} s after the start of this process")
-    try:
-        trainer.run()
-        for line in [*closing_lines(out), _next_command(out)]:
-            log.say(line)
-    finally:
-        log.close()
-        loader.close()
-    return out
+    def recipe_out(self, name: str) -> str:
+        return recipe(name).run.out
+
+    def open_data(
+        self, plan: RunPlan[PretrainConfig], closing: ExitStack
+    ) -> tuple[RunPlan[PretrainConfig], TrainLoader]:
+        loader = build_loader(plan, ImageShape.of(plan.config.model))
+        closing.callback(loader.close)
+        return plan, loader
+
+    def build_model(self, plan: RunPlan[PretrainConfig]) -> MIRL:
+        config, device = plan.config, plan.ranks.device
+        torch.manual_seed(config.run.seed)
+        model = MIRL(config.model)
+        set_computation(model, config.run, device)
+        if plan.reader is not None:
+            load_weights(model, plan.reader)
+        if config.model.vgg_loss:
+            perceptual = PerceptualLoss(read_vgg(config.run.vgg_weights), config.model.mean, config.model.std)
+            dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+            model.set_perceptual(perceptual.to(device, dtype))
+        return model.to(device)
+
+    def build_task(self, parts: RunParts[PretrainConfig]) -> PretrainTask:
+        config, ranks = parts.plan.config, parts.plan.ranks
+        return PretrainTask(
+            config, ranks=ranks, engine=parts.engine, durations=parts.durations, log=parts.log,
+            picture_images=_picture_images(config, ranks, parts.loader), out=parts.plan.out,
+            teacher=_build_teacher(config, parts.engine),
+        )  # fmt: skip
+
+    def opening_lines(self, plan: RunPlan[PretrainConfig], parameters: int) -> list[str]:
+        config, model = plan.config, plan.config.model
+        return [
+            f"recipe {config.recipe}, out {config.run.out} (resolved configuration in config.json)",
+            f"model {model.name}: depth {model.depth}, width {model.width}, G {model.segments}, {model.variant} "
+            f"variant, objective {model.objective}, {parameters / 1e6:.1f} M parameters; image "
+            f"{model.image_height}x{model.image_width}x{model.channels}, patch {model.patch_size}, mask "
+            f"{model.mask_ratio:g}",
+        ]
+
+    def closing_lines(self, out: Path) -> list[str]:
+        return [f"reconstruct your own images: mirl visualize {os.fspath(newest_checkpoint(out))} IMAGE ..."]
 
 
-def _build_model(plan: Plan) -> MIRL:
-    """The model on its device with its first weights."""
-    config, device = plan.config, plan.ranks.device
-    torch.manual_seed(config.run.seed)
-    model = MIRL(config.model)
-    if config.run.activation_checkpointing != "none":
-        model.set_activation_checkpointing(config.run.activation_checkpointing)
-    fused = device.type == "cuda" if config.run.fused == "auto" else config.run.fused == "on"
-    model.set_execution(Execution(fused_norm=fused, fused_gelu=fused, recompute=config.run.recompute_pointwise))
-    if plan.reader is not None:
-        load_weights(model, plan.reader)
-    if config.model.vgg_loss:
-        perceptual = PerceptualLoss(read_vgg(config.run.vgg_weights), config.model.mean, config.model.std)
-        dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
-        model.set_perceptual(perceptual.to(device, dtype))
-    return model.to(device)
-
-
-def _build_teacher(plan: Plan, engine: TrainEngine) -> EmaTeacher | None:
-    """The teacher of the feature loss: as saved, or a copy of the weights that the run begins with."""
-    config = plan.config
+def _build_teacher(config: PretrainConfig, engine: TrainEngine) -> EmaTeacher | None:
+    """The teacher of the feature loss, a copy of the weights that the run begins with; None without that loss."""
     if not config.model.feature_loss:
         return None
     if engine.stage == 3:
@@ -140,8 +91,6 @@ def _build_teacher(plan: Plan, engine: TrainEngine) -> EmaTeacher | None:
         )
     teacher = EmaTeacher(engine.module, config.model, config.optim.teacher_decay)
     teacher.set_execution(dataclasses.replace(engine.module.execution, recompute=False))
-    if plan.reader is not None and config.run.resume:
-        PretrainTask.load_teacher(teacher, plan.reader.read)
     return teacher
 
 
@@ -169,20 +118,3 @@ def _picture_images(config: PretrainConfig, ranks: Ranks, loader: TrainLoader) -
             chosen.append(image)
             break
     return torch.cat(chosen).to(ranks.device) if chosen else None
-
-
-def _opening(config: PretrainConfig, parameters: int) -> list[str]:
-    model = config.model
-    return [
-        f"MIRL engine {__version__}  torch {torch.__version__}  deepspeed {DEEPSPEED_VERSION}",
-        f"recipe {config.recipe}, out {config.run.out} (resolved configuration in config.json)",
-        f"model {model.name}: depth {model.depth}, width {model.width}, G {model.segments}, {model.variant} variant, "
-        f"objective {model.objective}, {parameters / 1e6:.1f} M parameters; image "
-        f"{model.image_height}x{model.image_width}x{model.channels}, patch {model.patch_size}, mask "
-        f"{model.mask_ratio:g}",
-    ]
-
-
-def _next_command(out: Path) -> str:
-    newest = (out / "checkpoints" / "latest").read_text().strip()
-    return f"reconstruct your own images: mirl visualize {os.path.join(out, 'checkpoints', newest)} IMAGE ..."

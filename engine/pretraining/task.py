@@ -80,12 +80,12 @@ class PretrainTask:
                 if index % self.ranks.world_size == self.ranks.rank:
                     yield Fragment(name=name, kind=TEACHER, start=0, tensor=parameter.detach().flatten())
 
-    @staticmethod
     @torch.no_grad()
-    def load_teacher(teacher: EmaTeacher, read: FragmentReader) -> None:
-        """Set ``teacher`` from a checkpoint of a run that had one; the reader raises UserError where it had none."""
-        for name, parameter in teacher.named_parameters():
-            parameter.copy_(read(name, TEACHER, 0, parameter.numel()).reshape(parameter.shape))
+    def load(self, read: FragmentReader) -> None:
+        """Set the teacher, if there is one, from a checkpoint of a run that had one."""
+        if self.teacher is not None:
+            for name, parameter in self.teacher.named_parameters():
+                parameter.copy_(read(name, TEACHER, 0, parameter.numel()).reshape(parameter.shape))
 
     def _noise(self, seed: int, step: int, first: int, batch: int) -> Tensor:
         noise = mask_noise(seed, step, first, batch, self.config.model.num_patches)

@@ -10,7 +10,7 @@ from mirl.dataloaders import TrainLoader, build_train_loader, prepare_demo
 from mirl.engine.configuration.config import Config
 from mirl.engine.distributed.launch import Ranks, cores_per_rank
 from mirl.engine.models import ModelConfig
-from mirl.engine.training.run_setup import Plan
+from mirl.engine.training.plan import RunPlan
 from mirl.errors import UserError
 
 
@@ -31,7 +31,7 @@ class ImageShape:
         )
 
 
-def build_loader(plan: Plan, shape: ImageShape, **options: Any) -> TrainLoader:
+def build_loader(plan: RunPlan[Any], shape: ImageShape, **options: Any) -> TrainLoader:
     """The training loader of this rank; ``options`` go to `build_train_loader`. UserError where ranks differ."""
     config, ranks = plan.config, plan.ranks
     sources = [Path(path) for path in config.data.data]

@@ -50,6 +50,8 @@ class RunLog:
         self.out, self.is_main = out, is_main
         self._bar: tqdm | None = None
         self._board: Any = None
+        self._lines: Any = None
+        self._metrics: Any = None
         self._problems: set[str] = set()
 
     def open(self, *, total_steps: int, start_step: int, tensorboard: bool) -> None:
@@ -106,6 +108,8 @@ class RunLog:
         if self._board is not None:
             self._on_board(lambda board: board.close())
         for stream in (self._metrics, self._lines):
+            if stream is None:
+                continue
             try:
                 stream.close()
             except OSError as error:

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mirl.dataloaders import Batch
-from mirl.engine.distributed.ds_engine import Fragment
+from mirl.engine.distributed.ds_engine import Fragment, FragmentReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,4 +48,12 @@ class Task(Protocol):
 
     def fragments(self) -> Iterable[Fragment]:
         """This rank's part of the task's own state, saved beside weights and moments."""
+        ...
+
+    def load(self, read: FragmentReader) -> None:
+        """Set the task's own state from a checkpoint that `fragments` was saved in; called where a run is resumed.
+
+        Raises:
+            UserError: the checkpoint was written by a run without that state.
+        """
         ...

@@ -30,6 +30,10 @@ class Window:
         self.micro_batches += 1
         self.images += images
 
+    def leave_out(self, seconds: float) -> None:
+        """Count ``seconds`` of the window as no part of its steps."""
+        self.started += seconds
+
     def reduce(self, ranks: Ranks, term_names: tuple[str, ...], bad_images: int) -> dict[str, float]:
         """Mean loss and terms over ranks and micro-batches, sum of ``bad_images``; the host waits for the device."""
         sums = torch.cat([self.loss.reshape(1), self.terms]).double() / self.micro_batches

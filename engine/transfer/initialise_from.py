@@ -1,4 +1,4 @@
-"""The weights that a classifier starts from: those of a pre-trained encoder, some of them fresh again."""
+"""The weights that fine-tuning starts from: those of a pre-trained encoder, some of them fresh again."""
 
 from __future__ import annotations
 
@@ -9,67 +9,63 @@ from torch import Tensor
 
 from mirl.engine.models.config import ModelConfig
 from mirl.engine.models.initialise import initialise
-from mirl.engine.transfer.classification.classifier import Classifier
+from mirl.engine.transfer.encoder_model import EncoderModel
 from mirl.errors import UserError
 
 _SAME = ("width", "heads", "mlp_width", "patch_size", "channels", "depth")
 
 
-def initialise_from(
-    classifier: Classifier, source_config: ModelConfig, encoder_weights: dict[str, Tensor]
-) -> list[str]:
-    """Set the weights of ``classifier.encoder``; returns one line for each thing that is not simply taken over.
+def initialise_from(model: EncoderModel, source_config: ModelConfig, encoder_weights: dict[str, Tensor]) -> list[str]:
+    """Set the weights of ``model.encoder``; returns one line for each thing that is not simply taken over.
 
     encoder_weights: under timm's names without a prefix, as `mirl.engine.checkpoints.pretrained.load_encoder` returns
-    them. ``norm`` is left out by the pool "avg", which has none. The blocks that a model pre-trained truncated lacks,
+    them. ``norm`` is left out where the model has none. The blocks that a model pre-trained truncated lacks,
     and the head, stay as they were initialised. Trained positions start from the fixed ones.
 
     Raises:
         UserError: an encoder of another shape, or weights that are missing, superfluous or of another shape.
     """
-    assert classifier.position_grid == source_config.grid, "the classifier was made for the positions of another grid"
+    assert model.position_grid == source_config.grid, "the model was made for the positions of another grid"
     for name in _SAME:
-        ours, theirs = getattr(classifier.config, name), getattr(source_config, name)
+        ours, theirs = getattr(model.config, name), getattr(source_config, name)
         if ours != theirs:
             raise UserError(
                 f"{name} is {ours} and the pre-trained encoder has {theirs}: fine-tune with the model it was made with"
             )
     remarks = []
-    built, depth = source_config.built_depth, classifier.config.depth
+    built, depth = source_config.built_depth, model.config.depth
     if built < depth:
         remarks.append(f"blocks {built} to {depth - 1} are fresh: the model was pre-trained truncated to {built}")
     expected = {
         name: parameter
-        for name, parameter in classifier.encoder.named_parameters()
+        for name, parameter in model.encoder.named_parameters()
         if name != "pos_embed" and _block(name) < built
     }
     found = dict(encoder_weights)
-    if classifier.pool == "avg":
+    if not any(name.startswith("norm.") for name in expected):
         found = {name: value for name, value in found.items() if not name.startswith("norm.")}
     _require_same(expected, found)
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(found[name])
-    if classifier.position_grid != classifier.config.grid:
-        remarks.append(
-            f"positions are resampled from {_grid(classifier.position_grid)} to {_grid(classifier.config.grid)}"
-        )
+    if model.position_grid != model.config.grid:
+        remarks.append(f"positions are resampled from {_grid(model.position_grid)} to {_grid(model.config.grid)}")
     return remarks
 
 
 @torch.no_grad()
-def reinit_last(classifier: Classifier, blocks: int, seed: int) -> None:
+def reinit_last(model: EncoderModel, blocks: int, seed: int) -> None:
     """Initialise the last ``blocks`` blocks afresh (Fig. 2 of the paper), from ``seed`` alone; the head is not touched.
 
     Raises:
         UserError: there are not so many.
     """
-    depth = classifier.config.depth
+    depth = model.config.depth
     if not 0 <= blocks <= depth:
         raise UserError(f"reinit_last is {blocks} and the encoder has {depth} blocks: give 0 to {depth}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for block in classifier.encoder.blocks[depth - blocks :]:
+        for block in model.encoder.blocks[depth - blocks :]:
             initialise(block)
 
 

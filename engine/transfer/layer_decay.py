@@ -7,11 +7,11 @@ from collections import defaultdict
 from torch import nn
 
 from mirl.engine.training.optimizer import assert_covered_once, takes_weight_decay
-from mirl.engine.transfer.classification.classifier import Classifier
+from mirl.engine.transfer.encoder_model import EncoderModel
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Layer of a `Classifier`'s parameter: 0 for what comes before the blocks, i + 1 for block i, L + 1 after them."""
+    """Layer of a parameter of an `EncoderModel`: 0 before the blocks, i + 1 in block i, L + 1 after them."""
     if name.startswith("encoder.blocks."):
         return int(name.split(".")[2]) + 1
     if name.startswith(("encoder.patch_embed.", "encoder.cls_token", "encoder.pos_embed")):
@@ -19,7 +19,7 @@ def layer_of(name: str, depth: int) -> int:
     return depth + 1
 
 
-def layer_decay_groups(model: Classifier, *, weight_decay: float, decay: float) -> list[dict]:
+def layer_decay_groups(model: EncoderModel, *, weight_decay: float, decay: float) -> list[dict]:
     """One parameter group for each layer and weight decay, its "lr_scale" decay ** (L + 1 - layer).
 
     `TrainEngine.step` multiplies the learning rate by "lr_scale". Weight decay as in pre-training, on matrices only;

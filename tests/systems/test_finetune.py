@@ -18,7 +18,7 @@ from mirl.engine.cli import dispatch
 from mirl.engine.configuration.flags import build_parser, parse
 from mirl.engine.models.pixels import normalise_images
 from mirl.engine.transfer.classification.command_line import FINETUNE
-from mirl.engine.transfer.load import load_classifier
+from mirl.engine.transfer.classification.load import load_classifier
 from tests.support.runs import equal_tensors, losses, records
 
 SHORT = [

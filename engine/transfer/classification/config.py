@@ -66,6 +66,18 @@ class FinetuneConfig(Config):
     model: ModelConfig | None = None
     classes: tuple[str, ...] = ()
 
+    @property
+    def pretrained(self) -> ModelConfig:
+        """``source``, once the checkpoint has been read."""
+        assert self.source is not None
+        return self.source
+
+    @property
+    def encoder(self) -> ModelConfig:
+        """``model``, once the checkpoint has been read."""
+        assert self.model is not None
+        return self.model
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, source: str) -> FinetuneConfig:
         """As `Config.from_dict`, with the two models and the classes."""

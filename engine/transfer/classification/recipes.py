@@ -6,8 +6,10 @@ Figures of the paper are ImageNet-1K top-1 after fine-tuning, from its authors' 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from mirl.engine.configuration.config import DataConfig, LogConfig, OptimConfig, RunConfig
+from mirl.engine.configuration.overrides import override_by_keyword
 from mirl.engine.transfer.classification.config import FinetuneConfig, FinetuneSection
 from mirl.errors import UserError
 
@@ -65,8 +67,12 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
 }  # fmt: skip
 
 
-def recipe(name: str) -> FinetuneConfig:
-    """The recipe called ``name``; UserError lists the names."""
+def finetune_recipe(name: str, **changes: Any) -> FinetuneConfig:
+    """The recipe called ``name``, with single settings changed; they have the names of the flags.
+
+    Raises:
+        UserError: no such recipe or setting, or settings that do not fit together.
+    """
     if name not in RECIPES:
         raise UserError(f"recipe is {name!r}: choose one of {', '.join(RECIPES)}")
-    return RECIPES[name]()
+    return override_by_keyword(RECIPES[name](), changes)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mirl.dataloaders import Batch, EvalLoader
 from mirl.engine.accounting.flops import classifier_macs
-from mirl.engine.distributed.ds_engine import Fragment, TrainEngine
+from mirl.engine.distributed.ds_engine import Fragment, FragmentReader, TrainEngine
 from mirl.engine.distributed.launch import Ranks
 from mirl.engine.models.config import ModelConfig
 from mirl.engine.training.ema import ShardedEma
@@ -34,7 +34,7 @@ class FinetuneTask:
         augmentation: BatchAugmentation,
         ema: ShardedEma | None,
         val: EvalLoader | None,
-        eval_every: int,
+        eval_every: int | None,
     ) -> None:
         self.ranks, self.engine, self.log, self.augmentation = ranks, engine, log, augmentation
         self.ema, self.val, self.eval_every = ema, val, eval_every
@@ -58,7 +58,8 @@ class FinetuneTask:
 
     def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> None:
         """Top-1, top-5 and loss of the weights, and of their average, at the interval and at the end."""
-        if self.val is None or not (step % self.eval_every == 0 or last):
+        due = last or (self.eval_every is not None and step % self.eval_every == 0)
+        if self.val is None or not due:
             return
         try:
             self.scores = {"": evaluate(self.engine.module, self.val, self.ranks.device, interrupted)}
@@ -82,3 +83,8 @@ class FinetuneTask:
         """This rank's part of the average."""
         if self.ema is not None:
             yield from self.ema.fragments()
+
+    def load(self, read: FragmentReader) -> None:
+        """Set the average, if there is one, from a checkpoint of a run that had one."""
+        if self.ema is not None:
+            self.ema.load(read)

@@ -16,8 +16,8 @@ from mirl.engine.models.teacher import EmaTeacher
 from mirl.engine.training.noise import mask_noise
 from mirl.engine.transfer.classification.classifier import Classifier
 from mirl.errors import UserError
-from tests.engine.models.helpers import make_inputs, tiny_config
 from tests.engine.conftest import write_classes
+from tests.engine.models.helpers import make_inputs, tiny_config
 
 
 @pytest.mark.parametrize("settings", [{}, {"feature_loss": 1.0}, {"vgg_loss": 1.0}, {"drop_path": 0.5}], ids=str)

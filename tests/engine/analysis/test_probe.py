@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from mirl.dataloaders import load_images
-from mirl.engine.analysis.features import LabelledFeatures, count_classes, extract_features, frozen_encoder
+from mirl.engine.analysis.features import LabelledFeatures, count_classes, extract_features, load_frozen_encoder
 from mirl.engine.analysis.linear_probe import hold_out, train_linear_probe
 from mirl.engine.analysis.nearest_neighbours import knn_votes
 from mirl.engine.checkpoints.pretrained import load_pretrained
 from mirl.engine.commands.probe import main
 from mirl.engine.transfer.classification.classifier import all_visible, pool_tokens
 from mirl.errors import UserError
-from tests.engine.models.helpers import tiny_config
 from tests.engine.conftest import write_classes
+from tests.engine.models.helpers import tiny_config
 
 CPU = torch.device("cpu")
 CONFIG = tiny_config()
@@ -91,7 +91,7 @@ def test_features_are_those_of_the_pretrained_encoder(pool, checkpoint, tmp_path
     path = checkpoint(CONFIG)
     data = write_classes(tmp_path / "train", {"a": 5, "b": 4}, size=(16, 24))
     (data / "a" / "02.png").write_bytes(b"broken")
-    model = frozen_encoder(path, CPU)
+    model = load_frozen_encoder(path, CPU)
     found = extract_features(model, data, pool=pool, device=CPU, batch_size=2, threads=1)
     assert found.features.shape == (8, 24) and found.labels.tolist() == [0] * 4 + [1] * 4
     assert found.classes == ["a", "b"] and found.skipped == 1
@@ -106,7 +106,7 @@ def test_features_are_those_of_the_pretrained_encoder(pool, checkpoint, tmp_path
 
 def test_a_truncated_encoder_is_probed_at_the_depth_it_has(checkpoint):
     path = checkpoint(tiny_config(objective="truncated", truncated_depth=3, segments=1, did=False))
-    assert len(frozen_encoder(path, CPU).encoder.blocks) == 3
+    assert len(load_frozen_encoder(path, CPU).encoder.blocks) == 3
 
 
 def test_labels_without_names_are_compared_by_number():

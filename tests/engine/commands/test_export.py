@@ -22,7 +22,7 @@ from mirl.engine.models.interop.timm_keys import timm_arguments
 from mirl.engine.models.positions import resample_positions
 from mirl.engine.transfer.classification.classifier import Classifier
 from mirl.engine.transfer.classification.config import FinetuneConfig
-from mirl.engine.transfer.load import load_classifier
+from mirl.engine.transfer.classification.load import load_classifier
 from mirl.errors import UserError
 from tests.engine.models.helpers import make_model, tiny_config
 

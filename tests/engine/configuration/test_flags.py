@@ -8,7 +8,8 @@ import json
 import pytest
 
 from mirl.engine.configuration.config import PretrainConfig
-from mirl.engine.configuration.flags import PRETRAIN, build_parser, parse_pretrain
+from mirl.engine.configuration.flags import build_parser
+from mirl.engine.pretraining.command_line import PRETRAIN, parse_pretrain
 from mirl.engine.pretraining.recipes import RECIPES, recipe
 
 

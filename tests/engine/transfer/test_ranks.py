@@ -12,8 +12,8 @@ import torch
 from mirl.engine.distributed.ds_engine import TrainEngine
 from mirl.engine.distributed.launch import Ranks
 from mirl.engine.training.ema import ShardedEma
-from tests.engine.transfer import ranks_worker
 from tests.engine.conftest import write_classes
+from tests.engine.transfer import ranks_worker
 from tests.support.ranks import run_ranks
 
 CASES = {

@@ -1,0 +1,24 @@
+"""What `engine/pretrain.py` offers on its command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mirl.engine.configuration.config import PretrainConfig
+from mirl.engine.configuration.flags import CommandLine, parse
+from mirl.engine.pretraining.recipes import DEFAULT_RECIPE, RECIPES
+
+PRETRAIN = CommandLine(
+    kind=PretrainConfig,
+    recipes=RECIPES,
+    default=DEFAULT_RECIPE,
+    prog="engine/pretrain.py",
+    usage="deepspeed engine/pretrain.py --deepspeed_config ds_configs/zero2.json [--recipe NAME] [--data PATH ...] "
+    "[flags]",
+    description="Pre-train a Vision Transformer by Masked Image Residual Learning.",
+)
+
+
+def parse_pretrain(argv: Sequence[str]) -> PretrainConfig:
+    """The pre-training configuration that ``argv`` asks for; see `parse`."""
+    return parse(PRETRAIN, argv)

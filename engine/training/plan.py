@@ -1,0 +1,98 @@
+"""What a run settles before anything is built, on all ranks alike: batch, precision, folder, starting checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from mirl.engine.checkpoints.reader import CheckpointReader
+from mirl.engine.configuration.config import Config
+from mirl.engine.distributed.ds_config import read_ds_config, resolve_batch, resolve_ds_config, resolve_precision
+from mirl.engine.distributed.launch import Ranks, cores_per_rank
+from mirl.engine.training.run_folder import choose_out, choose_start
+from mirl.errors import UserError
+
+T = TypeVar("T")
+C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan(Generic[C]):
+    """The settled configuration of a run and what follows from it on this machine.
+
+    reader: the checkpoint that the weights come from, None where they are fresh.
+    remarks: lines for the log that say which checkpoint was taken and why.
+    """
+
+    config: C
+    ranks: Ranks
+    out: Path
+    micro_batch: int
+    accumulation: int
+    ds_config: dict[str, Any]
+    precision: str
+    precision_reason: str
+    reader: CheckpointReader | None
+    remarks: list[str]
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run goes on with an earlier one, and does not merely start from its weights."""
+        return self.reader is not None and bool(self.config.run.resume)
+
+    def with_config(self, config: C) -> RunPlan[C]:
+        """The same plan for ``config``, which became fuller as checkpoints and data were read."""
+        return dataclasses.replace(self, config=config)
+
+
+def make_plan(config: C, ranks: Ranks, *, recipe_out: str) -> RunPlan[C]:
+    """Settle ``config`` on this machine; ``recipe_out`` is the folder that its recipe writes to by default.
+
+    Raises:
+        UserError: the configuration cannot be run here; nothing was written.
+    """
+    if ranks.device.type == "cpu":
+        torch.set_num_threads(config.run.cpu_threads or cores_per_rank(ranks.local_world_size))
+    micro_batch, accumulation = resolve_batch(config, ranks.world_size)
+    raw = read_ds_config(config.run.deepspeed_config)
+    precision, reason = _precision(config, raw, ranks)
+    ds_config = resolve_ds_config(
+        raw, config, micro_batch=micro_batch, accumulation=accumulation, precision=precision, device=ranks.device
+    )
+    out = agree_on_main(ranks, lambda: choose_out(config, recipe_out))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(out)))
+    path, remarks = agree_on_main(ranks, lambda: choose_start(config, out))
+    return RunPlan(
+        config=config, ranks=ranks, out=out, micro_batch=micro_batch, accumulation=accumulation, ds_config=ds_config,
+        precision=precision, precision_reason=reason, reader=CheckpointReader(path) if path else None, remarks=remarks,
+    )  # fmt: skip
+
+
+def agree_on_main(ranks: Ranks, call: Callable[[], T]) -> T:
+    """Call ``call`` on rank 0 and return its result on every rank.
+
+    Raises:
+        UserError: ``call`` raised UserError or OSError on rank 0; raised on every rank.
+    """
+    result, problem = None, None
+    if ranks.is_main:
+        try:
+            result = call()
+        except (UserError, OSError) as error:
+            problem = str(error)
+    result, problem = ranks.broadcast((result, problem))
+    if problem:
+        raise UserError(problem)
+    return result
+
+
+def _precision(config: Config, ds_config: dict[str, Any], ranks: Ranks) -> tuple[str, str]:
+    """``(precision, reason)``; a DeepSpeed file that says true or false decides where the run says auto."""
+    if config.run.precision == "auto" and isinstance(asked := ds_config.get("bf16", {}).get("enabled", "auto"), bool):
+        return ("bf16" if asked else "fp32"), f"bf16.enabled in {config.run.deepspeed_config}"
+    return resolve_precision(config.run.precision, ranks.device)

@@ -1,0 +1,178 @@
+"""The order of a training run, once for every kind of run.
+
+A kind of run is a `RunKind`: it opens its data, builds its model and its task, and says what it is. Everything else,
+from the process group to the last checkpoint, stands here. docs/architecture.md shows how to add a kind.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from mirl.dataloaders import TrainLoader
+from mirl.engine.checkpoints.files import write_whole
+from mirl.engine.configuration.config import Config
+from mirl.engine.distributed.ds_engine import FragmentReader, TrainEngine
+from mirl.engine.distributed.launch import Ranks, is_lost_peer, join, leave, seconds_since_process_start
+from mirl.engine.errors import LostRank
+from mirl.engine.training.computing import compile_where_chosen, require_attention
+from mirl.engine.training.optimizer import build_optimizer
+from mirl.engine.training.plan import RunPlan, agree_on_main, make_plan
+from mirl.engine.training.run_folder import Progress, refuse_finished, restore_progress
+from mirl.engine.training.run_log import RunLog
+from mirl.engine.training.saving import Saver
+from mirl.engine.training.schedule import Durations
+from mirl.engine.training.task import Task
+from mirl.engine.training.telling import closing_lines, describe_computation, describe_run, describe_versions
+from mirl.engine.training.trainer import Trainer
+
+C = TypeVar("C", bound=Config)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunParts(Generic[C]):
+    """What stands ready when a task is built."""
+
+    plan: RunPlan[C]
+    loader: TrainLoader
+    engine: TrainEngine
+    durations: Durations
+    progress: Progress
+    log: RunLog
+
+
+class RunKind(ABC, Generic[C]):
+    """What one kind of run adds to `run_training`, in the order in which it is asked. An instance serves one run."""
+
+    @abstractmethod
+    def recipe_out(self, recipe: str) -> str:
+        """The folder that ``recipe`` writes to by default."""
+
+    @abstractmethod
+    def open_data(self, plan: RunPlan[C], closing: ExitStack) -> tuple[RunPlan[C], TrainLoader]:
+        """Open the training data; the plan comes back with what only the data or a checkpoint could tell.
+
+        Whatever has threads or processes is registered with ``closing`` as soon as it exists.
+        """
+
+    @abstractmethod
+    def build_model(self, plan: RunPlan[C]) -> nn.Module:
+        """The model on its device, with the weights that the run starts from."""
+
+    def parameter_groups(self, plan: RunPlan[C], model: nn.Module) -> list[dict[str, Any]] | None:
+        """AdamW's parameter groups; None for those of `build_optimizer`: weight decay on matrices alone."""
+        return None
+
+    def exact_weights(self, plan: RunPlan[C], model: nn.Module) -> FragmentReader | None:
+        """A reader of the fp32 weights that a fresh run starts from; None where the rounded ones of ``model`` do."""
+        return None
+
+    @abstractmethod
+    def build_task(self, parts: RunParts[C]) -> Task:
+        """The task of the loop, fresh; `Task.load` follows where the run is resumed."""
+
+    @abstractmethod
+    def opening_lines(self, plan: RunPlan[C], parameters: int) -> list[str]:
+        """Lines of the log that say what is trained; ``parameters`` counts those of the model."""
+
+    def closing_lines(self, out: Path) -> list[str]:
+        """Lines of the log that say what to do next with run folder ``out``."""
+        return []
+
+
+def run_training(config: C, kind: RunKind[C]) -> Path:
+    """Run ``config`` on this rank, as ``kind`` says; returns the run's folder.
+
+    Raises:
+        UserError: the configuration cannot be run here; nothing was written.
+        mirl.engine.errors.Diverged, Preempted, NotSaved: see `Trainer.run`.
+        mirl.engine.errors.LostRank: another rank is gone.
+    """
+    return on_this_rank(lambda ranks: _train(config, kind, ranks))
+
+
+def on_this_rank(body: Callable[[Ranks], T]) -> T:
+    """``body(ranks)`` in the process group of this run; LostRank where another rank is gone."""
+    ranks = join()
+    try:
+        return body(ranks)
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        raise LostRank(
+            "another rank is gone (its own message, or its launcher's, says why); checkpoints are intact: the same "
+            "command with --resume auto goes on from the last one"
+        ) from error
+    finally:
+        leave()
+
+
+def _train(config: C, kind: RunKind[C], ranks: Ranks) -> Path:
+    with ExitStack() as closing:
+        # What is trained, on what, from where.
+        plan = make_plan(config, ranks, recipe_out=kind.recipe_out(config.recipe))
+        plan, loader = kind.open_data(plan, closing)
+        config, out = plan.config, plan.out
+        durations = Durations.resolve(config.optim, config.run, config.log, steps_per_epoch=loader.steps_per_epoch)
+        model = kind.build_model(plan)
+        progress = Progress()
+        if plan.resumes:
+            progress = restore_progress(plan.reader, config.optim.batch_size, loader)
+            refuse_finished(out, progress.step, durations.total_steps)
+
+        # The engine with its fp32 state, and the task.
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        optimizer = build_optimizer(model, config.optim, ranks.device, kind.parameter_groups(plan, model))
+        weights = plan.reader.read if plan.reader is not None else kind.exact_weights(plan, model)
+        engine = TrainEngine(model, optimizer, plan.ds_config, flat_gradients=config.run.flat_gradients)
+        if weights is not None:
+            engine.load_fragments(weights, optimizer_steps=progress.applied_steps)
+        del weights
+        log = RunLog(out, is_main=ranks.is_main)
+        task = kind.build_task(
+            RunParts(plan=plan, loader=loader, engine=engine, durations=durations, progress=progress, log=log)
+        )
+        if plan.resumes:
+            task.load(plan.reader.read)
+
+        # How it computes; then the first files are written.
+        require_attention(engine.module, ranks.device)
+        compiled = compile_where_chosen(plan, engine)
+        closing.callback(log.close)
+        agree_on_main(ranks, lambda: _open_folder(plan, log, durations, progress.step))
+        for line in [
+            describe_versions(),
+            *kind.opening_lines(plan, parameters),
+            *describe_run(plan, durations, loader, engine),
+            *engine.remarks,
+            *plan.remarks,
+            describe_computation(plan, engine.module, compiled),
+        ]:
+            log.say(line)
+        saver = Saver(
+            config, ranks=ranks, engine=engine, task=task, loader=loader, log=log, progress=progress,
+            folder=out / "checkpoints",
+        )  # fmt: skip
+        trainer = Trainer(
+            config, ranks=ranks, engine=engine, task=task, loader=loader, durations=durations, saver=saver, log=log,
+            progress=progress, micro_batch=plan.micro_batch, accumulation=plan.accumulation,
+        )  # fmt: skip
+        log.say(f"first step begins {seconds_since_process_start():.1f} s after the start of this process")
+        trainer.run()
+        for line in [*closing_lines(out), *kind.closing_lines(out)]:
+            log.say(line)
+    return out
+
+
+def _open_folder(plan: RunPlan[Any], log: RunLog, durations: Durations, start_step: int) -> None:
+    """Make the run's folder, write its configuration and open its log; on rank 0."""
+    plan.out.mkdir(parents=True, exist_ok=True)
+    write_whole(plan.out / "config.json", plan.config.to_json())
+    log.open(total_steps=durations.total_steps, start_step=start_step, tensorboard=plan.config.log.tensorboard)

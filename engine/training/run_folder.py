@@ -1,0 +1,109 @@
+"""Where a run writes, which checkpoint it starts from, and how far that checkpoint has come."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from mirl.dataloaders import TrainLoader
+from mirl.engine.checkpoints.reader import CheckpointReader, find_newest_good, locate
+from mirl.engine.configuration.config import Config
+from mirl.errors import UserError
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run has come. ``step`` counts batches, ``applied_steps`` those whose update was applied."""
+
+    step: int = 0
+    applied_steps: int = 0
+    nonfinite_in_a_row: int = 0
+    images: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """The fields as they stand in the state of a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`, from the state of a checkpoint, which holds other keys too."""
+        return cls(**{item.name: state[item.name] for item in fields(cls)})
+
+
+def choose_out(config: Config, recipe_out: str) -> Path:
+    """Choose the run's folder.
+
+    The recipe's own name is numbered when it is taken. A folder that the user named is never written over.
+
+    Raises:
+        UserError: the user named a folder that holds a run, and does not resume.
+    """
+    out = Path(config.run.out)
+    if config.run.resume or not _holds_a_run(out):
+        return out
+    if config.run.out != recipe_out:
+        raise UserError(
+            f"out is {out}, which holds a run already: go on with it by --resume auto, or give another --out"
+        )
+    taken = [
+        int(match[1])
+        for path in out.parent.glob(f"{out.name}-*")
+        if (match := re.fullmatch(rf"{re.escape(out.name)}-(\d+)", path.name))
+    ]
+    return out.with_name(f"{out.name}-{max(taken, default=1) + 1}")
+
+
+def _holds_a_run(out: Path) -> bool:
+    return (out / "config.json").exists() or (out / "checkpoints").exists()
+
+
+def choose_start(config: Config, out: Path) -> tuple[Path | None, list[str]]:
+    """``(checkpoint, remarks)``: whose weights the run starts from, None for fresh ones.
+
+    Raises:
+        UserError: no checkpoint in ``out`` is whole, or the one that was named is not there.
+    """
+    if config.run.resume == "auto":
+        found, remarks = find_newest_good(out / "checkpoints")
+        if found is None and remarks:
+            raise UserError(
+                f"no checkpoint in {out / 'checkpoints'} is whole: {'; '.join(remarks)}; move it away to start afresh"
+            )
+        if found is None:
+            return None, [f"FRESH START: --resume auto found no checkpoint in {out / 'checkpoints'}"]
+        return found, [*remarks, f"resumed from {found}"]
+    if config.run.resume:
+        found = locate(Path(config.run.resume))
+        return found, [f"resumed from {found}"]
+    if config.run.init_from:
+        found = locate(Path(config.run.init_from))
+        return found, [f"weights from {found}, everything else fresh"]
+    return None, []
+
+
+def restore_progress(reader: CheckpointReader, batch_size: int, loader: TrainLoader) -> Progress:
+    """Read how far the checkpoint of ``reader`` has come, and set ``loader`` there.
+
+    Raises:
+        UserError: the checkpoint was imported, or trained with another effective batch or other data.
+    """
+    state = reader.state
+    if "optim" not in state["config"]:
+        raise UserError(
+            f"{reader.path} was imported: it holds weights alone, and no run to resume; start one by --init-from"
+        )
+    if state["config"]["optim"]["batch_size"] != batch_size:
+        raise UserError(
+            f"batch_size is {batch_size} and {reader.path} was trained with {state['config']['optim']['batch_size']}: "
+            "keep the effective batch when resuming (--micro-batch sets the accumulation), or use --init-from"
+        )
+    loader.load_state_dict(state["loader"])
+    return Progress.from_state(state)
+
+
+def refuse_finished(out: Path, step: int, total_steps: int) -> None:
+    """UserError where a resumed run has nothing left to do."""
+    if step >= total_steps:
+        raise UserError(f"{out} is finished: {step} of {total_steps} steps; give more --steps or --epochs to go on")

@@ -1,0 +1,113 @@
+"""The state of a run on disk: when a checkpoint is begun, what it holds, and what is told of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mirl.dataloaders import TrainLoader
+from mirl.engine.checkpoints.writer import CheckpointWriter
+from mirl.engine.configuration.config import Config
+from mirl.engine.distributed.ds_engine import Fragment, TrainEngine
+from mirl.engine.distributed.launch import Ranks
+from mirl.engine.errors import NotSaved
+from mirl.engine.training.run_folder import Progress
+from mirl.engine.training.run_log import RunLog
+from mirl.engine.training.task import Task
+
+
+class Saver:
+    """Checkpoints of one run. All ranks make the same calls in the same order."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        ranks: Ranks,
+        engine: TrainEngine,
+        task: Task,
+        loader: TrainLoader,
+        log: RunLog,
+        progress: Progress,
+        folder: Path,
+    ) -> None:
+        self._config, self._ranks, self._engine, self._task = config, ranks, engine, task
+        self._loader, self._log, self._progress = loader, log, progress
+        self._writer = CheckpointWriter(folder, ranks, keep=config.run.keep_checkpoints)
+        self._started = time.perf_counter()
+        self._saved_step = progress.step
+        self._parameter_shapes: dict[str, list[int]] = {}
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the checkpoints."""
+        return self._writer.folder
+
+    def save(self) -> None:
+        """Begin to write a checkpoint of this step, unless the step has one already."""
+        if self._saved_step != self._progress.step:
+            self._writer.save(self._progress.step, self._fragments(), self.state())
+            self._saved_step = self._progress.step
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON values."""
+        if not self._parameter_shapes:
+            self._parameter_shapes = {
+                name: list(getattr(parameter, "ds_shape", parameter.shape))
+                for name, parameter in self._engine.module.named_parameters()
+            }
+        return self._progress.to_dict() | {
+            "steps_per_epoch": self._loader.steps_per_epoch,
+            "world_size": self._ranks.world_size,
+            "zero_stage": self._engine.stage,
+            "loader": self._loader.state_dict(),
+            "parameters": self._parameter_shapes,
+            "config": self._config.to_dict(),
+        }
+
+    def _fragments(self) -> Iterator[Fragment]:
+        yield from self._engine.fragments()
+        yield from self._task.fragments()
+
+    def report(self) -> None:
+        """Tell of checkpoints that were published or failed since the last call."""
+        self._report(*self._writer.poll())
+
+    def wait(self) -> None:
+        """Wait until this rank's part of the last checkpoint is on disk, or has failed."""
+        self._writer.wait()
+
+    def finish(self) -> None:
+        """Wait until every rank's part of the last checkpoint is on disk.
+
+        Raises:
+            NotSaved: the last checkpoint could not be written.
+        """
+        self._writer.wait()
+        published, failure = self._writer.poll()
+        self._report(published, failure)
+        failures = [text for text in self._ranks.gather(failure) if text]
+        if failures:
+            raise NotSaved(
+                f"{failures[0]}; earlier checkpoints in {self.folder} are intact: make room, and the same "
+                "command with --resume auto goes on from the last one"
+            )
+
+    def abandon(self) -> None:
+        """Give up what is being written, because the run ends with an error."""
+        self._writer.abandon()
+
+    def _report(self, published: Path | None, failure: str | None) -> None:
+        if published is not None:
+            self._log.event(
+                "checkpoint",
+                self._progress.step,
+                path=str(published),
+                stall_ms=self._writer.stall_ms(published),
+                stall_percent=100 * self._writer.stall_seconds / (time.perf_counter() - self._started),
+            )
+        if failure is not None:
+            self._log.say(f"warning: {failure}; training goes on, earlier checkpoints are intact")
+            self._log.event("checkpoint_failed", self._progress.step, reason=failure)

@@ -1,0 +1,99 @@
+"""What a run tells of its steps: the figures of a log line, and the names behind a step that was skipped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mirl.dataloaders import TrainLoader
+from mirl.engine.distributed.ds_engine import TrainEngine
+from mirl.engine.distributed.launch import Ranks
+from mirl.engine.training.run_folder import Progress
+from mirl.engine.training.run_log import RunLog, memory_gib, peak_flops
+from mirl.engine.training.schedule import Durations, Schedule
+from mirl.engine.training.task import Task
+from mirl.engine.training.window import Window, line_of
+
+FILES_NAMED = 4  # of a batch that gave a non-finite loss
+
+
+@dataclass(kw_only=True)
+class SeenMicroBatch:
+    """One micro-batch of the current step: enough to say which files gave a non-finite loss."""
+
+    terms: Tensor
+    sample_ids: np.ndarray
+
+
+class StepLog:
+    """The log lines of one run. All ranks make the same calls in the same order; rank 0 writes."""
+
+    def __init__(
+        self,
+        *,
+        ranks: Ranks,
+        engine: TrainEngine,
+        task: Task,
+        loader: TrainLoader,
+        durations: Durations,
+        schedule: Schedule,
+        log: RunLog,
+        progress: Progress,
+        accumulation: int,
+    ) -> None:
+        self._ranks, self._engine, self._task, self._loader = ranks, engine, task, loader
+        self._durations, self._schedule, self._log, self._progress = durations, schedule, log, progress
+        self._accumulation = accumulation
+        self._peak_flops = peak_flops(ranks.device)
+        self.window = self._new_window()
+
+    def _new_window(self) -> Window:
+        return Window(wait_started=self._loader.wait_seconds)
+
+    def write(self) -> None:
+        """Write one line and one record, and begin a new window. Only here the host waits for the device."""
+        step, window = self._progress.step, self.window
+        reduced = window.reduce(self._ranks, self._task.term_names, len(self._loader.bad_images))
+        values: dict[str, Any] = {"step": step} | reduced
+        values |= window.speed(self._ranks, self._accumulation, self._loader.wait_seconds)
+        values |= {
+            "lr": self._schedule.lr(max(0, self._progress.applied_steps - 1)),
+            "gradient_norm": self._engine.gradient_norm(),
+            "memory_gib": memory_gib(self._ranks.device),
+            "images": self._progress.images,
+            "epoch": self._progress.images / self._loader.num_images,
+            "skipped_steps": step - self._progress.applied_steps,
+        }
+        if self._peak_flops:
+            flops = values["images_per_s"] / self._ranks.world_size * self._task.gflops_per_image * 1e9
+            values["mfu_percent"] = 100 * flops / self._peak_flops
+        self._log.metrics(values, line_of(values, self._durations.total_steps))
+        self.window = self._new_window()
+
+    def skipped_step(self, seen: list[SeenMicroBatch]) -> str:
+        """Tell which term, rank and files made a step non-finite on every rank; returns these details."""
+        bad: set[str] = set()
+        files: list[str] = []
+        for item in seen:
+            names = [
+                name
+                for name, finite in zip(self._task.term_names, item.terms.isfinite().tolist(), strict=True)
+                if not finite
+            ]
+            if names:
+                bad.update(names)
+                files += self._loader.paths(item.sample_ids[:FILES_NAMED])
+        reports = self._ranks.gather((sorted(bad), files[:FILES_NAMED]))
+        where = [
+            f"rank {rank}: loss of {', '.join(names)}, files {', '.join(named)}, ..."
+            for rank, (names, named) in enumerate(reports)
+            if names
+        ]
+        detail = "; ".join(where) or "every loss was finite, a gradient was not"
+        step, in_a_row = self._progress.step, self._progress.nonfinite_in_a_row
+        self._log.say(f"step {step} was skipped, {in_a_row} in a row: not finite ({detail})")
+        self._log.event("skipped_step", step, in_a_row=in_a_row, detail=detail)
+        return detail
