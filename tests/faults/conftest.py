@@ -94,17 +94,26 @@ class RankServer:
         return json.loads(self._process.stdout.readline())
 
     def start(
-        self, folder: Path, *arguments: str | Path, ranks: int | list[int] = 2, world_size: int = 0, **start: object
+        self,
+        folder: Path,
+        *arguments: str | Path,
+        ranks: int | list[int] = 2,
+        world_size: int = 0,
+        tiny: bool = True,
+        **start: object,
     ) -> Run:
         """``engine/pretrain.py`` of the tiny model with ``arguments`` on each rank, in ``folder``.
 
-        entry="finetune": ``engine/finetune.py`` instead, with ``arguments`` alone.
+        entry="finetune": ``engine/finetune.py`` instead, with ``arguments`` alone; so too for tiny=False.
         """
         numbers = list(range(ranks)) if isinstance(ranks, int) else ranks
         request = {
             "ranks": numbers,
             "world_size": world_size or len(numbers),
-            "arguments": [*(TINY if start.get("entry", "pretrain") == "pretrain" else ()), *map(str, arguments)],
+            "arguments": [
+                *(TINY if tiny and start.get("entry", "pretrain") == "pretrain" else ()),
+                *map(str, arguments),
+            ],
             "folder": str(folder),
             **start,
         }
