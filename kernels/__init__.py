@@ -1,9 +1,14 @@
 """Kernels of the masked path: exact, deterministic, and nothing of the engine in them.
 
-Each file holds one op: reference in plain torch, Triton kernels, launch config, registration as a torch.library op with
-its autograd, public function. GPU tensors run Triton, CPU tensors plain torch (`describe_dispatch`).
-
+A file holds one op, or two that belong together: reference in plain torch, Triton kernels, launch config, registration
+as a torch.library op with its autograd, public function. GPU tensors run Triton, CPU tensors plain torch
+(`describe_dispatch`).
 """
+
+if __name__ == "kernels":
+    from mirl.namesake import give_way
+
+    give_way(__name__)
 
 from mirl.kernels.attention import AttentionBackend, attention, resolve_attention_backend
 from mirl.kernels.bias_gelu import bias_gelu

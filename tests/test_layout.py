@@ -36,7 +36,7 @@ FLOORS = (
     ("mirl.dataloaders.decoding",),
     ("mirl.dataloaders.sources",),
     ("mirl.kernels",),
-    ("mirl.errors", "mirl.keyed", "mirl.dataloaders.errors"),
+    ("mirl.errors", "mirl.keyed", "mirl.namesake", "mirl.dataloaders.errors"),
 )
 # Their __init__.py name what the rooms inside offer.
 FACES = ("mirl", "mirl.engine", "mirl.dataloaders")
