@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import signal
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-import numpy as np
 import torch
 from PIL import Image
 from skimage import data
@@ -47,19 +49,29 @@ FINETUNE = [
     "--warmup-steps", "5", "--lr", "1e-3", "--drop-path", "0.1", "--ema", "0.99", "--eval-every", "0",
 ]  # fmt: skip
 
+LIBRARIES = (
+    "torch", "torchvision", "numpy", "nvidia-dali-cuda130", "deepspeed", "timm", "pillow", "scikit-image",
+)  # fmt: skip
+# By these a user makes a library compute with other instructions than it would choose.
+SWITCHES = (
+    "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
+    "NPY_DISABLE_CPU_FEATURES", "OPENBLAS_CORETYPE",
+)  # fmt: skip
+
 
 def machine() -> dict[str, str]:
-    """What bit-equal figures depend on: the processor, the vector unit that torch uses, and the libraries."""
-    names = [
-        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return {
-        "processor": names[0] if names else platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
+    """What bit-equal figures depend on: processor, vector unit and instructions in use, and the libraries.
+
+    Virtual machines of one processor name differ in features and cache, by which MKL and oneDNN choose their code.
+    """
+    fields = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    found = {"processor": fields.get("model name", platform.machine())}
+    found |= {key: fields.get(key, "") for key in ("cpu family", "model", "stepping", "cache size")}
+    found["features"] = hashlib.sha256(fields.get("flags", "").encode()).hexdigest()
+    found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    found |= {name: os.environ[name] for name in SWITCHES if name in os.environ}
+    return found | {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
 
 
 def write_images(folder: Path) -> Path:
@@ -82,10 +94,18 @@ def write_vgg(path: Path) -> Path:
     return path
 
 
-def record_runs(
-    server: RankServer, folder: Path, say: Callable[[str], None] = print
-) -> dict[str, list[dict[str, float]]]:
+def record_runs(folder: Path, say: Callable[[str], None] = print) -> dict[str, list[dict[str, float]]]:
     """For each run a record a step: loss, its terms and the gradient norm. ``folder`` is empty and stays full."""
+    # On the CPU where there is a GPU too, and with demo photographs that the present Pillow makes.
+    with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": "", "MIRL_CACHE": str(folder / "cache")}):
+        server = RankServer()
+    try:
+        return _record_runs(server, folder, say)
+    finally:
+        server.close()
+
+
+def _record_runs(server: RankServer, folder: Path, say: Callable[[str], None]) -> dict[str, list[dict[str, float]]]:
     images, vgg = write_images(folder / "images"), write_vgg(folder / "vgg16.pth")
     found = {"demo": _demo(server, folder)}
     for name, flags in SYSTEMS.items():
@@ -121,9 +141,15 @@ def _demo(server: RankServer, folder: Path) -> list[dict[str, float]]:
 
 
 def _figures(out: Path) -> list[dict[str, float]]:
+    """One record a step; the last has the losses of an evaluation too, if there was one, of the weights and of their
+    average. No counts of right answers: an image on the edge between two classes would change them beyond a tolerance.
+    """
     steps = [record for record in records(out) if "loss" in record and "lr" in record][:STEPS]
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
-    return [
+    figures = [
         {key: value for key, value in record.items() if key.startswith("loss") or key in ("lr", "gradient_norm")}
         for record in steps
     ]
+    for record in records(out):
+        figures[-1] |= {key: record[key] for key in ("val_loss", "val_ema_loss") if key in record}
+    return figures

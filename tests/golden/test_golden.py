@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import _server, server  # noqa: F401 - fixtures
 from tests.golden.runs import SYSTEMS, machine, record_runs
 from tests.golden.streams import record_streams
 
@@ -32,8 +31,8 @@ def test_streams():
 
 
 @pytest.fixture(scope="module")
-def runs(_server, tmp_path_factory):  # noqa: F811 - a fixture
-    return record_runs(_server, tmp_path_factory.mktemp("golden"))
+def runs(tmp_path_factory):
+    return record_runs(tmp_path_factory.mktemp("golden"))
 
 
 @pytest.mark.parametrize("name", RUNS["runs"])

@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.faults.conftest import RankServer
 from tests.golden.runs import machine, record_runs
 from tests.golden.streams import record_streams
 from tests.support.launch import CHECKOUT
@@ -20,12 +19,8 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=CHECKOUT, capture_output=True, text=True, check=True
     ).stdout.strip()
-    server = RankServer()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            runs = record_runs(server, Path(folder))
-    finally:
-        server.close()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = record_runs(Path(folder))
     _write("streams.json", {"commit": commit, "streams": record_streams()})
     _write("runs.json", {"commit": commit, "machine": machine(), "runs": runs})
 

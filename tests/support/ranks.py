@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 from typing import Any
 
 from tests.support.launch import CHECKOUT, launch_environment
+
+# The file is named for the parent of the ranks and for their port, which nobody listens on: a new one for each group.
+_ports = itertools.count(30000)
 
 
 def run_ranks(module: str, world_size: int, settings: Any, *arguments: str, timeout: float = 300) -> None:
@@ -23,7 +27,7 @@ def run_ranks(module: str, world_size: int, settings: Any, *arguments: str, time
         "LOCAL_SIZE": str(world_size),
         "CROSS_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",
+        "MASTER_PORT": str(next(_ports)),
     }
     processes = [
         subprocess.Popen(
