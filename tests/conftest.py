@@ -1,4 +1,4 @@
-"""Shared by all tests: the `gpu` marker, one thread, runs as a user would start them, and a small data set."""
+"""Shared by all tests: tiers by mechanism, one thread, runs as a user would start them, and a small data set."""
 
 from __future__ import annotations
 
@@ -9,16 +9,36 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.launch import launch_environment
+from tests.support.launch import CHECKOUT, launch_environment
 from tests.support.runs import write_photographs
+
+# What a test needs decides how long it takes. `make quick` leaves out what stands here or uses one of the fixtures.
+TIERS = {
+    "tests/faults": "ranks",
+    "tests/golden": "ranks",
+    "tests/systems": "ranks",
+    "tests/engine/distributed/test_zero.py": "ranks",
+    "tests/engine/transfer/test_ranks.py": "ranks",
+    "tests/dataloaders/test_memory.py": "process",
+    "tests/dataloaders/test_package.py": "process",
+    "tests/engine/accounting/test_memory.py": "process",
+    "tests/engine/pretraining": "process",
+    "tests/kernels/test_interpreted.py": "process",
+    "tests/engine/training/test_compile.py": "compile",
+    "tests/kernels/test_machine_code.py": "compile",
+}
+TIER_OF_FIXTURE = {"server": "ranks", "run": "process"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     skip = pytest.mark.skip(reason="needs a CUDA GPU; torch.cuda.is_available() is False here")
     for item in items:
-        if "gpu" in item.keywords:
+        place = str(item.path.relative_to(CHECKOUT))
+        tiers = {tier for prefix, tier in TIERS.items() if place.startswith(prefix)}
+        tiers |= {tier for fixture, tier in TIER_OF_FIXTURE.items() if fixture in getattr(item, "fixturenames", ())}
+        for tier in tiers:
+            item.add_marker(tier)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip)
 
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -59,7 +60,7 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def broadcast(self, value: object) -> object:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's ``value``."""
         if self.world_size == 1:
             return value

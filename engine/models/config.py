@@ -11,6 +11,8 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
+from mirl.errors import UserError
+
 VARIANTS = ("paper", "release")
 OBJECTIVES = ("mirl", "mae", "truncated", "multi_decoder", "coarse_to_fine", "fine_to_coarse")
 SINGLE_DECODER = ("mae", "truncated")
@@ -31,7 +33,7 @@ class ModelConfig:
 
     Fields left None are filled in when the object is made: ``decoder_depth`` (2; 1 for vit_s_54 in the
     release; 8 for MAE, as published), ``mean`` and ``std`` (of ImageNet for three channels, 0.5 for any other number).
-    Raises ValueError naming the field, its value and the mend.
+    Raises UserError naming the field, its value and the mend.
     """
 
     name: str = _setting("custom", "name of the model's size")
@@ -76,8 +78,8 @@ class ModelConfig:
     )
     mask_ratio: float = _setting(0.75, "share of patches hidden from the encoder")
     norm_pix: bool = _setting(True, "reconstruct pixels normalised patch by patch, rather than raw ones")
-    mean: tuple[float, ...] | None = _setting(None, "mean of each channel, of values in [0, 1]")
-    std: tuple[float, ...] | None = _setting(None, "standard deviation of each channel, of values in [0, 1]")
+    mean: tuple[float, ...] = _setting(None, "mean of each channel, of values in [0, 1]")
+    std: tuple[float, ...] = _setting(None, "standard deviation of each channel, of values in [0, 1]")
     attention: str = _setting("auto", "attention backend", choices=ATTENTION_BACKENDS)
     drop_path: float = _setting(0.0, "largest rate of stochastic depth, rising linearly over the encoder's blocks")
 
@@ -108,32 +110,32 @@ class ModelConfig:
         ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}: give a whole number of 1 or more")
+                raise UserError(f"{name} is {value!r}: give a whole number of 1 or more")
         if (self.truncated_depth is None) == (self.objective == "truncated"):
-            raise ValueError(
+            raise UserError(
                 f"objective is {self.objective!r} and truncated_depth is {self.truncated_depth}: the objective "
                 "'truncated' needs the number of blocks to build, and no other has one"
             )
         if self.truncated_depth is not None and not 1 <= self.truncated_depth <= self.depth:
-            raise ValueError(f"truncated_depth is {self.truncated_depth}: give a number from 1 to depth ({self.depth})")
+            raise UserError(f"truncated_depth is {self.truncated_depth}: give a number from 1 to depth ({self.depth})")
         for width, heads in (("width", "heads"), ("decoder_width", "decoder_heads")):
             width_value, heads_value = getattr(self, width), getattr(self, heads)
             if width_value % heads_value:
-                raise ValueError(f"{width} is {width_value} and {heads} is {heads_value}: {heads} must divide {width}")
+                raise UserError(f"{width} is {width_value} and {heads} is {heads_value}: {heads} must divide {width}")
             if width_value % 4:
-                raise ValueError(f"{width} is {width_value}: 2-D sin-cos positions need a multiple of 4")
+                raise UserError(f"{width} is {width_value}: 2-D sin-cos positions need a multiple of 4")
         if self.mlp_ratio <= 0 or min(self.mlp_width, self.decoder_mlp_width) < 1:
-            raise ValueError(f"mlp_ratio is {self.mlp_ratio}: give a positive number, e.g. 4")
+            raise UserError(f"mlp_ratio is {self.mlp_ratio}: give a positive number, e.g. 4")
         if self.segments > 1 and self.segments % 2:
-            raise ValueError(f"segments is {self.segments}: decoders work in pairs, give 1 or an even number")
+            raise UserError(f"segments is {self.segments}: decoders work in pairs, give 1 or an even number")
         if self.depth % self.segments:
             divisors = [g for g in range(1, self.depth + 1) if self.depth % g == 0 and (g == 1 or g % 2 == 0)]
-            raise ValueError(
+            raise UserError(
                 f"segments is {self.segments} and depth is {self.depth}: segments must divide depth; "
                 f"choose one of {', '.join(map(str, divisors))}"
             )
         if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path is {self.drop_path}: give a rate of at least 0 and below 1")
+            raise UserError(f"drop_path is {self.drop_path}: give a rate of at least 0 and below 1")
 
     def _check_images(self) -> None:
         for name in ("image_height", "image_width"):
@@ -141,57 +143,57 @@ class ModelConfig:
             if value % self.patch_size:
                 below = value // self.patch_size * self.patch_size
                 nearest = [str(size) for size in (below, below + self.patch_size) if size]
-                raise ValueError(
+                raise UserError(
                     f"{name} is {value} and patch_size is {self.patch_size}: {name} must be a multiple of patch_size, "
                     f"e.g. {' or '.join(nearest)}"
                 )
         if self.norm_pix and self.patch_pixels < 2:
-            raise ValueError(
+            raise UserError(
                 f"norm_pix is True and a patch has {self.patch_pixels} pixel: raise patch_size or set norm_pix to False"
             )
         if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio is {self.mask_ratio}: give a share between 0 and 1, e.g. 0.75")
+            raise UserError(f"mask_ratio is {self.mask_ratio}: give a share between 0 and 1, e.g. 0.75")
         if not 0 < self.num_kept < self.num_patches:
-            raise ValueError(
+            raise UserError(
                 f"mask_ratio is {self.mask_ratio}: it keeps {self.num_kept} of {self.num_patches} patches; "
                 "at least one patch must be kept and one masked: change mask_ratio or the image size"
             )
         for name in ("mean", "std"):
             values = getattr(self, name)
             if len(values) != self.channels:
-                raise ValueError(
+                raise UserError(
                     f"{name} has {len(values)} values and channels is {self.channels}: give one per channel"
                 )
         if min(self.std) <= 0:
-            raise ValueError(f"std is {self.std}: give positive values")
+            raise UserError(f"std is {self.std}: give positive values")
 
     def _check_objective(self) -> None:
         for name, choices in (("variant", VARIANTS), ("objective", OBJECTIVES), ("attention", ATTENTION_BACKENDS)):
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
+                raise UserError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
         if self.objective in SINGLE_DECODER and (self.segments != 1 or self.did):
-            raise ValueError(
+            raise UserError(
                 f"objective is {self.objective!r}, segments is {self.segments} and did is {self.did}: "
                 "it has one decoder and no DID, set segments to 1 and did to False"
             )
         if self.objective in ("multi_decoder", *FREQUENCY) and self.segments == 1:
-            raise ValueError(
+            raise UserError(
                 f"objective is {self.objective!r} and segments is 1: give an even number of segments, or use 'mae'"
             )
         for name in ("feature_loss", "vgg_loss"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: give a weight of zero or more")
+                raise UserError(f"{name} is {getattr(self, name)}: give a weight of zero or more")
             if getattr(self, name) and self.objective in FREQUENCY:
-                raise ValueError(
+                raise UserError(
                     f"{name} is {getattr(self, name)} and objective is {self.objective!r}, whose decoders predict "
                     "parts of the image: use it with another objective"
                 )
         if self.vgg_loss and self.channels != 3:
-            raise ValueError(f"vgg_loss is {self.vgg_loss} and channels is {self.channels}: VGG-16 sees three channels")
+            raise UserError(f"vgg_loss is {self.vgg_loss} and channels is {self.channels}: VGG-16 sees three channels")
         # Below a third of a pixel the sampled filter is nothing but its own error; beyond a patch all is coarse.
         if not 1 / 3 <= self.log_sigma <= self.patch_size:
-            raise ValueError(f"log_sigma is {self.log_sigma}: give a width from 0.34 to patch_size ({self.patch_size})")
+            raise UserError(f"log_sigma is {self.log_sigma}: give a width from 0.34 to patch_size ({self.patch_size})")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -260,18 +262,18 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
     """The configuration of a size of the paper, with single fields replaced.
 
     Objectives ``mae`` and ``truncated`` also set ``segments=1`` and ``did=False``, unless they are given.
-    Raises ValueError on an unknown name or field.
+    Raises UserError on an unknown name or field.
     """
     if name not in _SIZES:
         close = difflib.get_close_matches(name, MODEL_NAMES, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"model is {name!r}: {hint}choose one of {', '.join(MODEL_NAMES)}")
+        raise UserError(f"model is {name!r}: {hint}choose one of {', '.join(MODEL_NAMES)}")
     known = {item.name for item in dataclasses.fields(ModelConfig)}
     unknown = sorted(set(overrides) - known)
     if unknown:
         close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"fields are {', '.join(sorted(known))}"
-        raise ValueError(f"a model has no field {unknown[0]!r}: {hint}")
+        raise UserError(f"a model has no field {unknown[0]!r}: {hint}")
     values: dict[str, Any] = {"name": name, **_SIZES[name]}
     if overrides.get("objective") in SINGLE_DECODER:
         values |= {"segments": 1, "did": False}

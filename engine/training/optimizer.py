@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -23,14 +25,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         if parameter.requires_grad:
             (decayed if takes_weight_decay(parameter) else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    assert_covered_once(model, groups)
+    assert_covered_once(model.parameters(), groups)
     return [group for group in groups if group["params"]]
 
 
-def assert_covered_once(model: nn.Module, groups: list[dict]) -> None:
-    """Every trainable parameter of ``model`` is in exactly one of ``groups``, and nothing else is."""
+def assert_covered_once(parameters: Iterable[nn.Parameter], groups: list[dict]) -> None:
+    """Assert that each trainable one of ``parameters`` is in exactly one of ``groups``, and that nothing else is."""
     covered = [id(parameter) for group in groups for parameter in group["params"]]
-    expected = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    expected = [id(parameter) for parameter in parameters if parameter.requires_grad]
     assert len(covered) == len(set(covered)) and set(covered) == set(expected)
 
 

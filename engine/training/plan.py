@@ -41,9 +41,9 @@ class RunPlan(Generic[C]):
     remarks: list[str]
 
     @property
-    def resumes(self) -> bool:
-        """Whether the run goes on with an earlier one, and does not merely start from its weights."""
-        return self.reader is not None and bool(self.config.run.resume)
+    def resumed_from(self) -> CheckpointReader | None:
+        """The checkpoint that the run goes on with; None for a new run, also where it starts from other weights."""
+        return self.reader if self.config.run.resume else None
 
     def with_config(self, config: C) -> RunPlan[C]:
         """The same plan for ``config``, which became fuller as checkpoints and data were read."""

@@ -123,8 +123,8 @@ def _train(config: C, kind: RunKind[C], ranks: Ranks) -> Path:
         durations = Durations.resolve(config.optim, config.run, config.log, steps_per_epoch=loader.steps_per_epoch)
         model = kind.build_model(plan)
         progress = Progress()
-        if plan.resumes:
-            progress = restore_progress(plan.reader, config.optim.batch_size, loader)
+        if plan.resumed_from is not None:
+            progress = restore_progress(plan.resumed_from, config.optim.batch_size, loader)
             refuse_finished(out, progress.step, durations.total_steps)
 
         # The engine with its fp32 state, and the task.
@@ -139,8 +139,8 @@ def _train(config: C, kind: RunKind[C], ranks: Ranks) -> Path:
         task = kind.build_task(
             RunParts(plan=plan, loader=loader, engine=engine, durations=durations, progress=progress, log=log)
         )
-        if plan.resumes:
-            task.load(plan.reader.read)
+        if plan.resumed_from is not None:
+            task.load(plan.resumed_from.read)
 
         # How it computes; then the first files are written.
         require_attention(engine.module, ranks.device)

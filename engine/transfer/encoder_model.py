@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -11,15 +11,22 @@ from mirl.engine.models.config import ModelConfig
 
 
 class EncoderModel(Protocol):
-    """A model built around an encoder; a classifier is one.
+    """A model built around an encoder; a classifier is one."""
 
-    config: the encoder as it is fine-tuned. position_grid: patches (rows, columns) that its positions were made for,
-    before they were resampled.
-    """
+    @property
+    def config(self) -> ModelConfig:
+        """The encoder as it is fine-tuned."""
+        ...
 
-    config: ModelConfig
-    position_grid: tuple[int, int]
-    encoder: nn.Module
+    @property
+    def position_grid(self) -> tuple[int, int]:
+        """Patches (rows, columns) that the positions were made for, before they were resampled."""
+        ...
+
+    @property
+    def encoder(self) -> Any:
+        """The encoder: ``blocks`` and what comes before and after them."""
+        ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """As of any `torch.nn.Module`."""

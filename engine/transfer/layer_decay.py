@@ -38,5 +38,5 @@ def layer_decay_groups(model: EncoderModel, *, weight_decay: float, decay: float
         {"params": members[layer, rate], "weight_decay": rate, "lr_scale": decay ** (depth + 1 - layer)}
         for layer, rate in sorted(members)
     ]
-    assert_covered_once(model, groups)
+    assert_covered_once((parameter for _, parameter in model.named_parameters()), groups)
     return groups

@@ -40,10 +40,10 @@ def load_classifier(
     if weights == "ema" and not config.finetune.ema:
         raise UserError(f"weights is 'ema' and {reader.path} was trained with --ema 0: give last")
     model = Classifier(
-        config.model,
+        config.encoder,
         num_classes=reader.shapes["head.weight"][0],
         pool=config.finetune.pool,
-        position_grid=config.source.grid,
+        position_grid=config.pretrained.grid,
         train_positions=config.finetune.train_positions,
     )
     reader.require_same_model({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})

@@ -179,6 +179,7 @@ def _prepare(num_classes: int, rand_augment: RandAugment | None, batch: Batch) -
 
     num_classes: as asked for, 0 where folders gave the labels, which are then right.
     """
+    assert batch.labels is not None, "the loader was built without labels"
     largest = int(batch.labels.max())
     if num_classes and largest >= num_classes:
         raise UserError(f"data has label {largest} and num_classes is {num_classes}: give at least {largest + 1}")
@@ -192,7 +193,7 @@ def _num_classes(config: FinetuneConfig, loader: TrainLoader) -> int:
         raise UserError(f"num_classes is not given and {config.data.data[0]} has no class folders: give --num-classes")
     if classes is not None and asked and asked < len(classes):
         raise UserError(f"num_classes is {asked} and the data has {len(classes)} classes: give 0 or {len(classes)}")
-    count = asked or len(classes)
+    count = asked or len(classes or ())
     if count < 2:
         raise UserError(f"num_classes is {count} ({config.data.data[0]}): a classifier needs two classes or more")
     return count
