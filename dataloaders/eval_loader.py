@@ -18,6 +18,7 @@ from mirl.dataloaders.sources.base import Source
 from mirl.dataloaders.sources.opening import Data, open_source
 from mirl.dataloaders.stream import Batch, BatchPlan, BatchStream
 from mirl.dataloaders.train_loader import first_array_format, is_data
+from mirl.errors import UserError
 
 
 def build_eval_loader(
@@ -48,14 +49,14 @@ def build_eval_loader(
     """
     for field, value in (("batch_size", batch_size), ("world_size", world_size)):
         if value < 1:
-            raise ValueError(f"{field} is {value}, must be at least 1")
+            raise UserError(f"{field} is {value}, must be at least 1")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank}, must be in 0..{world_size - 1} (world_size {world_size})")
     if len(image_size) != 2 or min(image_size) < 1:
-        raise ValueError(f"image_size is {image_size}, must be (height, width), both at least 1")
+        raise UserError(f"image_size is {image_size}, must be (height, width), both at least 1")
     short = resize_short if resize_short is not None else round(min(image_size) * 256 / 224)
     if short < 1:
-        raise ValueError(f"resize_short is {short}, must be at least 1")
+        raise UserError(f"resize_short is {short}, must be at least 1")
     check_statistics(channels, mean, std)
     source = (
         open_source(data, layout=layout, labels=labels, index_dir=index_dir, split=split) if is_data(data) else data

@@ -16,6 +16,7 @@ from mirl.dataloaders.decoding.resize import CpuResizer
 from mirl.dataloaders.errors import ImageError
 from mirl.dataloaders.sources.base import read_whole_file
 from mirl.dataloaders.sources.tar_source import read_member
+from mirl.errors import UserError
 
 
 def load_images(
@@ -33,7 +34,7 @@ def load_images(
 
     paths: files, or members of indexed shards as loaders name them (shard.tar::member). index_dir: where the shards'
     indexes are; default: beside them. resize_short: the shorter side
-    before the crop; default: as small as covers image_size. ValueError names the first file that cannot be used.
+    before the crop; default: as small as covers image_size. UserError names the first file that cannot be used.
     """
     if not paths:
         raise ValueError("paths is empty; give at least one image")
@@ -63,7 +64,7 @@ def _decode_whole(files: list[bytes], names: list[str], channels: int) -> tuple[
             header = read_header(file)
             native = file if header.native else as_portable_pixmap(decode_with_pillow(file, channels))
         except ImageError as error:
-            raise ValueError(f"{name}: {error}; give another image") from None
+            raise UserError(f"{name}: {error}; give another image") from None
         encoded.append(np.frombuffer(native, np.uint8))
         sizes.append((header.height, header.width))
     sizes_B2 = np.array(sizes)
@@ -73,7 +74,7 @@ def _decode_whole(files: list[bytes], names: list[str], channels: int) -> tuple[
         try:
             pixmap = as_portable_pixmap(decode_with_pillow(files[i], channels))
         except ImageError as error:
-            raise ValueError(f"{names[i]}: {error}; give another image") from None
+            raise UserError(f"{names[i]}: {error}; give another image") from None
         return DecodeJob([np.frombuffer(pixmap, np.uint8)], windows_B4[i : i + 1], mirrored[:1])
 
     decoder = DaliDecoder(
@@ -92,7 +93,7 @@ def _read_array(array_format: ArrayFormat, file: bytes, name: str) -> np.ndarray
     try:
         return as_resizable(array_format.read(file))
     except ImageError as error:
-        raise ValueError(f"{name}: {error}; give another image") from None
+        raise UserError(f"{name}: {error}; give another image") from None
 
 
 def _read_named(name: str, index_dir: str | Path | None) -> bytes:
@@ -102,4 +103,4 @@ def _read_named(name: str, index_dir: str | Path | None) -> bytes:
             return read_whole_file(name)
         return read_member(Path(shard + ".tar"), member, None if index_dir is None else Path(index_dir))
     except ImageError as error:
-        raise ValueError(f"{name}: {error}; check the path") from None
+        raise UserError(f"{name}: {error}; check the path") from None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mirl.errors import UserError
 from mirl.keyed import keyed_u64
 
 _ORDER_STREAM = 1  # first key word: keeps the order's numbers apart from those of the crops
@@ -45,11 +46,11 @@ class StepPlan:
         for field in ("micro_batch", "accumulation", "world_size"):
             value = getattr(self, field)
             if value < 1:
-                raise ValueError(f"{field} is {value}, must be at least 1")
+                raise UserError(f"{field} is {value}, must be at least 1")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank is {self.rank}, must be in 0..{self.world_size - 1} (world_size {self.world_size})")
         if self.num_images < self.effective_batch:
-            raise ValueError(
+            raise UserError(
                 f"the data set has {self.num_images} images, fewer than one step of {self.effective_batch} "
                 f"(micro_batch {self.micro_batch} x accumulation {self.accumulation} x world_size {self.world_size}); "
                 f"lower the batch to at most {self.num_images} or add images"

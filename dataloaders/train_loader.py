@@ -21,6 +21,7 @@ from mirl.dataloaders.order import EpochOrder, StepPlan
 from mirl.dataloaders.sources.base import Source
 from mirl.dataloaders.sources.opening import Data, open_source
 from mirl.dataloaders.stream import Batch, BatchPlan, BatchStream, Transform
+from mirl.errors import UserError
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def build_train_loader(
     batch_transform: called on each batch in the loader's thread, ahead of the training loop, before it is on the device
     (RandAugment). A function of the batch alone: a batch may be made twice, or never be used.
     prefetch: finished batches that may wait.
-    ValueError, one line with the mend, for data or settings that cannot work.
+    UserError, one line with the mend, for data or settings that cannot work.
     """
     source = open_source(data, layout=layout, labels=labels, index_dir=index_dir) if is_data(data) else data
     augmentation = Augmentation(image_size=tuple(image_size), scale=scale, ratio=ratio, flip=flip)
@@ -78,7 +79,7 @@ def build_train_loader(
         world_size=world_size,
     )
     if not 0 <= bad_image_limit <= 1:
-        raise ValueError(f"bad_image_limit is {bad_image_limit}, a share of the data set, must be in 0..1")
+        raise UserError(f"bad_image_limit is {bad_image_limit}, a share of the data set, must be in 0..1")
     array_format = first_array_format(source, channels)
     check_statistics(channels, mean, std)
     reader = SampleReader(
@@ -177,7 +178,7 @@ class TrainLoader:
     def next_micro_batch(self) -> Batch:
         """The images of the next forward pass of this rank. Blocks until they are there.
 
-        TooManyBadImages past the limit (see `build_train_loader`); ValueError if stand-ins cannot be read either.
+        TooManyBadImages past the limit (see `build_train_loader`); UserError if stand-ins cannot be read either.
         """
         if self._stream is None:
             self._stream = BatchStream(
@@ -210,7 +211,7 @@ class TrainLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on after the step of `state`, at any world size, micro-batch and accumulation with the same product.
 
-        ValueError if the seed, the effective batch or the data set is another, since the images would then differ.
+        UserError if the seed, the effective batch or the data set is another, since the images would then differ.
         """
         mends = {
             "seed": "set the seed of the run that is resumed",
@@ -219,7 +220,7 @@ class TrainLoader:
         }
         for field, mend in mends.items():
             if state[field] != getattr(self, field):
-                raise ValueError(f"{field} is {getattr(self, field)}, the checkpoint has {state[field]}; {mend}")
+                raise UserError(f"{field} is {getattr(self, field)}, the checkpoint has {state[field]}; {mend}")
         self._drop_stream()
         self._micro_step = int(state["step"]) * self.plan.accumulation
 
@@ -287,7 +288,7 @@ def first_array_format(source: Source, channels: int):
             return detect_array_format(source.read(index), source.path(index), channels)
         except ImageError as error:
             failures.append(f"{source.path(index)}: {error}")
-    raise ValueError(f"none of the first {len(failures)} images can be read ({failures[0]}); check the data set")
+    raise UserError(f"none of the first {len(failures)} images can be read ({failures[0]}); check the data set")
 
 
 def is_data(data: Data | Source) -> bool:

@@ -6,8 +6,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from mirl.engine.errors import UserError, run_entry_point
+from mirl.engine.errors import run_entry_point
 from mirl.engine.version import __version__
+from mirl.errors import UserError
 
 
 def _pretrain(argv: Sequence[str]) -> int:

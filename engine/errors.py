@@ -1,4 +1,8 @@
-"""Errors that a user can mend: one line, an exit code of their own, no traceback."""
+"""How a command ends: an exit code for each reason, and one line where a user can mend it or go on from it.
+
+What a user can mend is a `mirl.errors.UserError`. Any other exception is a fault of ours, keeps its traceback and ends
+with exit code 1.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 from typing import TextIO
+
+from mirl.errors import UserError
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
@@ -17,13 +23,8 @@ EXIT_HUNG = 70  # EX_SOFTWARE
 EXIT_NOT_SAVED = 74  # EX_IOERR
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again to go on
 
-
-# What a user can mend, where our own code raises it.
-USERS = (ValueError, ImportError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-
-
-class UserError(ValueError):
-    """Something the user asked for cannot be done; the message names the field, the value and the mend."""
+# What the operating system says of a path, and names it: the user knows what to do about it.
+OF_A_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class Diverged(RuntimeError):
@@ -52,8 +53,9 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0")
     try:
         code = main() or EXIT_OK
-    except USERS as error:
-        if os.environ.get("MIRL_TRACEBACK") == "1" or not _is_users(error):
+    except (UserError, *OF_A_PATH) as error:
+        ours = not isinstance(error, UserError) and error.filename is None
+        if ours or os.environ.get("MIRL_TRACEBACK") == "1":
             raise
         code = EXIT_USER_ERROR
         _say(rank, f"error: {error}")
@@ -76,18 +78,6 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         _flush(stream)
     sys.exit(code)
-
-
-def _is_users(error: Exception) -> bool:
-    """Whether our own code raised ``error``: one from deep inside a library is a bug and keeps its traceback."""
-    if isinstance(error, UserError):
-        return True
-    traceback = error.__traceback__
-    module = ""
-    while traceback is not None:
-        module = traceback.tb_frame.f_globals.get("__name__", "")
-        traceback = traceback.tb_next
-    return module.split(".")[0] in {"__main__", "mirl"}
 
 
 def _say(rank: int, line: str) -> None:

@@ -1,11 +1,13 @@
 """The one place where Triton is imported, so that `import kernels` also works where it is not installed.
 
 `triton` and `tl` are the real modules, or stand-ins under which the kernel files still import: a kernel decorated by
-the stand-in raises an ImportError that names the pip line when it is launched, never before.
+the stand-in raises a UserError that names the pip line when it is launched, never before.
 """
 
 import os
 from types import SimpleNamespace
+
+from mirl.errors import UserError
 
 INSTALL_LINE = "pip install triton (Linux; every CUDA build of torch already brings the Triton it was built with)"
 
@@ -15,7 +17,7 @@ class _MissingKernel:
         self.__name__ = fn.__name__
 
     def __getitem__(self, grid):
-        raise ImportError(f"{self.__name__} is a Triton kernel and triton is not installed: {INSTALL_LINE}")
+        raise UserError(f"{self.__name__} is a Triton kernel and triton is not installed: {INSTALL_LINE}")
 
 
 try:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ import torch
 
 from tests.support.launch import CHECKOUT, launch_environment
 from tests.support.runs import write_photographs
+from tests.support.started_ranks import MARK, ORPHAN_LIMIT_S, RankServer, marked_processes
 
 # What a test needs decides how long it takes. `make quick` leaves out what stands here or uses one of the fixtures.
 TIERS = {
@@ -72,3 +77,36 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return call
+
+
+@pytest.fixture
+def environment() -> Iterator[dict[str, str]]:
+    """The environment of what a test starts by hand; fails the test if any of it still lives 30 s after the test."""
+    mark = uuid.uuid4().hex
+    yield launch_environment() | {MARK: mark}
+    deadline = time.monotonic() + ORPHAN_LIMIT_S
+    while (left := marked_processes(mark)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    commands = [" ".join(process.cmdline()[:4]) for process in left]
+    for process in left:
+        process.kill()
+    assert not commands, f"still alive {ORPHAN_LIMIT_S:g} s after the run: {commands}"
+
+
+@pytest.fixture(scope="session")
+def _server() -> Iterator[RankServer]:
+    server = RankServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def server(_server: RankServer) -> Iterator[RankServer]:
+    """Fails the test if a rank it started still lives 30 s after the test."""
+    _server.started = []
+    yield _server
+    codes = _server.ask({"wait": {"pids": _server.started, "seconds": ORPHAN_LIMIT_S}})
+    left = [pid for pid, code in zip(_server.started, codes, strict=True) if code is None]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, f"ranks still alive {ORPHAN_LIMIT_S:g} s after the run: {left}"

@@ -15,6 +15,7 @@ import tifffile
 import torch
 
 from mirl.dataloaders.errors import ImageError, one_line
+from mirl.errors import UserError
 
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NPY_START = b"\x93NUMPY"
@@ -48,13 +49,13 @@ class ArrayFormat:
 def detect_array_format(data: bytes, path: str, channels: int) -> ArrayFormat | None:
     """The format of a data set from its first file: None for pictures that DALI decodes.
 
-    .npy is always an array; TIFF is one if its numbers are not uint8 or `channels` is not 1 or 3. ValueError if the
+    .npy is always an array; TIFF is one if its numbers are not uint8 or `channels` is not 1 or 3. UserError if the
     channels asked for cannot come from this kind of file.
     """
     is_npy, is_tiff = data.startswith(_NPY_START), data.startswith(_TIFF_STARTS)
     if not is_npy and not is_tiff:
         if channels not in (1, 3):
-            raise ValueError(
+            raise UserError(
                 f"channels is {channels}, but {path} is not an array file; "
                 "pictures have 1 or 3 channels, others come as .npy or TIFF"
             )
@@ -64,14 +65,12 @@ def detect_array_format(data: bytes, path: str, channels: int) -> ArrayFormat | 
     if is_tiff and channels in (1, 3) and array.dtype == np.uint8:
         return None
     if kind is None:
-        raise ValueError(f"{path} holds {array.dtype.name}; arrays must be uint8, uint16, float16 or float32")
+        raise UserError(f"{path} holds {array.dtype.name}; arrays must be uint8, uint16, float16 or float32")
     found = ArrayFormat(channels, np.dtype(kind))
     try:
         found.read(data)
     except ImageError as error:
-        raise ValueError(
-            f"channels is {channels}, but of {path} {error}; set channels to what the files hold"
-        ) from None
+        raise UserError(f"channels is {channels}, but of {path} {error}; set channels to what the files hold") from None
     return found
 
 
@@ -81,12 +80,12 @@ def as_resizable(pixels_HWC: np.ndarray) -> np.ndarray:
 
 
 def check_statistics(channels: int, mean_C: Sequence[float] | None, std_C: Sequence[float] | None) -> None:
-    """ValueError unless mean and std are both absent or have one number per channel, std above 0."""
+    """UserError unless mean and std are both absent or have one number per channel, std above 0."""
     for name, values in (("mean", mean_C), ("std", std_C)):
         if values is not None and len(values) != channels:
-            raise ValueError(f"{name} has {len(values)} numbers, channels is {channels}; give one per channel")
+            raise UserError(f"{name} has {len(values)} numbers, channels is {channels}; give one per channel")
     if std_C is not None and min(std_C) <= 0:
-        raise ValueError(f"std is {tuple(std_C)}, must be above 0 in every channel")
+        raise UserError(f"std is {tuple(std_C)}, must be above 0 in every channel")
 
 
 def normalise(x_BHWC: torch.Tensor, mean_C: Sequence[float] | None, std_C: Sequence[float] | None) -> torch.Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mirl.errors import UserError
 from mirl.keyed import keyed_uniform
 
 ATTEMPTS = 10
@@ -33,11 +34,11 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if len(self.image_size) != 2 or min(self.image_size) < 1:
-            raise ValueError(f"image_size is {self.image_size}, must be (height, width), both at least 1")
+            raise UserError(f"image_size is {self.image_size}, must be (height, width), both at least 1")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale is {self.scale}, must be (low, high) with 0 < low <= high <= 1")
+            raise UserError(f"scale is {self.scale}, must be (low, high) with 0 < low <= high <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio is {self.ratio}, must be (low, high) with 0 < low <= high")
+            raise UserError(f"ratio is {self.ratio}, must be (low, high) with 0 < low <= high")
 
     def windows(
         self, sizes_B2: np.ndarray, seed: int, epoch: int, positions_B: np.ndarray

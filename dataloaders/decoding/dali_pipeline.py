@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mirl.errors import UserError
+
 _MAX_EXCHANGES = 100
 _log = logging.getLogger(__name__)
 _INSTALL = "pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120 with a CUDA 12 driver)"
@@ -80,10 +82,10 @@ class DaliDecoder:
         """channels: 3 (RGB) or 1 (grey). threads: DALI's worker threads. finish: resize in the graph; default: on GPUs.
 
         hw_decoder_load: share of the JPEG files that the hardware decoder of an A100, H100 or newer takes.
-        ValueError with the pip line if DALI is missing.
+        UserError with the pip line if DALI is missing.
         """
         if channels not in (1, 3):
-            raise ValueError(f"channels is {channels}; DALI decodes pictures to 1 or 3 channels")
+            raise UserError(f"channels is {channels}; DALI decodes pictures to 1 or 3 channels")
         self.batch_size, self.image_size, self.channels = batch_size, image_size, channels
         self.threads, self.device_id, self.depth = threads, device_id, depth
         self.hw_decoder_load = hw_decoder_load
@@ -225,7 +227,7 @@ class DaliDecoder:
         try:
             from nvidia.dali import Pipeline, fn, types
         except ImportError as error:
-            raise ValueError(f"NVIDIA DALI cannot be imported ({error}), pictures need it; {_INSTALL}") from error
+            raise UserError(f"NVIDIA DALI cannot be imported ({error}), pictures need it; {_INSTALL}") from error
         on_gpu = self.device_id is not None
         pipe = Pipeline(
             batch_size=batch_size,

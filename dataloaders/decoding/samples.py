@@ -17,6 +17,7 @@ from mirl.dataloaders.decoding.arrays import ArrayFormat
 from mirl.dataloaders.decoding.headers import as_portable_pixmap, decode_with_pillow, read_header
 from mirl.dataloaders.errors import BadImage, ImageError
 from mirl.dataloaders.sources.base import Source
+from mirl.errors import UserError
 from mirl.keyed import keyed_u64
 
 _REPLACEMENT_STREAM = 3
@@ -101,7 +102,7 @@ class SampleReader:
                 )
             except ImageError:
                 continue
-        raise ValueError(
+        raise UserError(
             f"{self.source.path(sample.wanted)} cannot be read ({first_reason}), nor can {_MAX_REPLACEMENTS} other "
             "images that were tried in its place; run mirl validate-data on the data set"
         )

@@ -1,6 +1,6 @@
 """Finding the images of a data set: folders of any depth, and text lists of paths.
 
-Every function returns names in one sorted order, the same on every machine and rank, and raises ValueError with the
+Every function returns names in one sorted order, the same on every machine and rank, and raises UserError with the
 path and the mend when there is nothing to train on.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from mirl.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".gif")
 ARRAY_SUFFIXES = (".npy",)
@@ -38,7 +40,7 @@ def list_folder(root: Path, suffixes: tuple[str, ...]) -> list[str]:
                         if identity not in above:
                             pending.append((name, above | {identity}))
         except PermissionError:
-            raise ValueError(
+            raise UserError(
                 f"data folder {root / folder} cannot be read (permission denied); "
                 f"grant read and search permission (chmod -R u+rX) or move it out of {root}"
             ) from None
@@ -54,21 +56,21 @@ def read_path_list(list_file: Path) -> tuple[list[str], list[int] | None]:
     try:
         lines = list_file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError as error:
-        raise ValueError(f"list {list_file} cannot be read ({error.strerror}); check its permissions") from None
+        raise UserError(f"list {list_file} cannot be read ({error.strerror}); check its permissions") from None
     lines = [line for line in lines if line.strip() and not line.startswith("#")]
     if not lines:
-        raise ValueError(f"list of paths {list_file} names no image; write one path a line")
+        raise UserError(f"list of paths {list_file} names no image; write one path a line")
     labels: list[int] | None = None
     if "\t" in lines[0]:
         pairs = [line.rpartition("\t") for line in lines]
         bad = next((n for n, (path, _, label) in enumerate(pairs) if not path or not label.strip().isdigit()), None)
         if bad is not None:
-            raise ValueError(f"list of paths {list_file}: {lines[bad]!r} is not 'path<TAB>label' as the first entry is")
+            raise UserError(f"list of paths {list_file}: {lines[bad]!r} is not 'path<TAB>label' as the first entry is")
         lines, labels = [path for path, _, _ in pairs], [int(label) for _, _, label in pairs]
     paths = [line.strip() for line in lines]
     first = list_file.parent / paths[0]
     if not first.exists():
-        raise ValueError(
+        raise UserError(
             f"list of paths {list_file}: its first entry {first} does not exist; "
             "use absolute paths or paths relative to the folder of the list"
         )
@@ -91,7 +93,7 @@ def class_folders(names: list[str], root: Path) -> tuple[list[str], list[int]]:
     tops = [name.partition("/")[0] if "/" in name else "" for name in names]
     if "" in tops:
         loose = names[tops.index("")]
-        raise ValueError(
+        raise UserError(
             f"labels were asked for, but {root / loose} is in no class folder; "
             f"arrange the images as {root}/CLASS/image.jpg or give a list with 'path<TAB>label' lines"
         )
@@ -100,19 +102,19 @@ def class_folders(names: list[str], root: Path) -> tuple[list[str], list[int]]:
     return classes, [number[top] for top in tops]
 
 
-def nothing_found(root: Path, suffixes: tuple[str, ...]) -> ValueError:
+def nothing_found(root: Path, suffixes: tuple[str, ...]) -> UserError:
     """The error for a folder without images, with what it holds instead."""
     with os.scandir(root) as entries:
         found = sorted(entry.name for entry in entries)
     holds = f"it holds {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}" if found else "it is empty"
-    return ValueError(f"no images in {root} ({holds}); expected files ending in {' '.join(suffixes)} at any depth")
+    return UserError(f"no images in {root} ({holds}); expected files ending in {' '.join(suffixes)} at any depth")
 
 
 def _check_readable(root: Path) -> None:
     if not root.exists():
-        raise ValueError(f"data folder {root} does not exist; check the path")
+        raise UserError(f"data folder {root} does not exist; check the path")
     if not root.is_dir():
-        raise ValueError(f"{root} is not a folder, a list ({', '.join(LIST_SUFFIXES)}), a manifest or a .tar file")
+        raise UserError(f"{root} is not a folder, a list ({', '.join(LIST_SUFFIXES)}), a manifest or a .tar file")
 
 
 def _identity(folder: Path) -> tuple[int, int]:

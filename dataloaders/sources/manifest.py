@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from mirl.errors import UserError
+
 MANIFEST_NAME = "mirl-manifest.tsv"
 _MAGIC = "# mirl-manifest 1"
 _COLUMNS = "path\tbytes\theight\twidth\tformat\treason"
@@ -72,16 +74,16 @@ def is_manifest(path: Path) -> bool:
 
 
 def read_manifest(path: Path) -> tuple[str, list[ManifestRow]]:
-    """(root, rows); ValueError with the line where it is damaged."""
+    """(root, rows); UserError with the line where it is damaged."""
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         magic, _, root = file.readline().rstrip("\n").partition("\t")
         if magic != _MAGIC or file.readline().rstrip("\n") != _COLUMNS:
-            raise ValueError(f"{path} is not a manifest of this version; write it again with: mirl validate-data ROOT")
+            raise UserError(f"{path} is not a manifest of this version; write it again with: mirl validate-data ROOT")
         rows = []
         for number, line in enumerate(file, start=3):
             fields = line.rstrip("\n").split("\t")
             if len(fields) != 6 or not all(field.isdigit() for field in fields[1:4]):
-                raise ValueError(f"{path} line {number} is damaged; write it again with: mirl validate-data {root}")
+                raise UserError(f"{path} line {number} is damaged; write it again with: mirl validate-data {root}")
             name, size, height, width, kind, reason = fields
             rows.append(ManifestRow(_unescape(name), int(size), int(height), int(width), kind, _unescape(reason)))
     return _unescape(root), rows

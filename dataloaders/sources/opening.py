@@ -13,6 +13,7 @@ from mirl.dataloaders.sources.manifest import MANIFEST_NAME, is_manifest, read_m
 from mirl.dataloaders.sources.paths import PathTable
 from mirl.dataloaders.sources.tar_index import find_shards
 from mirl.dataloaders.sources.tar_source import TarSource
+from mirl.errors import UserError
 
 LAYOUTS = ("auto", "files", "tar")
 _log = logging.getLogger(__name__)
@@ -37,15 +38,15 @@ def open_source(
     layout: "files" or "tar" decides for a folder that holds both; "auto" refuses it.
     labels: class numbers, from the sorted names of the first folder level, the list's second column, or cls parts.
     index_dir: where the .idx files are, if not beside the shards. use_manifest: leave out what a manifest calls broken.
-    ValueError, one line with the mend, for everything that leaves nothing to train on.
+    UserError, one line with the mend, for everything that leaves nothing to train on.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}, must be one of {', '.join(LAYOUTS)}")
+        raise UserError(f"layout is {layout!r}, must be one of {', '.join(LAYOUTS)}")
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}, must be train or val")
     roots = [Path(data)] if isinstance(data, str | os.PathLike) else [Path(root) for root in data]
     if not roots:
-        raise ValueError("data is an empty list; give at least one folder, list of paths or .tar file")
+        raise UserError("data is an empty list; give at least one folder, list of paths or .tar file")
     index_folder = None if index_dir is None else Path(index_dir)
     parts = [_open_one(root.expanduser(), layout, labels, index_folder, use_manifest, split) for root in roots]
     return parts[0] if len(parts) == 1 else JoinedSource(parts)
@@ -60,7 +61,7 @@ def _open_one(root: Path, layout: str, labels: bool, index_dir: Path | None, use
         if root.suffix in listing.LIST_SUFFIXES:
             paths, numbers = listing.read_path_list(root)
             if labels and numbers is None:
-                raise ValueError(f"labels were asked for, but {root} has none; write 'path<TAB>label' lines")
+                raise UserError(f"labels were asked for, but {root} has none; write 'path<TAB>label' lines")
             return FileSource(PathTable(root.parent, paths), labels=numbers if labels else None)
     return _open_folder(root, layout, labels, index_dir, use_manifest, split)
 
@@ -75,7 +76,7 @@ def _open_folder(
     names = listing.list_folder(folder, suffixes if layout != "auto" else (*suffixes, ".tar"))
     tars = sum(name.endswith(".tar") for name in names)
     if layout == "auto" and 0 < tars < len(names):
-        raise ValueError(f"{folder} holds {tars} .tar files and {len(names) - tars} images; choose layout tar or files")
+        raise UserError(f"{folder} holds {tars} .tar files and {len(names) - tars} images; choose layout tar or files")
     broken = _broken_names(root, folder) if use_manifest else set()
     if layout == "tar" or tars:
         skip = frozenset(os.path.join(folder, name) for name in broken)
@@ -90,7 +91,7 @@ def _open_folder(
         names = [names[i] for i in kept]
         numbers = [numbers[i] for i in kept] if numbers is not None else None
         if not names:
-            raise ValueError(f"all images of {folder} are broken by {MANIFEST_NAME}; see the reasons in it")
+            raise UserError(f"all images of {folder} are broken by {MANIFEST_NAME}; see the reasons in it")
     return FileSource(PathTable(folder, names), labels=numbers, classes=classes)
 
 
@@ -111,6 +112,6 @@ def _open_manifest(manifest: Path, labels: bool) -> FileSource:
     root = root if Path(root).is_dir() else str(manifest.parent)  # the data set was moved with its manifest
     names = [row.path for row in rows if not row.reason]
     if not names:
-        raise ValueError(f"{manifest} names no good image; validate another folder")
+        raise UserError(f"{manifest} names no good image; validate another folder")
     classes, numbers = listing.class_folders(names, Path(root)) if labels else (None, None)
     return FileSource(PathTable(root, names), labels=numbers, classes=classes)

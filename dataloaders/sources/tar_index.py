@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mirl.dataloaders.sources.manifest import atomic_writer
+from mirl.errors import UserError
 
 BLOCK = 512
 _VERSION = "v1.2"
@@ -57,12 +58,12 @@ def make_index(
     index_dir: where to write, for shards on a read-only disk; default: beside each tar. workers: shards at a time.
     force: also those whose index is newer than the tar. allow_cut: index the whole members of a tar that ends in the
     middle, instead of refusing it. progress: a bar on stderr, nothing, or a function of (done, total).
-    ValueError names a tar that is cut, is not a tar or is empty, and the mend; indexes of the others are written first.
+    UserError names a tar that is cut, is not a tar or is empty, and the mend; indexes of the others are written first.
     """
     shards = find_shards(Path(data))
     folder = None if index_dir is None else Path(index_dir)
     if folder is not None and len({shard.stem for shard in shards}) < len(shards):
-        raise ValueError(f"index_dir is {folder}, but two shards have the same name; leave it out")
+        raise UserError(f"index_dir is {folder}, but two shards have the same name; leave it out")
     problems: list[str] = []
 
     def write(shard: Path) -> Path:
@@ -91,7 +92,7 @@ def make_index(
             if callable(progress):
                 progress(done, len(shards))
     if problems:
-        raise ValueError("; ".join(sorted(problems)))
+        raise UserError("; ".join(sorted(problems)))
     return written
 
 
@@ -100,15 +101,15 @@ def find_shards(data: Path) -> list[Path]:
     if data.is_file():
         return [data]
     if not data.is_dir():
-        raise ValueError(f"{data} does not exist; give a .tar file or a folder of them")
+        raise UserError(f"{data} does not exist; give a .tar file or a folder of them")
     shards = sorted(path for path in data.rglob("*.tar") if path.is_file() and not path.name.startswith("."))
     if not shards:
-        raise ValueError(f"no .tar files in {data}; compressed shards (.tar.gz) must be unpacked to .tar first")
+        raise UserError(f"no .tar files in {data}; compressed shards (.tar.gz) must be unpacked to .tar first")
     return shards
 
 
 def scan_shard(shard: Path, *, allow_cut: bool = False) -> Iterator[list[Part]]:
-    """The samples of one tar, read header by header; ValueError if it is cut, empty or not a tar."""
+    """The samples of one tar, read header by header; UserError if it is cut, empty or not a tar."""
     total = os.path.getsize(shard)
     mend = "copy or write it again, or index its whole members with allow_cut (--allow-cut)"
     key, parts, found = None, [], False
@@ -135,30 +136,30 @@ def scan_shard(shard: Path, *, allow_cut: bool = False) -> Iterator[list[Part]]:
             raise tarfile.ReadError("no end-of-archive mark")
     except tarfile.TarError as error:
         if not allow_cut or (not found and not parts):
-            raise ValueError(f"tar shard {shard} is cut or damaged ({error}); {mend}") from None
+            raise UserError(f"tar shard {shard} is cut or damaged ({error}); {mend}") from None
     if parts:
         yield parts
     elif not found:
-        raise ValueError(f"tar shard {shard} holds no samples; remove it or write it again")
+        raise UserError(f"tar shard {shard} holds no samples; remove it or write it again")
 
 
 def read_index(index: Path) -> list[list[Part]]:
-    """The samples of an index file; ValueError with the mend if it is missing or damaged."""
+    """The samples of an index file; UserError with the mend if it is missing or damaged."""
     mend = f"make it again with: mirl make-index --force {index.parent}"
     try:
         lines = index.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except FileNotFoundError:
-        raise ValueError(f"index {index} is missing; make it with: mirl make-index {index.parent}") from None
+        raise UserError(f"index {index} is missing; make it with: mirl make-index {index.parent}") from None
     version, _, count = lines[0].partition(" ") if lines else ("", "", "")
     if not version.startswith("v1.") or not count.isdigit() or int(count) != len(lines) - 1:
-        raise ValueError(f"index {index} is damaged or of an unknown version; {mend}")
+        raise UserError(f"index {index} is damaged or of an unknown version; {mend}")
     if version != _VERSION:
-        raise ValueError(f"index {index} has version {version}, which holds no names ({_VERSION} does); {mend}")
+        raise UserError(f"index {index} has version {version}, which holds no names ({_VERSION} does); {mend}")
     samples = []
     for line in lines[1:]:
         parts = [Part(ext, int(offset), int(size), name) for ext, offset, size, name in _PART.findall(line)]
         if not parts:
-            raise ValueError(f"index {index} is damaged at {line[:80]!r}; {mend}")
+            raise UserError(f"index {index} is damaged at {line[:80]!r}; {mend}")
         samples.append(parts)
     return samples
 

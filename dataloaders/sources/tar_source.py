@@ -18,6 +18,7 @@ from mirl.dataloaders.errors import ImageError
 from mirl.dataloaders.sources.listing import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 from mirl.dataloaders.sources.paths import PathTable
 from mirl.dataloaders.sources.tar_index import BLOCK, Part, index_path, read_index
+from mirl.errors import UserError
 
 _EXTENSIONS = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES + ARRAY_SUFFIXES)
 
@@ -35,7 +36,7 @@ class TarSource:
     ) -> None:
         """skip: paths (shard.tar::member) to leave out.
 
-        ValueError if an index is missing, damaged or does not match its tar, or if no sample has an image.
+        UserError if an index is missing, damaged or does not match its tar, or if no sample has an image.
         """
         self.shards = [os.fspath(shard) for shard in shards]
         self.classes: list[str] | None = None
@@ -70,7 +71,7 @@ class TarSource:
         self._first = np.cumsum([0, *counts])
         if not self.num_images:
             known = ", ".join(sorted(_EXTENSIONS))
-            raise ValueError(f"no sample of {self.shards[0]} (or {len(shards) - 1} more shards) has an image: {known}")
+            raise UserError(f"no sample of {self.shards[0]} (or {len(shards) - 1} more shards) has an image: {known}")
         self._check()
 
     def path(self, index: int) -> str:
@@ -131,7 +132,7 @@ class TarSource:
                 try:
                     self.read(index)
                 except ImageError:
-                    raise ValueError(
+                    raise UserError(
                         f"index of {shard} does not match the tar at sample {self._names.name(index)} "
                         f"(the tar was cut, or written again after the index); check the tar, "
                         f"then run: mirl make-index --force {shard}"
@@ -142,7 +143,7 @@ def _label_part(parts: list[Part], shard: str) -> tuple[int, int]:
     for part in parts:
         if part.extension == "cls":
             return part.offset, part.size
-    raise ValueError(f"labels were asked for, but sample {parts[0].name} of {shard} has no cls part")
+    raise UserError(f"labels were asked for, but sample {parts[0].name} of {shard} has no cls part")
 
 
 def _header_matches(header: bytes, name: bytes, size: int) -> bool:

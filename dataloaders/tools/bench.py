@@ -15,6 +15,7 @@ from mirl.dataloaders.parallel import default_workers
 from mirl.dataloaders.sources.base import Source
 from mirl.dataloaders.sources.opening import Data, open_source
 from mirl.dataloaders.train_loader import build_train_loader, first_array_format
+from mirl.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +48,10 @@ def bench_loader(
     threads: decoding threads to try; default 1, 2, 4 ... up to the cores of this process. device_id: decode on this
     GPU. progress: print each row, nothing, or a function of the row. The first batches, which fill the queues, do not
     count. The second pass over a small set comes from the page cache: for the storage's own speed use a set larger
-    than the memory. ValueError for settings or data that cannot work.
+    than the memory. UserError for settings or data that cannot work.
     """
     if seconds <= 0:
-        raise ValueError(f"seconds is {seconds}, must be above 0")
+        raise UserError(f"seconds is {seconds}, must be above 0")
     source = open_source(data, layout=layout, index_dir=index_dir)
     cores = default_workers()
     tried = list(threads) if threads else [2**k for k in range(cores.bit_length()) if 2**k <= cores]

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from mirl.errors import UserError
+
 _COLOUR = ("astronaut", "chelsea", "coffee", "rocket")
 _GREY = ("brick", "grass", "gravel")
 _SIDE = 256
@@ -36,7 +38,7 @@ def prepare_demo(cache_dir: str | Path | None = None) -> Path:
     """The folder of demo photographs as CLASS/NNN.jpg, made once in a few seconds and published by one rename.
 
     cache_dir: where; default `default_cache_dir()`. Any number of processes may call it at once.
-    ValueError if the folder cannot be written.
+    UserError if the folder cannot be written.
     """
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     target = cache / f"demo-{_SIDE}px-v{_VERSION}"
@@ -46,7 +48,7 @@ def prepare_demo(cache_dir: str | Path | None = None) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=cache, prefix=".demo-"))
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"demo cache folder {cache} cannot be written ({error.strerror}); set MIRL_CACHE to one that can"
         ) from None
     try:

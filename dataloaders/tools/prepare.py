@@ -26,6 +26,7 @@ from mirl.dataloaders.sources.manifest import atomic_writer
 from mirl.dataloaders.sources.opening import open_source
 from mirl.dataloaders.sources.tar_index import make_index
 from mirl.dataloaders.tools.reencode import Encoder, FileTask, ShardTask, class_name, shrunk_size
+from mirl.errors import UserError
 
 SETTINGS_NAME = "mirl-prepare.json"
 _SAMPLED = 2000
@@ -80,20 +81,20 @@ def prepare_data(
     JPEG. shard_size: images per tar shard (WebDataset, with index, and class numbers where `src` has class folders);
     default: loose files under the names of the source, ending in .jpg. train_size: image side for the report's crops.
     Images are written upright, as RGB, without metadata, each file or shard appearing whole by a rename. Broken images
-    are left out and listed. ValueError if `dst` was made with other settings, is inside `src`, or there is no data.
+    are left out and listed. UserError if `dst` was made with other settings, is inside `src`, or there is no data.
     """
     begin = time.perf_counter()
     source_root, target = Path(src).expanduser(), Path(dst).expanduser()
     if short_side < 1 or not 1 <= quality <= 100 or (shard_size is not None and shard_size < 1):
-        raise ValueError(
+        raise UserError(
             f"short_side {short_side} and shard_size {shard_size} must be at least 1, quality {quality} within 1..100"
         )
     if target.resolve().is_relative_to(source_root.resolve()):
-        raise ValueError(f"dst {target} is inside src {source_root}; choose a folder outside of it")
+        raise UserError(f"dst {target} is inside src {source_root}; choose a folder outside of it")
     source = open_source(source_root, layout=layout, index_dir=index_dir)
     try:
         if source.path(0).endswith(ARRAY_SUFFIXES):
-            raise ValueError(f"{source.path(0)} is an array file; only pictures are re-encoded to JPEG")
+            raise UserError(f"{source.path(0)} is an array file; only pictures are re-encoded to JPEG")
         settings = {"short_side": short_side, "quality": quality, "shard_size": shard_size}
         _claim(target, settings | {"source": source.fingerprint()})
         before, after = _enlarged_shares(source, short_side, train_size)
@@ -156,7 +157,7 @@ def _relative_name(source: Source, index: int) -> str:
 
 
 def _claim(target: Path, settings: dict[str, object]) -> None:
-    """Records how the copy is made; ValueError if it was begun in another way or the folder holds something else."""
+    """Records how the copy is made; UserError if it was begun in another way or the folder holds something else."""
     record = target / SETTINGS_NAME
     if record.exists():
         known = json.loads(record.read_text())
@@ -164,10 +165,10 @@ def _claim(target: Path, settings: dict[str, object]) -> None:
             f"{name} {known.get(name)} (now {value})" for name, value in settings.items() if known.get(name) != value
         ]
         if other:
-            raise ValueError(f"{target} was begun with {', '.join(other)}; go on with that, or choose an empty folder")
+            raise UserError(f"{target} was begun with {', '.join(other)}; go on with that, or choose an empty folder")
         return
     if target.exists() and any(target.iterdir()):
-        raise ValueError(f"{target} is not empty and was not made by prepare-data; choose an empty or new folder")
+        raise UserError(f"{target} is not empty and was not made by prepare-data; choose an empty or new folder")
     with atomic_writer(record) as file:
         json.dump(settings, file, indent=1)
 

@@ -17,6 +17,7 @@ from mirl.dataloaders.sources.base import Source
 from mirl.dataloaders.sources.manifest import MANIFEST_NAME, ManifestRow, write_manifest
 from mirl.dataloaders.sources.opening import open_source
 from mirl.dataloaders.train_loader import first_array_format
+from mirl.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +56,12 @@ def validate_data(
     folder `data`, where training finds it and leaves the broken images out. channels: 3, 1, or that of array files.
     workers: threads, default one a core. progress: a bar, nothing, or a function of (done, total).
     An image is broken if it cannot be read, is empty or cut, is no image, or Pillow cannot decode all of it.
-    ValueError with the mend if there is no data, or the manifest cannot be written.
+    UserError with the mend if there is no data, or the manifest cannot be written.
     """
     begin = time.perf_counter()
     root = Path(data).expanduser()
     if manifest is None and not root.is_dir():
-        raise ValueError(f"{root} is not a folder; say where the manifest goes (--manifest PATH)")
+        raise UserError(f"{root} is not a folder; say where the manifest goes (--manifest PATH)")
     target = Path(manifest) if manifest is not None else root / MANIFEST_NAME
     _check_writable(target)
     source = open_source(root, layout=layout, index_dir=index_dir, use_manifest=False)
@@ -110,4 +111,4 @@ def _look_at(source: Source, index: int, base: str, channels: int, array_format:
 def _check_writable(target: Path) -> None:
     folder = target.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"the manifest cannot be written to {folder}; name another place (--manifest PATH)")
+        raise UserError(f"the manifest cannot be written to {folder}; name another place (--manifest PATH)")

@@ -31,6 +31,7 @@ from mirl.engine.distributed.flat_gradients import COPIED_TOGETHER
 from mirl.engine.models.checkpointing import CheckpointPlan
 from mirl.engine.models.config import ModelConfig
 from mirl.engine.models.objectives.objective import objective_terms
+from mirl.errors import UserError
 
 GIB = 2**30
 ZERO_STAGES = (1, 2, 3)
@@ -168,9 +169,9 @@ def state_bytes(
     micro-batches of a step. ValueError on an unknown stage or no rank.
     """
     if zero_stage not in ZERO_STAGES:
-        raise ValueError(f"zero_stage is {zero_stage}: choose one of {', '.join(map(str, ZERO_STAGES))}")
+        raise UserError(f"zero_stage is {zero_stage}: choose one of {', '.join(map(str, ZERO_STAGES))}")
     if ranks < 1:
-        raise ValueError(f"ranks is {ranks}: give 1 or more")
+        raise UserError(f"ranks is {ranks}: give 1 or more")
     parameters, size = pretraining_parameters(config), VALUE_BYTES[precision]
     total = (size + 12 / ranks) * parameters
     if zero_stage < 3:

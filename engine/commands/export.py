@@ -113,7 +113,7 @@ def export_timm(out: Path, exported: Exported) -> None:
 
 
 def export_hf(out: Path, exported: Exported) -> None:
-    """A folder for transformers' from_pretrained; UserError if ``out`` exists, ValueError for a mean-pooled one."""
+    """A folder for transformers' from_pretrained; UserError if ``out`` exists or the encoder is mean-pooled."""
     config, size = exported.config, exported.image_size
     state = hf_state_dict(exported.encoder, config, image_size=size, pool=exported.pool, head=exported.head)
     with aside(out) as folder:

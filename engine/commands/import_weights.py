@@ -62,7 +62,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def read_foreign(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by its own keys, matrices [out, in]. ValueError if it cannot be read, or if a tensor claims
+    """The tensors of a file by its own keys, matrices [out, in]. UserError if it cannot be read, or if a tensor claims
     more than the file holds; runs nothing.
     """
     if path.suffix in (".pd", ".pdparams"):
@@ -75,10 +75,10 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
 
 
 def _require_held(path: Path, sizes: Mapping[str, int]) -> None:
-    """ValueError for a tensor of more bytes than the whole file: a value repeated by a stride of 0, or none at all."""
+    """UserError for a tensor of more bytes than the whole file: a value repeated by a stride of 0, or none at all."""
     for key, size in sizes.items():
         if size > path.stat().st_size:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes and {key} claims {size}: give an undamaged file")
+            raise UserError(f"{path} has {path.stat().st_size} bytes and {key} claims {size}: give an undamaged file")
 
 
 def _require_enough_weights(path: Path, config: ModelConfig, state: Mapping[str, Tensor]) -> None:

@@ -35,7 +35,7 @@ memory_gib       of one GPU: bfloat16, AdamW, fused attention, ZeRO over {RANKS}
 def summarise(
     name: str | None = None, *, micro_batches: Sequence[int] = MICRO_BATCHES, ranks: int = RANKS
 ) -> list[dict[str, Any]]:
-    """One row for each size and variant; ``name``: one size only. ValueError on an unknown name.
+    """One row for each size and variant; ``name``: one size only. UserError on an unknown name.
 
     Plain values, keys with units; see `LEGEND`. ``memory_gib`` maps "zero{stage}", then the form of activation
     checkpointing, then the micro-batch (as text) to GiB.
@@ -85,7 +85,7 @@ def summarise_config(
 
 
 def run_summary(model: str | None = None, as_json: bool = False) -> str:
-    """What `mirl summary [--model NAME] [--json]` prints: all sizes, or one in more detail. ValueError on an unknown
+    """What `mirl summary [--model NAME] [--json]` prints: all sizes, or one in more detail. UserError on an unknown
     name."""
     rows = summarise(model)
     if as_json:

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mirl.errors import UserError
+
 # checkpoint_fn(function, *tensors): torch.utils.checkpoint.checkpoint, or another of the same contract.
 CheckpointFunction = Callable[..., Any]
 
@@ -32,7 +34,7 @@ class CheckpointPlan:
             return cls(named[mode], function)
         if str(mode).isdigit() and int(mode) > 0:
             return cls(int(mode), function)
-        raise ValueError(
+        raise UserError(
             f"activation checkpointing is {mode!r}: give none, every, segments, or a positive number of blocks"
         )
 

@@ -15,6 +15,7 @@ from mirl.engine.models.encoder import Encoder
 from mirl.engine.models.execution import Execution, Regions
 from mirl.engine.models.layers import Block, CrossAttention, HeadedAttention, Mlp, ResidualNorm
 from mirl.engine.models.pixels import image_layout
+from mirl.errors import UserError
 from mirl.kernels import AttentionBackend, resolve_attention_backend
 
 
@@ -39,7 +40,7 @@ class ComputeChoices(nn.Module):
     def choose(self, images: Tensor, *, plain: bool = False) -> None:
         """Make the choices that no caller made. ``plain``: an unusual pass, for which no region was compiled.
 
-        Raises ValueError for images of another shape than the model's.
+        Raises UserError for images of another shape than the model's.
         """
         self._check_images(images)
         self.resolve_attention(images.device)
@@ -65,10 +66,10 @@ class ComputeChoices(nn.Module):
     def set_execution(self, execution: Execution) -> None:
         """How norms and GELUs are computed; by default, from the first forward pass on, as its device likes it best.
 
-        Raises ValueError where ``recompute`` meets activation checkpointing, which recomputes them already.
+        Raises UserError where ``recompute`` meets activation checkpointing, which recomputes them already.
         """
         if execution.recompute and self.encoder.checkpointing.group != 0:
-            raise ValueError(
+            raise UserError(
                 "recompute is True and activation checkpointing is on, which does more of the same: use one of them"
             )
         self.execution = execution
@@ -110,7 +111,7 @@ class ComputeChoices(nn.Module):
         size = (config.image_height, config.image_width)
         expected = (*size, config.channels) if image_layout(images) == "BHWC" else (config.channels, *size)
         if tuple(images.shape[1:]) != expected:
-            raise ValueError(
+            raise UserError(
                 f"images have shape {list(images.shape)} and dtype {images.dtype}: this model takes uint8 "
                 f"[B, {size[0]}, {size[1]}, {config.channels}] or float [B, {config.channels}, {size[0]}, {size[1]}]"
             )

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mirl.errors import UserError
+
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
     """Positions of a class token and of ``grid[0] * grid[1]`` patches in row-major order: [1 + N, width], float32.
@@ -37,11 +39,11 @@ def resample_positions(table_ND: Tensor, source_grid: tuple[int, int], target_gr
 
     Bicubic, with antialiasing where the grid gets smaller, in float32, as timm's ``resample_abs_pos_embed``; row 0, the
     class token's, is kept. The same grid gives the same table. A leading axis of 1, which timm's tables have, is kept.
-    ValueError if the table is not of ``source_grid``.
+    UserError if the table is not of ``source_grid``.
     """
     rows, columns = source_grid
     if table_ND.ndim not in (2, 3) or table_ND.shape[:-1] not in ((1 + rows * columns,), (1, 1 + rows * columns)):
-        raise ValueError(
+        raise UserError(
             f"positions have shape {list(table_ND.shape)} and their grid is {rows}x{columns}: give "
             f"[{1 + rows * columns}, width], or the grid that they were made for"
         )

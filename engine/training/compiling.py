@@ -21,6 +21,7 @@ from torch import Tensor
 from mirl.engine.models import MIRL
 from mirl.engine.models.compute_choices import ComputeChoices
 from mirl.engine.models.execution import Regions
+from mirl.errors import UserError
 
 COMPILE = ("auto", "on", "off")
 # Of loss and gradients, relative. In bfloat16 the compiler rounds at fewer places than eager (two parts in a hundred
@@ -42,7 +43,7 @@ class CompileChoice:
 def choose_compile(requested: str, device: torch.device, zero_stage: int) -> CompileChoice:
     """``requested``: auto, on or off. What cannot work is off whatever was asked, with the reason."""
     if requested not in COMPILE:
-        raise ValueError(f"compile is {requested!r}: choose one of {', '.join(COMPILE)}")
+        raise UserError(f"compile is {requested!r}: choose one of {', '.join(COMPILE)}")
     if requested == "off":
         return CompileChoice(False, "as asked")
     if zero_stage == 3:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mirl.engine.distributed.ds_engine import Fragment, FragmentReader, TrainEngine
+from mirl.errors import UserError
 
 KIND = "ema"
 
@@ -23,10 +24,10 @@ class ShardedEma:
     def __init__(self, engine: TrainEngine, decay: float, *, updates: int = 0) -> None:
         """Begins as a copy of the weights. updates: how many there were before, in a run that is resumed.
 
-        ValueError unless 0 <= decay < 1.
+        UserError unless 0 <= decay < 1.
         """
         if not 0 <= decay < 1:
-            raise ValueError(f"ema is {decay}: give a decay of at least 0 and below 1, e.g. 0.9999")
+            raise UserError(f"ema is {decay}: give a decay of at least 0 and below 1, e.g. 0.9999")
         self.engine, self.decay, self.updates = engine, decay, updates
         self._average = {weight.name: _like(weight, weight.tensor.detach().clone()) for weight in self._weights()}
 

@@ -11,7 +11,7 @@ from mirl.engine.distributed.ds_engine import TrainEngine
 from mirl.engine.distributed.launch import Ranks
 from mirl.engine.distributed.stop_request import StopRequest
 from mirl.engine.distributed.watchdog import Watchdog
-from mirl.engine.errors import EXIT_PREEMPTED, Diverged, Preempted
+from mirl.engine.errors import EXIT_PREEMPTED, Diverged, LostRank, Preempted
 from mirl.engine.training.run_folder import Progress
 from mirl.engine.training.run_log import RunLog
 from mirl.engine.training.saving import Saver
@@ -129,23 +129,30 @@ class Trainer:
         return applied
 
     def _next_batch(self) -> Any:
-        """The next micro-batch, or the loader's error on every rank together."""
+        """The next micro-batch. An error of the loader on one rank ends every rank.
+
+        What a user can mend is raised everywhere; a fault of ours keeps its traceback on the rank that met it.
+        """
         batch, problem = None, None
         try:
             batch = self.loader.next_micro_batch()
         except (ValueError, OSError, RuntimeError) as error:
             problem = error
-        if self.ranks.world_size > 1:
-            (failed,) = self.ranks.agree_max([float(problem is not None)])
-            if failed:
-                problems = self.ranks.gather(str(problem) if problem else None)
-                self.saver.wait()
-                rank, text = next((rank, text) for rank, text in enumerate(problems) if text)
-                raise UserError(f"rank {rank}: {text}") from problem
-        elif problem is not None:
-            self.saver.wait()
+        if self.ranks.world_size == 1:
+            failed = problem is not None
+        else:
+            failed = bool(self.ranks.agree_max([float(problem is not None)])[0])
+        if not failed:
+            return batch
+        to_mend = isinstance(problem, UserError | OSError)
+        reports = self.ranks.gather(None if problem is None else (to_mend, str(problem)))
+        self.saver.wait()
+        if problem is not None and not to_mend:
             raise problem
-        return batch
+        rank, (to_mend, text) = next((rank, report) for rank, report in enumerate(reports) if report)
+        if to_mend:
+            raise UserError(text if len(reports) == 1 else f"rank {rank}: {text}") from problem
+        raise LostRank(f"rank {rank} met a fault in its loader: {text}")
 
     def _after_skipped_step(self) -> None:
         """Tell what was not finite; stop all ranks after too many such steps in a row."""

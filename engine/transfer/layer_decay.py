@@ -8,6 +8,7 @@ from torch import nn
 
 from mirl.engine.training.optimizer import assert_covered_once, takes_weight_decay
 from mirl.engine.transfer.encoder_model import EncoderModel
+from mirl.errors import UserError
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -24,10 +25,10 @@ def layer_decay_groups(model: EncoderModel, *, weight_decay: float, decay: float
 
     `TrainEngine.step` multiplies the learning rate by "lr_scale". Weight decay as in pre-training, on matrices only;
     trained positions, a table and no matrix, have none. Every trainable parameter is in exactly one group.
-    ValueError unless 0 < decay <= 1.
+    UserError unless 0 < decay <= 1.
     """
     if not 0 < decay <= 1:
-        raise ValueError(f"layer_decay is {decay}: give a factor above 0 and up to 1, e.g. 0.75; 1 is none")
+        raise UserError(f"layer_decay is {decay}: give a factor above 0 and up to 1, e.g. 0.75; 1 is none")
     depth = model.config.depth
     members: dict[tuple[int, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():

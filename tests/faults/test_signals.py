@@ -17,8 +17,8 @@ import pytest
 
 from mirl.engine.checkpoints.reader import find_newest_good
 from mirl.engine.errors import EXIT_PREEMPTED
-from tests.faults.conftest import MARK, marked_processes
 from tests.support.runs import ENTRY, TINY, events
+from tests.support.started_ranks import MARK, marked_processes
 
 LIMIT_S = 30.0
 

@@ -15,10 +15,10 @@ import pytest
 
 from mirl.engine.errors import EXIT_PREEMPTED
 from tests.faults import slurm_cluster
-from tests.faults.conftest import MARK, RankServer, marked_processes
 from tests.faults.two_hosts import TwoHosts, missing
 from tests.support.launch import CHECKOUT
 from tests.support.runs import ENTRY, TINY, events, losses
+from tests.support.started_ranks import MARK, RankServer, marked_processes
 
 # pdsh passes no OMP_NUM_THREADS on, and each host would count all cores as its own: other threads, other sums.
 FLAGS = ["--steps", "8", "--checkpoint-every", "8", "--pictures", "0", "--cpu-threads", "1"]

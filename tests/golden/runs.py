@@ -18,8 +18,8 @@ from PIL import Image
 from skimage import data
 from torchvision.models import vgg16
 
-from tests.faults.conftest import RankServer
 from tests.support.runs import TINY, records
+from tests.support.started_ranks import RankServer
 
 STEPS = 30
 THREADS = ["--cpu-threads", "1", "--loader-threads", "1"]

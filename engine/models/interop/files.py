@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mirl.errors import UserError
+
 WRAPPERS = ("model", "state_dict")
 PREFIX = "module."  # of DistributedDataParallel
 
@@ -21,7 +23,7 @@ def read_torch_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .pth, .pt or .safetensors file by their keys, without the prefix "module.".
 
     A pickle may hold the state dict itself, or a dict with it under "model" or "state_dict".
-    ValueError if the file is damaged, holds no state dict, or asks for anything but tensors and plain values.
+    UserError if the file is damaged, holds no state dict, or asks for anything but tensors and plain values.
     """
     path = Path(path)
     try:
@@ -30,13 +32,13 @@ def read_torch_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise
     # A damaged file raises nearly anything; all of it means the same to the user.
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {_reason(error)}") from error
+        raise UserError(f"{path} cannot be read as a PyTorch checkpoint: {_reason(error)}") from error
     state = next((content[key] for key in WRAPPERS if isinstance(content, Mapping) and key in content), content)
     if not isinstance(state, Mapping) or not state:
-        raise ValueError(f"{path} holds a {type(state).__name__} and no state dict: give a file with named tensors")
+        raise UserError(f"{path} holds a {type(state).__name__} and no state dict: give a file with named tensors")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(
+            raise UserError(
                 f"{path} holds a {type(value).__name__} under {key!r}: give a state dict, which has tensors only"
             )
     prefixed = all(key.startswith(PREFIX) for key in state)

@@ -24,6 +24,7 @@ from torch import Tensor
 from mirl.engine.models.config import ModelConfig
 from mirl.engine.models.interop.timm_keys import timm_state_dict
 from mirl.engine.models.layers import NORM_EPS
+from mirl.errors import UserError
 
 BICUBIC = 3  # of PIL's resampling filters
 
@@ -52,16 +53,16 @@ def hf_state_dict(
     """model.safetensors of ViTModel without its pooler; with ``head`` of ViTForImageClassification.
 
     Arguments are those of `mirl.engine.models.interop.timm_keys.timm_state_dict`.
-    ValueError for a head on mean-pooled tokens: transformers' classifier reads the class token. ValueError for an
+    UserError for a head on mean-pooled tokens: transformers' classifier reads the class token. UserError for an
     encoder whose norm comes after the pooling: ViTModel's comes before it.
     """
     if head is not None and "head.weight" not in head:
-        raise ValueError(
+        raise UserError(
             f"pool is {pool!r}: this encoder was fine-tuned with its norm after the pooling, and ViTModel needs one "
             "before it; export it to timm"
         )
     if head is not None and pool != "token":
-        raise ValueError(
+        raise UserError(
             f"pool is {pool!r}: ViTForImageClassification reads the class token; export this classifier to timm"
         )
     renamed: dict[str, Tensor] = {}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mirl.engine.models.config import MODEL_NAMES, ModelConfig, model_config
 from mirl.engine.models.mirl import MIRL
+from mirl.errors import UserError
 
 # (objective, depth, width, segments, decoder width, decoder depth) -> heads, decoder heads; no weight's shape tells
 # them. The names are of the paper, the last three rows of facebookresearch/mae.
@@ -101,12 +102,12 @@ def infer_config(
 
     image_size: (height, width); None: a square with as many patches as there are positions. heads, decoder_heads: None
     for those of a published size. given: further fields of `ModelConfig`.
-    ValueError where something needed is not there and was not given.
+    UserError where something needed is not there and was not given.
     """
     projection = state.get("patch_embed.proj.weight")
     depth = count(state, r"blocks\.(\d+)\..+")
     if projection is None or projection.ndim != 4 or depth == 0:
-        raise ValueError("it has no convolution patch_embed.proj.weight and blocks.0, ...: it is no Vision Transformer")
+        raise UserError("it has no convolution patch_embed.proj.weight and blocks.0, ...: it is no Vision Transformer")
     width, channels, patch_size, _ = projection.shape
     hidden = state.get("blocks.0.mlp.fc1.bias")
     fields = {"depth": depth, "width": width, "patch_size": patch_size, "channels": channels}
@@ -149,7 +150,7 @@ def _heads(fields: Mapping[str, Any], heads: int | None, decoder_heads: int | No
         size += f" and {fields['segments']} decoders of {fields['decoder_depth']} blocks {fields['decoder_width']} wide"
     flags = ["--heads"] * (heads is None) + ["--decoder-heads"] * (decoders and decoder_heads is None)
     if flags:
-        raise ValueError(
+        raise UserError(
             f"it has {size}, no published size, and weights do not tell the number of heads: give {' and '.join(flags)}"
         )
     return {"heads": heads} | ({"decoder_heads": decoder_heads} if decoders else {})
@@ -158,11 +159,11 @@ def _heads(fields: Mapping[str, Any], heads: int | None, decoder_heads: int | No
 def _square(state: Mapping[str, Tensor], patch_size: int) -> tuple[int, int]:
     table = state.get("pos_embed")
     if table is None or table.ndim < 2:
-        raise ValueError("it has no table pos_embed, which would tell the image size: give --image-size")
+        raise UserError("it has no table pos_embed, which would tell the image size: give --image-size")
     patches = table.shape[-2] - 1
     side = math.isqrt(patches)
     if side * side != patches:
-        raise ValueError(f"its pos_embed is of {patches} patches, not a square of them: give --image-size HxW")
+        raise UserError(f"its pos_embed is of {patches} patches, not a square of them: give --image-size HxW")
     return side * patch_size, side * patch_size
 
 

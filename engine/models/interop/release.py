@@ -34,6 +34,7 @@ from torch import Tensor
 
 from mirl.engine.models.interop.match import ENCODER_ALONE, Layout, count, first, match_weights
 from mirl.engine.models.mirl import MIRL
+from mirl.errors import UserError
 
 _RECONSTRUCT = np.zeros(1).__reduce__()[0]
 _SCALAR = np.float64(0).__reduce__()[0]
@@ -85,7 +86,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
 def read_release_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
     """The arrays of a .pd file by the release's keys.
 
-    ValueError if the file is not such a pickle, or asks for a class beyond OrderedDict, tuple, str, int and numpy's.
+    UserError if the file is not such a pickle, or asks for a class beyond OrderedDict, tuple, str, int and numpy's.
     """
     try:
         with open(path, "rb") as file:
@@ -95,7 +96,7 @@ def read_release_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
         raise
     # A damaged pickle raises nearly anything; all of it means the same to the user.
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint of the MIRL release: {error}") from error
+        raise UserError(f"{path} cannot be read as a checkpoint of the MIRL release: {error}") from error
 
 
 def _array(value: Any) -> np.ndarray:
@@ -145,7 +146,7 @@ def release_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 def release_to_state_dict(arrays: Mapping[str, np.ndarray], model: MIRL) -> dict[str, Tensor]:
     """A complete state dict for ``model`` (release variant) in float32.
 
-    ValueError listing what does not fit: keys unknown here, keys of the model that the file lacks, other shapes, or
+    UserError listing what does not fit: keys unknown here, keys of the model that the file lacks, other shapes, or
     positions that are not the fixed sin-cos ones of this model.
     """
     match = match_weights(release_tensors(arrays), RELEASE, model)
@@ -155,17 +156,17 @@ def release_to_state_dict(arrays: Mapping[str, np.ndarray], model: MIRL) -> dict
         *(f"{key} is missing" for key in match.missing),
     ]
     if problems:
-        raise ValueError(f"the release's checkpoint does not fit this model: {first(problems)}")
+        raise UserError(f"the release's checkpoint does not fit this model: {first(problems)}")
     return match.weights
 
 
 def load_release(model: MIRL, path: str | Path) -> None:
     """Set every parameter of ``model`` from a .pd file of the release.
 
-    ValueError if the file does not fit; the model is then unchanged.
+    UserError if the file does not fit; the model is then unchanged.
     """
     if model.config.variant != "release":
-        raise ValueError(
+        raise UserError(
             f"variant is {model.config.variant!r}: a checkpoint of the release needs a model of variant 'release'"
         )
     model.load_state_dict(release_to_state_dict(read_release_checkpoint(path), model))

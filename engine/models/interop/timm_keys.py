@@ -13,6 +13,7 @@ from torch import Tensor
 from mirl.engine.models.config import ModelConfig
 from mirl.engine.models.layers import NORM_EPS
 from mirl.engine.models.positions import resample_positions, sincos_positions
+from mirl.errors import UserError
 
 # Any entry of timm that makes a VisionTransformer: the arguments below replace all that it sets.
 ARCHITECTURE = "vit_base_patch16_224"
@@ -30,7 +31,7 @@ def timm_state_dict(
     encoder: keys as `mirl.engine.checkpoints.pretrained.load_encoder` returns them, with ``pos_embed`` [1 + N, D] where
     positions were trained. image_size: (height, width) that positions are resampled to; None: that of ``config``. head:
     ``head.weight``, ``head.bias`` and, where the norm comes after the pooling, ``fc_norm.*``; None, or that norm alone:
-    an encoder. ValueError if ``image_size`` is not made of whole patches.
+    an encoder. UserError if ``image_size`` is not made of whole patches.
     """
     tensors = {key: value for key, value in (*encoder.items(), *(head or {}).items()) if key != "pos_embed"}
     if _norm_after_pool(head):
@@ -109,7 +110,7 @@ def grid_of(config: ModelConfig, image_size: tuple[int, int] | None) -> tuple[in
     height, width = image_size or (config.image_height, config.image_width)
     side = config.patch_size
     if min(height, width) < side or height % side or width % side:
-        raise ValueError(f"image_size is {height}x{width} and patch_size is {side}: give multiples of patch_size")
+        raise UserError(f"image_size is {height}x{width} and patch_size is {side}: give multiples of patch_size")
     return height // side, width // side
 
 

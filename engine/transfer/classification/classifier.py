@@ -17,6 +17,7 @@ from mirl.engine.models.initialise import initialise
 from mirl.engine.models.layers import layer_norm
 from mirl.engine.models.masking import PatchMask
 from mirl.engine.models.positions import resample_positions, sincos_positions
+from mirl.errors import UserError
 
 POOLS = ("avg", "token")
 HEAD_STD = 2e-5
@@ -51,9 +52,9 @@ class Classifier(ComputeChoices):
         """
         super().__init__(encoder_config(config, drop_path, config.attention))
         if num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}: give 1 or more")
+            raise UserError(f"num_classes is {num_classes}: give 1 or more")
         if pool not in POOLS:
-            raise ValueError(f"pool is {pool!r}: choose one of {', '.join(POOLS)}")
+            raise UserError(f"pool is {pool!r}: choose one of {', '.join(POOLS)}")
         self.pool = pool
         self.encoder = Encoder(self.config)
         self.fc_norm = nn.Identity()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mirl.dataloaders import Batch, EvalLoader, TrainLoader, build_eval_loader
+from mirl.dataloaders import Batch, EvalLoader, ImageError, TrainLoader, build_eval_loader
 from mirl.engine.checkpoints.pretrained import load_encoder, load_weights
 from mirl.engine.distributed.ds_engine import FragmentReader
 from mirl.engine.models import ModelConfig
@@ -199,6 +199,13 @@ def _num_classes(config: FinetuneConfig, loader: TrainLoader) -> int:
     return count
 
 
+def _label(val: EvalLoader, index: int) -> int:
+    try:
+        return val.source.label(index)
+    except ImageError as error:
+        raise UserError(f"val: {val.source.path(index)}: {error}; mend this sample or leave it out") from error
+
+
 def _build_val(plan: FinetunePlan, loader: TrainLoader, num_classes: int, closing: ExitStack) -> EvalLoader | None:
     """Open the evaluation data. All of its labels are looked at now: a wrong one would end the run an epoch later."""
     config, model = plan.config, plan.config.encoder
@@ -219,7 +226,7 @@ def _build_val(plan: FinetunePlan, loader: TrainLoader, num_classes: int, closin
     )
     closing.callback(val.close)
     require_same_classes(loader.source.classes, val.classes, train="data", val="val")
-    largest = max(val.source.label(index) for index in range(val.num_images))
+    largest = max(_label(val, index) for index in range(val.num_images))
     if largest >= num_classes:
         raise UserError(f"val has label {largest} and there are {num_classes} classes: give sets of the same classes")
     return val

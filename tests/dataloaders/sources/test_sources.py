@@ -118,7 +118,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path):
     )
     (folder / "closed").chmod(0o755)
     assert (
-        "ValueError: data folder" in done.stderr and "secret/closed cannot be read (permission denied)" in done.stderr
+        "mirl.errors.UserError: data folder" in done.stderr and "secret/closed cannot be read (permission denied)" in done.stderr
     )
 
 

@@ -1,20 +1,15 @@
-"""Runs of two ranks, and the check that no process outlives them."""
+"""Ranks that are started quickly, killed and waited for, and the processes that a test left behind."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests.support.launch import CHECKOUT, launch_environment
 from tests.support.runs import TINY
@@ -33,20 +28,6 @@ def marked_processes(mark: str) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
-
-
-@pytest.fixture
-def environment() -> Iterator[dict[str, str]]:
-    """The environment of what a test starts by hand; fails the test if any of it still lives 30 s after the test."""
-    mark = uuid.uuid4().hex
-    yield launch_environment() | {MARK: mark}
-    deadline = time.monotonic() + ORPHAN_LIMIT_S
-    while (left := marked_processes(mark)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    commands = [" ".join(process.cmdline()[:4]) for process in left]
-    for process in left:
-        process.kill()
-    assert not commands, f"still alive {ORPHAN_LIMIT_S:g} s after the run: {commands}"
 
 
 @dataclass
@@ -75,11 +56,11 @@ class Run:
 
 
 class RankServer:
-    """tests/faults/rank_server.py behind a function."""
+    """tests/support/rank_server.py behind a function."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.rank_server"],
+            [sys.executable, "-m", "tests.support.rank_server"],
             cwd=CHECKOUT,
             env=launch_environment(),
             stdin=subprocess.PIPE,
@@ -124,22 +105,3 @@ class RankServer:
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait(timeout=30)
-
-
-@pytest.fixture(scope="session")
-def _server() -> Iterator[RankServer]:
-    server = RankServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def server(_server: RankServer) -> Iterator[RankServer]:
-    """Fails the test if a rank it started still lives 30 s after the test."""
-    _server.started = []
-    yield _server
-    codes = _server.ask({"wait": {"pids": _server.started, "seconds": ORPHAN_LIMIT_S}})
-    left = [pid for pid, code in zip(_server.started, codes, strict=True) if code is None]
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert not left, f"ranks still alive {ORPHAN_LIMIT_S:g} s after the run: {left}"
