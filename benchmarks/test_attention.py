@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.measure import device, rotated, time_calls
 from mirl import kernels
+from mirl.errors import UserError
 
 ON_GPU = device().type == "cuda"
 DTYPES = (torch.bfloat16,) if ON_GPU else (torch.float32, torch.bfloat16)
@@ -30,7 +31,7 @@ def test_attention(benchmark, results, queries, keys, head_dim, dtype, direction
     benchmark.group = f"attention {direction} {queries}x{keys} d{head_dim} {dtype}"
     try:
         resolved = kernels.resolve_attention_backend(backend, device=device(), dtype=dtype, head_dim=head_dim)
-    except RuntimeError as error:
+    except UserError as error:
         pytest.skip(str(error))
     # Views of a qkv and a kv projection, as in the model.
     qkv = torch.randn(BATCH, queries, 3, heads, head_dim, device=device(), dtype=dtype)

@@ -41,7 +41,7 @@ def load_images(
     short = 1 if resize_short is None else resize_short
     names = [str(path) for path in paths]
     files = [_read_named(name, index_dir) for name in names]
-    array_format = detect_array_format(files[0], names[0], channels)
+    array_format = _detect_format(files[0], names[0], channels)
     resizer = CpuResizer((image_size[0], image_size[1]), threads=1)
     try:
         if array_format is not None:
@@ -55,6 +55,13 @@ def load_images(
         return images if images.dtype == torch.uint8 else normalise(images, mean, std)
     finally:
         resizer.close()
+
+
+def _detect_format(file: bytes, name: str, channels: int) -> ArrayFormat | None:
+    try:
+        return detect_array_format(file, name, channels)
+    except ImageError as error:
+        raise UserError(f"{name}: {error}; give another image") from None
 
 
 def _decode_whole(files: list[bytes], names: list[str], channels: int) -> tuple[list[np.ndarray], np.ndarray]:

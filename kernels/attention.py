@@ -35,6 +35,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mirl.errors import UserError
+
 BACKENDS = ("auto", "xformers", "sdpa", "math")
 XFORMERS_INSTALL = 'pip install "xformers>=0.0.35" "nvidia-cuda-runtime-cu12>=12.8"'
 
@@ -117,11 +119,11 @@ def _resolve(requested: str, device: torch.device, dtype: torch.dtype, head_dim:
         if failure is None:
             return AttentionBackend(requested, "asked for")
         if requested == "xformers":
-            raise RuntimeError(
+            raise UserError(
                 f"attention backend 'xformers' cannot run {dtype}, head size {head_dim} on {device} ({failure}). "
                 f"It needs a CUDA GPU and: {XFORMERS_INSTALL} - or choose auto, sdpa or math"
             )
-        raise RuntimeError(f"attention backend {requested!r} cannot run on {device} ({failure}); choose auto")
+        raise UserError(f"attention backend {requested!r} cannot run on {device} ({failure}); choose auto")
     failures = []
     for name in _AUTO_ORDER["cpu" if device.type == "cpu" else "cuda", purpose]:
         failure = probe_backend(name, device, dtype, head_dim)
@@ -129,7 +131,7 @@ def _resolve(requested: str, device: torch.device, dtype: torch.dtype, head_dim:
             why = f"auto: first choice for {purpose} attention on {device.type}"
             return AttentionBackend(name, why if not failures else f"auto: fell back, {'; '.join(failures)}")
         failures.append(failure)
-    raise RuntimeError(f"no attention backend runs {dtype}, head size {head_dim} on {device}: {'; '.join(failures)}")
+    raise UserError(f"no attention backend runs {dtype}, head size {head_dim} on {device}: {'; '.join(failures)}")
 
 
 def resolve_attention_backend(
@@ -143,7 +145,7 @@ def resolve_attention_backend(
     """Choose the backend once, at start, by a tiny forward + backward of the run's dtype and head size.
 
     `purpose` is "self" or "cross" (the DID's cross-attention, for which xformers is the first choice on a GPU).
-    Raises: ValueError for an unknown name or purpose; RuntimeError when a backend asked for by name cannot run (for
+    Raises: ValueError for an unknown name or purpose; UserError when a backend asked for by name cannot run (for
     xformers with the pip line), never for `auto` while anything runs: it falls back and says why in `reason`.
     """
     if requested not in BACKENDS:

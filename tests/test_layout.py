@@ -41,7 +41,7 @@ FLOORS = (
 # Their __init__.py name what the rooms inside offer.
 FACES = ("mirl", "mirl.engine", "mirl.dataloaders")
 ONLY_IN = {
-    "deepspeed": ("engine/distributed/ds_engine.py", "engine/distributed/deepspeed_patches.py"),
+    "deepspeed": ("engine/distributed/deepspeed_patches.py",),
     "nvidia": ("dataloaders/decoding/dali_pipeline.py",),
     "xformers": ("kernels/attention.py",),
 }

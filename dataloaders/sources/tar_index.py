@@ -72,7 +72,7 @@ def make_index(
         if force or not fresh:
             try:
                 samples = list(scan_shard(shard, allow_cut=allow_cut))
-            except ValueError as error:
+            except UserError as error:
                 problems.append(str(error))
                 return target
             with atomic_writer(target) as file:
@@ -134,7 +134,7 @@ def scan_shard(shard: Path, *, allow_cut: bool = False) -> Iterator[list[Part]]:
             end = tar.offset
         if not allow_cut and not _has_end_mark(shard, end):
             raise tarfile.ReadError("no end-of-archive mark")
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError) as error:  # tarfile lets ValueErrors of damaged sparse headers through
         if not allow_cut or (not found and not parts):
             raise UserError(f"tar shard {shard} is cut or damaged ({error}); {mend}") from None
     if parts:

@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
             decoder_heads=arguments.decoder_heads,
             **_given(arguments, "mean", "std", "norm_pix"),
         )
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{arguments.file}: {error}") from error
     _require_enough_weights(arguments.file, config, state)
     match = match_weights(state, layout, MIRL(config))

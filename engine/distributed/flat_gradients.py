@@ -65,6 +65,8 @@ class FlatPartition(list):
 class FlatGradients:
     """Takes the gradients of ``optimizer``, a DeepSpeedZeroOptimizer that does not offload, in place of its own hooks.
 
+    `deepspeed_patches.hand_over_gradients` makes DeepSpeed call `collect`, `finish` and `norm`.
+
     ``parameters``: named, in the order of the model. ``bucket``: most values reduced by one call. ``accumulation``:
     micro-batches of a step.
     """
@@ -102,16 +104,10 @@ class FlatGradients:
         self._next = 0
         self._begin()
 
-        for hook in optimizer._grad_acc_hooks:
-            hook.remove()
-        optimizer._grad_acc_hooks = [
-            parameter.register_post_accumulate_grad_hook(self._collect) for parameter in self._slots
-        ]
-        # DeepSpeed's two ways to end a backward pass do nothing; what it calls after either of them does.
-        optimizer.overlapping_partition_gradients_reduce_epilogue = lambda: None
-        optimizer.reduce_gradients = lambda pipeline_parallel=False: None
-        optimizer.backward_epilogue = lambda *args, **kwargs: self._finish()
-        optimizer.scaled_global_norm = lambda norm_type=2: self._norm()
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters whose gradients are taken, in the order of the model."""
+        return list(self._slots)
 
     # --- layout
 
@@ -163,7 +159,7 @@ class FlatGradients:
         for piece in self._order:
             piece.missing, piece.reducing = len(piece.slots), False
 
-    def _collect(self, parameter: nn.Parameter) -> None:
+    def collect(self, parameter: nn.Parameter) -> None:
         """Called by autograd when the gradient of ``parameter`` has been added up."""
         gradient, parameter.grad = parameter.grad, None
         self._pending.append((self._slots[parameter], gradient))
@@ -211,7 +207,7 @@ class FlatGradients:
         self._works.append(work)
 
     @torch.no_grad()
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """After a backward pass; after the last one of a step, hand the averaged gradients to the optimiser."""
         self._write()
         for slot in self._slots.values():
@@ -247,8 +243,8 @@ class FlatGradients:
             self._kept[number] = torch.empty_like(reduced, dtype=torch.float32)
         return self._kept[number]
 
-    def _norm(self) -> Tensor:
-        """Of the whole gradient, over all groups and ranks; NaN or infinite where one of its values is."""
+    def norm(self) -> Tensor:
+        """The norm of the whole gradient, over all groups and ranks; NaN or infinite where one of its values is."""
         norms = []
         for partition in self._optimizer.averaged_gradients.values():
             whole = partition.flat_partition.numel() // NORM_PIECE * NORM_PIECE

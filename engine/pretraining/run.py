@@ -115,7 +115,7 @@ def _picture_images(config: PretrainConfig, ranks: Ranks, loader: TrainLoader) -
                     std=model.std,
                     index_dir=config.data.index_dir or None,
                 )
-            except ValueError:  # named, counted and reported by the loader when its turn comes
+            except UserError:  # named, counted and reported by the loader when its turn comes
                 continue
             chosen.append(image)
             break

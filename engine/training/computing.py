@@ -11,7 +11,6 @@ from mirl.engine.distributed.ds_engine import TrainEngine
 from mirl.engine.models import Execution
 from mirl.engine.training.compiling import CompileChoice, choose_compile, compile_regions
 from mirl.engine.training.plan import RunPlan
-from mirl.errors import UserError
 
 
 def set_computation(model: Any, run: RunConfig, device: torch.device) -> None:
@@ -20,14 +19,6 @@ def set_computation(model: Any, run: RunConfig, device: torch.device) -> None:
         model.set_activation_checkpointing(run.activation_checkpointing)
     fused = device.type == "cuda" if run.fused == "auto" else run.fused == "on"
     model.set_execution(Execution(fused_norm=fused, fused_gelu=fused, recompute=run.recompute_pointwise))
-
-
-def require_attention(model: Any, device: torch.device) -> None:
-    """UserError where the attention that was asked for by name does not run on ``device``."""
-    try:
-        model.resolve_attention(device)
-    except RuntimeError as error:
-        raise UserError(str(error)) from error
 
 
 def compile_where_chosen(plan: RunPlan[Any], engine: TrainEngine) -> CompileChoice:

@@ -21,7 +21,7 @@ from mirl.engine.configuration.config import Config
 from mirl.engine.distributed.ds_engine import FragmentReader, TrainEngine
 from mirl.engine.distributed.launch import Ranks, is_lost_peer, join, leave, seconds_since_process_start
 from mirl.engine.errors import LostRank
-from mirl.engine.training.computing import compile_where_chosen, require_attention
+from mirl.engine.training.computing import compile_where_chosen
 from mirl.engine.training.optimizer import build_optimizer
 from mirl.engine.training.plan import RunPlan, agree_on_main, make_plan
 from mirl.engine.training.run_folder import Progress, refuse_finished, restore_progress
@@ -143,7 +143,7 @@ def _train(config: C, kind: RunKind[C], ranks: Ranks) -> Path:
             task.load(plan.resumed_from.read)
 
         # How it computes; then the first files are written.
-        require_attention(engine.module, ranks.device)
+        engine.module.resolve_attention(ranks.device)  # now: one asked for by name may not run here
         compiled = compile_where_chosen(plan, engine)
         closing.callback(log.close)
         agree_on_main(ranks, lambda: _open_folder(plan, log, durations, progress.step))

@@ -23,7 +23,8 @@ def test_without_dali_the_package_imports_and_the_loader_names_the_command(jpeg_
     done = run(code, jpeg_folder(8))
     assert done.stdout == "8\n"
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("mirl.errors.UserError: NVIDIA DALI cannot be imported") and "pip install nvidia-dali-cuda130" in last
+    assert last.startswith("mirl.errors.UserError: NVIDIA DALI cannot be imported")
+    assert "pip install nvidia-dali-cuda130" in last
 
 
 def test_a_process_that_forgets_to_close_still_ends(jpeg_folder):

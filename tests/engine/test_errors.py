@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mirl.dataloaders import load_images
+from mirl.errors import UserError
 from tests.support.launch import CHECKOUT, launch_environment
 from tests.support.tars import add_member
 
@@ -67,8 +69,30 @@ def test_one_class_says_whose_error_it_is_and_nobody_looks_at_tracebacks():
             tree = ast.parse(path.read_text())
             names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
             assert not names & {"__traceback__", "tb_frame", "tb_next"}, f"{path} looks at a traceback"
-            defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
-            assert "UserError" not in defined or path == CHECKOUT / "mirl" / "errors.py"
+            if path != CHECKOUT / "mirl" / "errors.py":
+                classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+                named = {ast.unparse(name).split(".")[-1] for one in classes for name in one.bases}
+                assert not (named | {one.name for one in classes}) & {"UserError", "ValueError"}, path
+
+
+@pytest.mark.parametrize(("kind", "codes"), [("fault", [69, 1]), ("to mend", [2, 2])])
+def test_an_error_in_the_loader_of_one_rank_ends_both(server, photographs, tmp_path, kind, codes):
+    run = server.start(
+        tmp_path, "--data", photographs, "--steps", 3, "--out", "out", inject={1: ["break_loader", kind]}
+    )
+    assert run.end(60) == codes, run.output()[-2000:] + run.output(1)[-2000:]
+    told = "error: rank 0: rank 1 met a fault in its loader: " if kind == "fault" else "error: rank 1: "
+    assert told + "the second micro-batch is lost" in run.output() and "Traceback" not in run.output()
+    traceback = "ValueError: the second micro-batch is lost"
+    assert (traceback in run.output(1)) == ("Traceback" in run.output(1)) == (kind == "fault")
+
+
+def test_an_array_file_that_is_cut_is_named(tmp_path):
+    """A lone picture to look at: no other file tells what the data set holds."""
+    np.save(tmp_path / "whole.npy", np.zeros((40, 40, 3), np.float32))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "whole.npy").read_bytes()[:300])
+    with pytest.raises(UserError, match=r"cut\.npy: .*; give another image"):
+        load_images([tmp_path / "cut.npy"], image_size=(32, 32))
 
 
 def test_a_class_part_that_is_no_number_is_named_and_the_run_ends(server, tmp_path):

@@ -5,6 +5,7 @@ to audit hooks before it happens, and the hook ends the process then; where no h
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import torch
 
+from mirl.dataloaders import Batch, TrainLoader
 from mirl.engine.checkpoints import writer as checkpoint
+from mirl.errors import UserError
 
 # Phase of a save -> (rank that is killed, audit event, part of its first argument); no event: `kill_in_write`
 PHASES = {
@@ -97,6 +100,20 @@ def written_bytes(partial: Path) -> int:
 def give_up_after(seconds: str) -> None:
     """How long a rank waits, when the run has ended, for shards that may never come."""
     checkpoint.ABANDON_GRACE_S = float(seconds)
+
+
+def break_loader(kind: str) -> None:
+    """The second micro-batch of this rank ends in an error: a "fault" of ours, or one "to mend" by the user."""
+    error = {"fault": ValueError, "to mend": UserError}[kind]
+    next_micro_batch = TrainLoader.next_micro_batch
+    calls = itertools.count(1)
+
+    def fail_at_the_second(loader: TrainLoader) -> Batch:
+        if next(calls) == 2:
+            raise error("the second micro-batch is lost")
+        return next_micro_batch(loader)
+
+    TrainLoader.next_micro_batch = fail_at_the_second
 
 
 def hide(library: str) -> None:

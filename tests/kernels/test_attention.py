@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mirl import kernels
+from mirl.errors import UserError
 from tests.kernels.support import assert_near, leaf, randn, unit_roundoff
 
 attention_module = importlib.import_module("mirl.kernels.attention")
@@ -86,14 +87,14 @@ def test_a_backend_with_wrong_results_is_not_chosen(monkeypatch):
     attention_module._resolve.cache_clear()
     try:
         assert resolve("auto", device="cpu", dtype=torch.float32, head_dim=48).name == "sdpa"
-        with pytest.raises(RuntimeError, match="wrong result"):
+        with pytest.raises(UserError, match="wrong result"):
             resolve("math", device="cpu", dtype=torch.float32, head_dim=48)
     finally:
         attention_module._resolve.cache_clear()
 
 
 def test_explicit_xformers_that_cannot_run_names_the_pip_line():
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(UserError) as error:
         resolve("xformers", device="cpu", dtype=torch.float32, head_dim=32, purpose="cross")
     assert 'pip install "xformers>=0.0.35" "nvidia-cuda-runtime-cu12>=12.8"' in str(error.value)
 

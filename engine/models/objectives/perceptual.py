@@ -72,5 +72,5 @@ def read_vgg(path: str | Path) -> dict[str, Tensor]:
         return read_torch_checkpoint(path)
     except FileNotFoundError:
         raise UserError(f"vgg_weights is {str(path)!r}: no such file; save torchvision's vgg16 there") from None
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"vgg_weights: {error}") from error

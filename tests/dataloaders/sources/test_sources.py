@@ -117,9 +117,8 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path):
         command, capture_output=True, text=True, timeout=120, env=os.environ | {"HOME": "/nonexistent"}
     )
     (folder / "closed").chmod(0o755)
-    assert (
-        "mirl.errors.UserError: data folder" in done.stderr and "secret/closed cannot be read (permission denied)" in done.stderr
-    )
+    assert "mirl.errors.UserError: data folder" in done.stderr
+    assert "secret/closed cannot be read (permission denied)" in done.stderr
 
 
 def test_labels_need_class_folders(tmp_path):

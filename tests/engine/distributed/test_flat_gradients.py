@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mirl.engine.distributed import flat_gradients
+from mirl.engine.distributed.deepspeed_patches import hand_over_gradients
 from mirl.engine.distributed.flat_gradients import FlatGradients
 
 
@@ -52,7 +53,9 @@ def make(model: nn.Module, *, accumulation: int = 1, world_size: int = 1) -> Sim
         _grad_acc_hooks=[],
     )
     optimizer.is_gradient_accumulation_boundary = lambda: optimizer.boundary
-    optimizer.flat = FlatGradients(optimizer, model.named_parameters(), bucket=100, accumulation=accumulation)
+    flat = FlatGradients(optimizer, model.named_parameters(), bucket=100, accumulation=accumulation)
+    hand_over_gradients(optimizer, flat.parameters, collect=flat.collect, finish=flat.finish, norm=flat.norm)
+    optimizer.flat = flat
     return optimizer
 
 

@@ -28,6 +28,8 @@ CASES = {
     "zero2-pieces-micro2": {"stage": "zero2", "piece": 1000, "micro_batch": 2},
     "zero2-pieces-bf16": {"stage": "zero2", "piece": 1000, "precision": "bf16"},
     **{f"{stage}-buckets": {"stage": stage, "flat_gradients": False} for stage in ("zero1", "zero2")},
+    # A version of DeepSpeed that the tests have not seen keeps its own ways.
+    **{f"{stage}-untested": {"stage": stage, "version": "0.19.9"} for stage in ("zero1", "zero2", "zero3")},
     "zero1-buckets-bf16": {"stage": "zero1", "flat_gradients": False, "precision": "bf16"},
 }
 POISONED = {

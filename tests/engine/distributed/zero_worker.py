@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mirl.engine.configuration.config import DataConfig, OptimConfig, PretrainConfig, RunConfig
-from mirl.engine.distributed import flat_gradients
+from mirl.engine.distributed import deepspeed_patches, flat_gradients
 from mirl.engine.distributed.ds_config import read_ds_config, resolve_batch, resolve_ds_config
 from mirl.engine.distributed.ds_engine import TrainEngine
 from mirl.engine.distributed.launch import Ranks, join, leave
@@ -83,7 +83,9 @@ def train(case: dict, ranks: Ranks) -> list[float] | dict:
     if "piece" in case:
         ds_config["zero_optimization"]["reduce_bucket_size"] = 4 * pieces
     optimizer = build_optimizer(model, config.optim, ranks.device)
+    deepspeed_patches.VERSION = case.get("version", deepspeed_patches.TESTED_VERSIONS[0])
     engine = TrainEngine(model, optimizer, ds_config, flat_gradients=case.get("flat_gradients", True))
+    assert bool(engine.remarks) == ("version" in case)
     if "poison" in case:
         return poisoned(engine, case["poison"], micro, ranks)
     losses = []
