@@ -83,7 +83,8 @@ class TrainEngine:
         patches.make_moments(self._optimizer, self.stage)
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Any:
+        """The model that was given, with its own methods."""
         return self._engine.module
 
     @property

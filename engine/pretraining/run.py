@@ -6,7 +6,6 @@ import dataclasses
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -90,9 +89,8 @@ def _build_teacher(config: PretrainConfig, engine: TrainEngine) -> EmaTeacher | 
             f"feature_loss is {config.model.feature_loss} and {config.run.deepspeed_config} is ZeRO stage 3, where no "
             "rank has the weights that its teacher averages: use --deepspeed_config zero2"
         )
-    model: Any = engine.module
-    teacher = EmaTeacher(model, config.model, config.optim.teacher_decay)
-    teacher.set_execution(dataclasses.replace(model.execution, recompute=False))
+    teacher = EmaTeacher(engine.module, config.model, config.optim.teacher_decay)
+    teacher.set_execution(dataclasses.replace(engine.module.execution, recompute=False))
     return teacher
 
 

@@ -26,8 +26,7 @@ def describe_run(plan: RunPlan[Any], durations: Durations, loader: TrainLoader, 
     config, ranks, optim = plan.config, plan.ranks, plan.config.optim
     threads = f"CPU, {torch.get_num_threads()} threads a rank"
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else threads
-    model: Any = engine.module
-    backends = model.resolve_attention(ranks.device)
+    backends = engine.module.resolve_attention(ranks.device)
     attention = "; ".join(f"{use}: {backend.name} ({backend.reason})" for use, backend in backends.items())
     return [
         f"data {loader.num_images} images from {', '.join(config.data.data) or 'the demo photographs'}; "
