@@ -23,7 +23,7 @@ USER_ERRORS = {
 FAULTS = {
     "ValueError": "raise ValueError('a value of ours')",
     "KeyError": "{}['absent']",
-    "ImportError": "import mirl.absent",
+    "ModuleNotFoundError": "import mirl.absent",
     "RuntimeError": "raise RuntimeError('a fault')",
     "FileNotFoundError without a file": "raise FileNotFoundError('a fault')",
 }
@@ -55,7 +55,9 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(name):
 def test_a_fault_of_ours_keeps_its_traceback_and_exit_code_1(name):
     ended = end_of(FAULTS[name])
     assert ended.returncode == 1
-    assert ended.stderr.startswith("Traceback (most recent call last)")
+    # One traceback, of that very error: not of another one that handling it met.
+    assert ended.stderr.startswith("Traceback (most recent call last)") and ended.stderr.count("Traceback") == 1
+    assert ended.stderr.splitlines()[-1].startswith(f"{name.split()[0]}: ")
 
 
 def test_the_traceback_of_a_user_error_can_be_asked_for():

@@ -9,6 +9,7 @@ import pytest
 
 from mirl.engine.checkpoints.reader import find_newest_good
 from mirl.engine.errors import EXIT_USER_ERROR
+from tests.support.files import flip_bit
 from tests.support.runs import losses
 
 SHARD = "rank-00001-of-00002.safetensors"
@@ -40,12 +41,6 @@ def cut(checkpoints: Path, newest: int) -> None:
     (checkpoints / "latest").write_text(f"step-{newest:08d}\n")
 
 
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
 
@@ -56,7 +51,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 def test_damaged_shards_and_a_dangling_pointer_are_passed_over(server, whole, photographs, tmp_path):
     checkpoints = copy_of(whole, tmp_path, newest=5)
-    flip(checkpoints / "step-00000005" / SHARD)
+    flip_bit(checkpoints / "step-00000005" / SHARD)
     truncate(checkpoints / "step-00000004" / SHARD)
     (checkpoints / "step-00000003" / SHARD).unlink()
     (checkpoints / "latest").write_text("step-00000099\n")
@@ -79,7 +74,7 @@ def test_an_empty_pointer_is_told_and_a_named_damaged_checkpoint_is_refused(serv
     checkpoints = copy_of(whole, tmp_path, newest=5)
     (checkpoints / "latest").write_text("")
     damaged = checkpoints / "step-00000004"
-    flip(damaged / SHARD)
+    flip_bit(damaged / SHARD)
     before = contents(tmp_path / "out")
     named = server.start(tmp_path, "--data", photographs, *FLAGS, "--resume", damaged)
     # Rank 1 may see rank 0 leave first.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 
 import pytest
 
 from mirl.engine.checkpoints.reader import find_newest_good
-from mirl.engine.distributed.watchdog import Watchdog, stacks
+from mirl.engine.distributed.watchdog import stacks
 from mirl.engine.errors import EXIT_HUNG
+from tests.support.launch import CHECKOUT
 
 
 def test_ranks_that_wait_for_a_hung_one_show_their_stacks_and_end(server, photographs, tmp_path):
@@ -33,13 +35,26 @@ def test_ranks_that_wait_for_a_hung_one_show_their_stacks_and_end(server, photog
     assert found is not None and not remarks
 
 
-def test_a_slow_run_is_left_alone_and_zero_turns_it_off():
-    with Watchdog(minutes=0.5 / 60, rank=0) as watchdog:
-        for step in range(8):
-            time.sleep(0.1)
-            watchdog.beat(f"step {step}")
-    with Watchdog(minutes=0, rank=0):
-        time.sleep(0.05)
+SLOW = """
+import sys, time
+from mirl.engine.distributed.watchdog import Watchdog
+minutes, beats, pause = map(float, sys.argv[1:])
+with Watchdog(minutes=minutes, rank=0) as watchdog:
+    for step in range(int(beats)):
+        time.sleep(pause)
+        watchdog.beat(f"step {step}")
+print("done")
+"""
+
+
+@pytest.mark.parametrize(
+    ("minutes", "beats", "pause", "ends"),
+    [(1 / 60, 8, 0.2, 0), (0, 1, 1.5, 0), (0.5 / 60, 1, 4, EXIT_HUNG)],
+    ids=["a slow run is left alone", "zero turns it off", "a hung run is ended"],
+)
+def test_only_a_run_that_stands_still_is_ended(minutes, beats, pause, ends, run):
+    ended = run(sys.executable, "-c", SLOW, str(minutes), str(beats), str(pause), cwd=CHECKOUT)
+    assert (ended.returncode, ended.stdout) == (ends, "" if ends else "done\n"), ended.stderr[-2000:]
 
 
 def test_stacks_name_every_thread():

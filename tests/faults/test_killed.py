@@ -11,6 +11,7 @@ import time
 from mirl.engine.checkpoints.reader import find_newest_good, verify
 from mirl.engine.errors import EXIT_LOST_RANK
 from tests.faults.inject import BALLAST_BYTES, PHASES, written_bytes
+from tests.support.files import wait_for
 from tests.support.runs import ENTRY, TINY, equal_tensors, losses
 
 STEPS = ["--steps", "7", "--checkpoint-every", "1", "--out", "out"]  # an epoch and two steps
@@ -43,14 +44,6 @@ def test_a_rank_killed_under_the_launcher_ends_the_run(environment, photographs,
     text = (tmp_path / "output.txt").read_text()
     assert code == 256 - signal.SIGKILL, text[-3000:]  # DeepSpeed's launcher gives the first rank's code on, modulo 256
     assert "error: rank 0: another rank is gone" in text
-
-
-def wait_for(path, text: str, seconds: float = 120) -> str:
-    deadline = time.monotonic() + seconds
-    while text not in path.read_text():
-        assert time.monotonic() < deadline, path.read_text()[-3000:]
-        time.sleep(0.02)
-    return path.read_text()
 
 
 def test_a_rank_killed_in_each_phase_of_a_save_loses_nothing_that_was_saved(server, photographs, tmp_path):

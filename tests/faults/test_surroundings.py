@@ -73,7 +73,9 @@ def test_without_triton_and_xformers_the_same_losses_come_from_plain_torch(envir
     result = finish([sys.executable, "-c", WITHOUT, "triton,xformers", *flags], tmp_path, environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "kernels torch on" in result.stdout and "Traceback" not in result.stderr
-    assert set(losses(tmp_path / "out")) == {1, 2}
+    with_both = finish([sys.executable, *flags[:-1], "with"], tmp_path, environment)
+    assert with_both.returncode == 0, with_both.stdout[-3000:] + with_both.stderr[-3000:]
+    assert losses(tmp_path / "out") == losses(tmp_path / "with") and set(losses(tmp_path / "out")) == {1, 2}
 
 
 def test_xformers_asked_for_and_missing_is_one_line_with_the_pip_command(server, photographs, tmp_path):

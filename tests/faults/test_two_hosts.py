@@ -16,6 +16,7 @@ import pytest
 from mirl.engine.errors import EXIT_PREEMPTED
 from tests.faults import slurm_cluster
 from tests.faults.two_hosts import TwoHosts, missing
+from tests.support.files import wait_for
 from tests.support.launch import CHECKOUT
 from tests.support.runs import ENTRY, TINY, events, losses
 from tests.support.started_ranks import MARK, RankServer, marked_processes
@@ -131,13 +132,6 @@ def documented_script(replaced: dict[str, str]) -> str:
         assert old in script, f"{old} is not in the script of docs/clusters.md"
         script = script.replace(old, new)
     return script
-
-
-def wait_for(output: Path, text: str, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not output.exists() or text not in output.read_text():
-        assert time.monotonic() < deadline, output.read_text()[-3000:] if output.exists() else "no output"
-        time.sleep(0.05)
 
 
 def _ends(folder: Path) -> str:

@@ -161,7 +161,9 @@ def test_preparing_goes_on_where_it_was_killed(jpeg_folder, tmp_path, shard_size
     assert done.returncode == 9, done.stderr
     report = prepare_data(folder, tmp_path / "dst", short_side=64, shard_size=shard_size, progress=False)
     assert report.kept >= 2 and report.kept + report.written == 12
-    assert not list((tmp_path / "dst").rglob("*.idx")) or shard_size
+    shards = sorted(path.with_suffix("") for path in (tmp_path / "dst").rglob("*.tar"))
+    assert sorted(path.with_suffix("") for path in (tmp_path / "dst").rglob("*.idx")) == shards
+    assert bool(shards) == bool(shard_size)
     prepare_data(folder, tmp_path / "again", short_side=64, shard_size=shard_size, progress=False)
     ours, theirs = (open_source(tmp_path / name) for name in ("dst", "again"))
     assert ours.num_images == theirs.num_images == 12

@@ -14,6 +14,7 @@ from mirl.engine.checkpoints.writer import CheckpointWriter, list_checkpoints
 from mirl.engine.distributed.ds_engine import Fragment
 from mirl.engine.distributed.launch import Ranks
 from mirl.errors import UserError
+from tests.support.files import flip_bit
 
 SHAPES = {"a.weight": [4, 5], "b": [1, 1, 7]}
 
@@ -106,16 +107,10 @@ def test_the_caller_may_change_its_tensors_after_save(tmp_path):
     assert torch.equal(CheckpointReader(tmp_path / "step-00000001").read("b", "weight", 0, 7), expected)
 
 
-def _flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.write_bytes(data)
-
-
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (_flip, "sha256 differs"),
+        (flip_bit, "sha256 differs"),
         (lambda path: os.truncate(path, 100), "has 100 bytes instead of"),
         (lambda path: path.unlink(), "is missing"),
         (lambda path: (path.parent / "manifest.json").write_text("{"), "manifest.json is damaged"),

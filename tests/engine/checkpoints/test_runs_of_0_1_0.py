@@ -1,4 +1,4 @@
-"""Runs of version 0.1.0 load and go on. tests/fixtures/run_0_1_0 holds two, made at commit e3e2fab; its README says how."""
+"""Runs of version 0.1.0 load and go on: the two in tests/fixtures/run_0_1_0, whose README says how they were made."""
 
 from __future__ import annotations
 

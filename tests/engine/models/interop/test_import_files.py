@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from mirl.engine.models.interop.mae import MAE
 from mirl.engine.models.interop.match import infer_config
 from mirl.engine.models.interop.release import RELEASE
 from mirl.errors import UserError
+from tests.support.files import CreatesFile
 
 
 def published(depth: int, width: int, side: int, decoders: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -58,20 +58,12 @@ def test_sizes_of_the_release_are_known(name, depth, width, blocks, decoder_widt
 # --- files that are not what they should be
 
 
-class Runs:
-    """Unpickling it with plain pickle would create the file ``ran``."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 def test_nothing_in_a_file_is_run(zipped, tmp_path):
     path, ran = tmp_path / "evil.pth", tmp_path / "ran"
-    torch.save({"model": {"cls_token": torch.ones(1)}, "epoch": Runs(ran)}, path, _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"model": {"cls_token": torch.ones(1)}, "epoch": CreatesFile(ran)}, path, _use_new_zipfile_serialization=zipped
+    )
     with pytest.raises(ValueError, match=r"evil\.pth cannot be read as a PyTorch checkpoint: it asks for") as told:
         import_weights([str(path), "--out", str(tmp_path / "imported")])
     assert "weights_only" not in str(told.value), "torch's advice to load it unsafely is passed on"

@@ -13,6 +13,7 @@ import torch
 from mirl.engine.models import MIRL, ModelConfig, load_release, read_release_checkpoint, release_to_state_dict
 from mirl.engine.models.interop.release import our_key
 from tests.engine.models.helpers import make_reference
+from tests.support.files import CreatesFile
 from tests.support.launch import CHECKOUT
 
 FIXTURES = CHECKOUT / "tests" / "fixtures"
@@ -109,19 +110,9 @@ def test_the_papers_variant_is_refused() -> None:
         load_release(MIRL(ModelConfig(depth=2, width=24, heads=2)), CHECKPOINT)
 
 
-class Runs:
-    """Unpickling it with plain pickle would create the file ``ran``."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
-
-
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     path, ran = tmp_path / "evil.pd", tmp_path / "ran"
-    path.write_bytes(pickle.dumps({"model": OrderedDict(cls_token=("name", Runs(ran)))}))
+    path.write_bytes(pickle.dumps({"model": OrderedDict(cls_token=("name", CreatesFile(ran)))}))
     with pytest.raises(ValueError, match="which a checkpoint of the release does not need"):
         read_release_checkpoint(path)
     assert not ran.exists()
