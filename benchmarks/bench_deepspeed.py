@@ -1,7 +1,7 @@
 """What DeepSpeed costs: a step through engine/distributed/ds_engine.py against a bare loop, same model, optimiser and
 images.
 
-    python benchmarks/bench_deepspeed.py [--world-size 2] [--stage zero2] [--model demo] [--steps 9]
+    python -m benchmarks.bench_deepspeed [--world-size 2] [--stage zero2] [--model demo] [--steps 9]
     pytest benchmarks/test_deepspeed.py           # small; the figure goes to the terminal
 
 On 2 ranks the bare loop averages gradients by one all-reduce of one flat tensor. The two take turns, step by step, so
@@ -27,13 +27,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 CHECKOUT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(CHECKOUT)
-
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
 TARGET = {"cuda": 1.02, "cpu": 1.05}
 
 
@@ -146,7 +143,8 @@ def run(world_size: int, *arguments: str) -> dict[str, float]:
     common |= {"OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, "--worker", *arguments],
+            [sys.executable, "-m", "benchmarks.bench_deepspeed", "--worker", *arguments],
+            cwd=CHECKOUT,
             env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,

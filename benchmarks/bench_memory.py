@@ -1,7 +1,7 @@
 """Memory of activations against batch and depth, with and without recomputing LayerNorm and GELU.
 
-    python benchmarks/bench_memory.py                            # curves of vit_b's width, G = 2
-    python benchmarks/bench_memory.py --target                   # B-48 at batch 256 against the 28 GB of the design
+    python -m benchmarks.bench_memory                            # curves of vit_b's width, G = 2
+    python -m benchmarks.bench_memory --target                   # B-48 at batch 256 against the 28 GB of the design
 
 On a CPU the tensors that autograd keeps are counted (torch.autograd.graph.saved_tensors_hooks, each storage once), in
 bfloat16 with SDPA, as on a GPU. One thing differs there and is taken off: the gradient of the predictions is kept in
@@ -21,9 +21,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.measure import device
 from benchmarks.report import Results

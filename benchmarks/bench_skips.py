@@ -1,6 +1,6 @@
 """What each exact skip, and each form of execution, brings: forward and backward pass, one thing changed at a time.
 
-    python benchmarks/bench_skips.py [--model vit_b] [--batch 8] [--rounds 5]
+    python -m benchmarks.bench_skips [--model vit_b] [--batch 8] [--rounds 5]
 
 All forms share their Parameters and take turns. A gain is the time without the thing over the time with it, of medians
 and of the fastest rounds; on a CPU it is processor time, which neighbours on the machine disturb less than wall time.
@@ -16,12 +16,8 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.measure import device
 from mirl.engine.accounting.flops import training_flops_per_image

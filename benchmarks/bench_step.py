@@ -1,7 +1,7 @@
 """One training step, forward, backward and optimiser: the engine's model against the eager reference and others.
 
-    python benchmarks/bench_step.py                             # the table of the design: four sizes, two variants
-    python benchmarks/bench_step.py --models vit_b_48 --batch 256 --precision bf16
+    python -m benchmarks.bench_step                             # the table of the design: four sizes, two variants
+    python -m benchmarks.bench_step --models vit_b_48 --batch 256 --precision bf16
 
 All contestants (benchmarks/contestants.py) of a case run in one process on one device on the same batch, taking turns
 step by step, so that what else happens on the machine meets all of them. Every figure is a median over rounds. Before a
@@ -30,9 +30,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.breakdown import profile_step
 from benchmarks.contestants import NAMES, ON_REQUEST, PRECISIONS, Contestant, MasterAdamW, make_contestants

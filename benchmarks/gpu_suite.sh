@@ -54,18 +54,18 @@ if ((quick)); then
     part kernels 120 "${bench[@]}" benchmarks/test_kernels.py -k "gather_tokens and forward-" --results-dir "$folder/kernels"
     part attention 90 "${bench[@]}" benchmarks/test_attention.py -k "forward" --results-dir "$folder/attention"
     part step 150 "${bench[@]}" benchmarks/test_step.py --results-dir "$folder/step"
-    part memory 120 "$python" benchmarks/bench_memory.py --depth 6 --batch 1 3 --out "$folder/memory"
+    part memory 120 "$python" -m benchmarks.bench_memory --depth 6 --batch 1 3 --out "$folder/memory"
 else
     # Limits add up to less than 8 minutes. torch.compile of a whole reference of 48 blocks takes minutes by itself, so it
     # is compared at vit_b alone; bench_step.py without --contestants measures it at every size.
     part tests 90 "$python" -m pytest -q -p no:cacheprovider -m gpu tests
     part kernels 70 "${bench[@]}" benchmarks/test_kernels.py --results-dir "$folder/kernels"
     part attention 30 "${bench[@]}" benchmarks/test_attention.py --results-dir "$folder/attention"
-    part step 120 "$python" benchmarks/bench_step.py --batch 256 64 --models vit_b_48 vit_s_54 vit_b_24 vit_b --no-mae \
+    part step 120 "$python" -m benchmarks.bench_step --batch 256 64 --models vit_b_48 vit_s_54 vit_b_24 vit_b --no-mae \
         --contestants ours ours_compiled eager_math eager_sdpa --rounds 6 --seconds 95 --out "$folder/step"
-    part step_vit_b 60 "$python" benchmarks/bench_step.py --batch 256 --models vit_b --variants paper --rounds 6 \
+    part step_vit_b 60 "$python" -m benchmarks.bench_step --batch 256 --models vit_b --variants paper --rounds 6 \
         --out "$folder/step_vit_b"
-    part memory 30 "$python" benchmarks/bench_memory.py --target --out "$folder/memory"
+    part memory 30 "$python" -m benchmarks.bench_memory --target --out "$folder/memory"
 fi
 
 if "$python" -c "import nvidia.dali" 2> /dev/null; then
@@ -79,7 +79,7 @@ if [[ -e benchmarks/bench_deepspeed.py ]]; then
     if ((quick)); then
         part deepspeed 200 "${bench[@]}" benchmarks/test_deepspeed.py
     else
-        part deepspeed 30 "$python" benchmarks/bench_deepspeed.py --model vit_b --world-size 1
+        part deepspeed 30 "$python" -m benchmarks.bench_deepspeed --model vit_b --world-size 1
     fi
 else
     skip deepspeed "benchmarks/bench_deepspeed.py is not in this checkout"

@@ -1,6 +1,6 @@
 """The tables of docs/scaling.md: memory, traffic and step time of many GPUs, computed, not measured.
 
-    python benchmarks/scaling.py [--mfu 0.45] [--batch 4096] [--hbm-gib 80]
+    python -m benchmarks.scaling [--mfu 0.45] [--batch 4096] [--hbm-gib 80]
 
 Counted: parameters, FLOPs and bytes of memory (engine/accounting/flops.py, engine/accounting/memory.py), bytes that
 ZeRO sends. Assumed and printed with the tables: the GPU's peak, the utilisation that a step reaches, the speed of the
@@ -21,16 +21,11 @@ of a ring takes R - 1 hops; gradients go in pieces of at most 2e8 values, the ga
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from mirl.engine.accounting.flops import pretraining_parameters, training_flops_per_image  # noqa: E402
-from mirl.engine.accounting.memory import GIB, activation_bytes, state_bytes  # noqa: E402
-from mirl.engine.models import ModelConfig, model_config  # noqa: E402
+from mirl.engine.accounting.flops import pretraining_parameters, training_flops_per_image
+from mirl.engine.accounting.memory import GIB, activation_bytes, state_bytes
+from mirl.engine.models import ModelConfig, model_config
 
 MODELS = ("vit_b_48", "vit_s_54")
 GPUS = (8, 32, 256)

@@ -1,6 +1,6 @@
 """Training steps under `pytest benchmarks/`: the cases of the design on a GPU, a small model on a CPU.
 
-`python benchmarks/bench_step.py` takes the same measurements with more choice.
+`python -m benchmarks.bench_step` takes the same measurements with more choice.
 """
 
 from __future__ import annotations

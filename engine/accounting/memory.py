@@ -67,7 +67,7 @@ def activations(config: ModelConfig, checkpointing: str | int = "none", precisio
     """Of one image, in the forms of activation checkpointing that `MIRL.set_activation_checkpointing` knows.
 
     With checkpointing the inputs of all runs are kept, and the inside of a run only while it is recomputed.
-    ValueError on an unknown form.
+    UserError on an unknown form.
     """
     plan = CheckpointPlan.make(checkpointing)
     tokens, width, dec, hidden = 1 + config.num_kept, config.width, config.decoder_width, config.decoder_mlp_width
@@ -166,7 +166,7 @@ def state_bytes(
     bucket: int = BUCKET_VALUES,
 ) -> float:
     """Weights, gradients, optimiser states and the bucket of stage 3 on one rank; the table above. ``accumulation``:
-    micro-batches of a step. ValueError on an unknown stage or no rank.
+    micro-batches of a step. UserError on an unknown stage or no rank.
     """
     if zero_stage not in ZERO_STAGES:
         raise UserError(f"zero_stage is {zero_stage}: choose one of {', '.join(map(str, ZERO_STAGES))}")

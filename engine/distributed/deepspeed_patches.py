@@ -42,7 +42,9 @@ def prepare_environment() -> None:
 prepare_environment()
 
 import deepspeed  # noqa: E402
+import deepspeed.comm.comm  # noqa: E402
 import deepspeed.ops  # noqa: E402
+import deepspeed.utils.groups  # noqa: E402
 
 VERSION: str = deepspeed.__version__
 
@@ -96,6 +98,16 @@ def without_shared_memory_collectives() -> None:
     here. Upstream: they came with pull request 5391.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def forget_process_group_of_earlier_run() -> None:
+    """Let DeepSpeed look up the process group anew.
+
+    It keeps the first one that it meets for the life of the process. A second run in one process, as in a notebook, has
+    a group of its own, and would be refused with "Group is not registered". Upstream: no issue was found.
+    """
+    deepspeed.comm.comm.cdb = None
+    deepspeed.utils.groups._WORLD_GROUP = None
 
 
 def gradient_types(ds_config: dict[str, Any], flat_gradients: bool) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class TrainEngine:
     ) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         patches.without_shared_memory_collectives()
+        patches.forget_process_group_of_earlier_run()
         self.stage: int = ds_config["zero_optimization"]["stage"]
         self.remarks = patches.remark_on_version()
         flat_gradients = flat_gradients and patches.is_tested()

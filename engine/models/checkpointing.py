@@ -27,7 +27,7 @@ class CheckpointPlan:
 
     @classmethod
     def make(cls, mode: str | int, function: CheckpointFunction | None = None) -> CheckpointPlan:
-        """``mode``: "none", "every", "segments", or a number of blocks (digits, too). ValueError for anything else."""
+        """``mode``: "none", "every", "segments", or a number of blocks (digits, too). UserError for anything else."""
         named = {"none": 0, "every": 1, "segments": None}
         function = function or DEFAULT_CHECKPOINT
         if mode in named:

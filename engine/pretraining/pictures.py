@@ -115,9 +115,10 @@ def grid_image(titles: list[str], columns: list[np.ndarray]) -> Image.Image:
     return canvas
 
 
-def save_grid(path: Path, titles: list[str], columns: list[np.ndarray]) -> Image.Image:
+def save_grid(path: Path | str, titles: list[str], columns: list[np.ndarray]) -> Image.Image:
     """Write the picture as PNG, whole or not at all, and return it."""
     picture = grid_image(titles, columns)
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp.png")
     try:

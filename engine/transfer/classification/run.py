@@ -226,7 +226,8 @@ def _build_val(plan: FinetunePlan, loader: TrainLoader, num_classes: int, closin
     )
     closing.callback(val.close)
     require_same_classes(loader.source.classes, val.classes, train="data", val="val")
-    largest = max(_label(val, index) for index in range(val.num_images))
-    if largest >= num_classes:
-        raise UserError(f"val has label {largest} and there are {num_classes} classes: give sets of the same classes")
+    labels = [_label(val, index) for index in range(val.num_images)]
+    for label in (min(labels), max(labels)):
+        if not 0 <= label < num_classes:
+            raise UserError(f"val has label {label} and there are {num_classes} classes: give sets of the same classes")
     return val

@@ -13,10 +13,12 @@ from types import SimpleNamespace
 import deepspeed
 import pytest
 import torch
+from deepspeed.comm import comm
 from deepspeed.comm.torch import build_shm_op
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
 from torch import nn
 
 from mirl.engine.distributed import deepspeed_patches as patches
@@ -48,6 +50,12 @@ def test_shared_memory_collectives_are_still_asked_for_by_name():
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
     assert "__compatible_ops__" in source(build_shm_op)
     assert build_shm_op() is None
+
+
+def test_the_process_group_is_still_kept_for_the_life_of_the_process():
+    """That a second run in one process trains is held by tests/test_docs.py."""
+    assert "if _WORLD_GROUP is None" in source(groups._clone_world_group)
+    assert hasattr(comm, "cdb") and "cdb" in source(comm.init_distributed)
 
 
 def test_float32_accumulation_in_stage_1_still_builds_another_optimizer():
