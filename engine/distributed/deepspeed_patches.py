@@ -1,7 +1,9 @@
 """The fence round DeepSpeed: what we replace inside it, and what we call that is not its public face.
 
-Nothing else imports deepspeed. Each piece says what it replaces, why, what upstream says of it, and the test in
-tests/engine/distributed/test_deepspeed_patches.py that tells when it can go. They were read from version 0.19.8.
+Nothing else imports deepspeed or names its attributes. The pieces were read from version 0.19.8. Each says what it
+replaces, why, what upstream says of it, and the test that tells when it can go; those without a path stand in
+tests/engine/distributed/test_deepspeed_patches.py. What is computed is held by tests/engine/distributed/test_zero.py
+for every stage.
 
 Under a version that the tests have not seen, whatever is not needed is left alone: gradients go through DeepSpeed's own
 buckets, its own overflow check runs, and the log says so. What is needed, the fp32 state of each parameter, is checked
@@ -14,12 +16,13 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from mirl.engine.distributed.flat_gradients import FlatGradients, FlatGroup
 from mirl.errors import UserError
 
 TESTED_VERSIONS = ("0.19.8",)
@@ -31,7 +34,8 @@ def prepare_environment() -> None:
     """Spare DeepSpeed a search for accelerators and for ninja; to be called before it is imported.
 
     Replaces nothing. Without DS_ACCELERATOR it warns on a machine without a GPU that it found none. It looks for ninja
-    on PATH, where the one of this environment is only if the environment is activated.
+    on PATH, where the one of this environment is only if the environment is activated. Upstream: its documents name the
+    variable; nothing has to go.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -42,9 +46,7 @@ def prepare_environment() -> None:
 prepare_environment()
 
 import deepspeed  # noqa: E402
-import deepspeed.comm.comm  # noqa: E402
 import deepspeed.ops  # noqa: E402
-import deepspeed.utils.groups  # noqa: E402
 
 VERSION: str = deepspeed.__version__
 
@@ -64,12 +66,19 @@ def remark_on_version() -> list[str]:
     ]
 
 
+def version_error(problem: str) -> UserError:
+    """The error for an installed version that lacks what this engine cannot do without."""
+    tested = ", ".join(TESTED_VERSIONS)
+    return UserError(f"deepspeed is {VERSION}, {problem}: this engine was tested with {tested}; {INSTALL_LINE}")
+
+
 def import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon optimiser while torch.compile does nothing.
 
     DeepSpeed imports it to ask whether our optimiser is one. The module compiles three functions as it is imported, and
     that loads all of torch's compiler: half of the time that a small run takes to start. Nobody here uses Muon of
-    DeepSpeed. Upstream: the module came with pull request 7509; no issue on its import time was found.
+    DeepSpeed. Upstream: the module came with pull request 7509; no issue on its import time was found. It can go when
+    test_muon_still_compiles_as_it_is_imported fails.
     """
     compile_, torch.compile = torch.compile, lambda function: function
     try:
@@ -82,39 +91,50 @@ def import_muon_uncompiled() -> None:
 if is_tested():
     import_muon_uncompiled()
 
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # noqa: E402
-from deepspeed.utils import (  # noqa: E402
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
+try:
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.utils import (
+        safe_get_local_fp32_param,
+        safe_get_local_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+except ImportError as error:
+    raise version_error(f"from which an import fails ({error})") from error
 
 
 def without_shared_memory_collectives() -> None:
     """Tell DeepSpeed that its shared-memory collectives cannot be built.
 
-    They would be compiled on the first use on a CPU, for most of a minute, and serve inference only. gloo does as well
-    here. Upstream: they came with pull request 5391.
+    They would be compiled on the first use on a CPU, for most of a minute, and serve inference only. No value depends
+    on it, so it is done for every version that has the table. Upstream: they came with pull request 5391. It can go
+    when test_shared_memory_collectives_are_still_built_for_training fails.
     """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 def forget_process_group_of_earlier_run() -> None:
     """Let DeepSpeed look up the process group anew.
 
-    It keeps the first one that it meets for the life of the process. A second run in one process, as in a notebook, has
-    a group of its own, and would be refused with "Group is not registered". Upstream: no issue was found.
+    It keeps the first one that it meets until its own function ends it, and a run ends its group by torch's, as it
+    began it. A second run in one process, as in a notebook, would be refused with "Group is not registered". Upstream:
+    no issue was found. It can go when test_the_process_group_of_an_earlier_run_is_still_kept fails; tests/test_docs.py
+    has two runs in one process.
     """
-    deepspeed.comm.comm.cdb = None
-    deepspeed.utils.groups._WORLD_GROUP = None
+    if is_tested():
+        import deepspeed.comm.comm
+        import deepspeed.utils.groups
+
+        deepspeed.comm.comm.cdb = None
+        deepspeed.utils.groups._WORLD_GROUP = None
 
 
 def gradient_types(ds_config: dict[str, Any], flat_gradients: bool) -> dict[str, Any]:
     """``ds_config`` without grad_accum_dtype where stage 1 gets flat gradients.
 
     With float32 there DeepSpeed builds BF16_Optimizer for stage 1 in bf16, which has no partition that gradients could
-    go to. Where several micro-batches add up, flat gradients are float32 whatever stands here.
+    go to. Where several micro-batches add up, flat gradients are float32 whatever stands here. Upstream: pull requests
+    2706 and 2742 chose so. It can go when test_float32_accumulation_in_stage_1_still_builds_another_optimizer fails.
     """
     zero = ds_config["zero_optimization"]
     if not flat_gradients or zero["stage"] != 1 or "offload_optimizer" in zero:
@@ -129,7 +149,8 @@ def look_for_nonfinite_gradients(optimizer: Any) -> None:
     DeepSpeed looks by default in fp16, and in bf16 since pull request 8035. ZeRO 1 and 2 look twice: at every parameter
     (`check_overflow`), and at the norm of all of them, which every step computes and which is not finite if any
     gradient is not. The first look, one reduction a parameter, is replaced by nothing. Offloading and ZeRO 3 look in
-    passing and keep their own way.
+    passing and keep their own way. Upstream: no issue on the second look was found. It can go when
+    test_zero_1_and_2_still_look_twice_for_gradients_that_are_not_finite fails.
     """
     optimizer.check_grad_overflow = True
     if is_tested() and isinstance(optimizer, DeepSpeedZeroOptimizer) and not optimizer.cpu_offload:
@@ -139,8 +160,10 @@ def look_for_nonfinite_gradients(optimizer: Any) -> None:
 def forget_gradients_of_skipped_step(optimizer: Any) -> None:
     """Drop the averaged gradients of a step that was skipped.
 
-    With optimiser offload in bf16 DeepSpeed leaves them, and the next step adds its own to the NaN. Upstream: issue
-    8415 is about the same branch, which says nothing when it skips; none on what it leaves behind was found.
+    With optimiser offload, and gradients added up in float32 beside bf16 weights, DeepSpeed leaves them, and the next
+    step adds its own to the NaN. Upstream: issue 8415 was about the same branch, which said nothing when it skipped;
+    none on what it leaves behind was found. It runs under every version, since an entry that is None already stays so.
+    It can go when test_a_skipped_step_with_offload_still_leaves_its_gradients fails.
     """
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         for group in optimizer.averaged_gradients:
@@ -148,51 +171,101 @@ def forget_gradients_of_skipped_step(optimizer: Any) -> None:
 
 
 def takes_flat_gradients(optimizer: Any) -> bool:
-    """Whether ``optimizer`` is one of ZeRO 1 or 2 whose gradient path `hand_over_gradients` knows how to replace."""
+    """Whether ``optimizer`` is one of ZeRO 1 or 2 whose gradient path `take_gradients` knows how to replace."""
     return is_tested() and type(optimizer) is DeepSpeedZeroOptimizer and not optimizer.cpu_offload
 
 
-def hand_over_gradients(
-    optimizer: Any,
-    parameters: Iterable[nn.Parameter],
-    *,
-    collect: Callable[[nn.Parameter], None],
-    finish: Callable[[], None],
-    norm: Callable[[], torch.Tensor],
-) -> None:
+class FlatPartition(list):
+    """One group's gradient of this rank, as `DeepSpeedZeroOptimizer.step` takes it when it is flat already."""
+
+    def __init__(self, flat: torch.Tensor) -> None:
+        super().__init__([flat])
+        self.flat_partition = flat
+
+
+def flat_groups(optimizer: Any) -> list[FlatGroup]:
+    """The layout of a ZeRO-1 or -2 optimiser's flat weights."""
+    return [
+        FlatGroup(weights, part, {parameter: offsets[index] for parameter, index in zip(group, indices, strict=True)})
+        for weights, part, group, indices, offsets in zip(
+            optimizer.bit16_groups_flat,
+            optimizer.partition_size,
+            optimizer.bit16_groups,
+            optimizer.round_robin_bit16_indices,
+            optimizer.round_robin_bit16_offsets,
+            strict=True,
+        )
+    ]
+
+
+def take_gradients(
+    optimizer: Any, parameters: Iterable[tuple[str, nn.Parameter]], *, accumulation: int
+) -> FlatGradients:
     """Let `FlatGradients` receive the gradients of ZeRO 1 and 2 in place of DeepSpeed's own hooks.
 
-    Replaced: the hooks on parameters by ``collect``; both ways to end a backward pass by nothing, and what DeepSpeed
-    calls after either of them by ``finish``; the norm over all groups and ranks by ``norm``. DeepSpeed's path runs
-    Python for every parameter and reduces in many small pieces, which costs small models a large part of a step.
-    Upstream: issue 3151.
+    Replaced: the hooks on parameters by `collect`; both ways to end a backward pass by nothing, and what DeepSpeed
+    calls after either of them by `finish`, whose gradients become the averaged ones; the norm over all groups and ranks
+    by `norm`. DeepSpeed's path runs Python for every parameter and reduces in many small pieces, which costs small
+    models a large part of a step; benchmarks/LOG.md has the times. Upstream: pull request 7886 took one such cost out;
+    no issue on the path as a whole was found. It can go when a run with --no-flat-gradients is as fast.
+    test_what_flat_gradients_replace_is_there_and_called holds the names, test_flat_gradients.py the values.
+
+    ``parameters``: named, in the order of the model. ``accumulation``: micro-batches of a step.
     """
+    flat = FlatGradients(
+        flat_groups(optimizer),
+        parameters,
+        process_group=optimizer.dp_process_group,
+        bucket=optimizer.reduce_bucket_size,
+        accumulation=accumulation,
+        is_last_pass=optimizer.is_gradient_accumulation_boundary,
+    )
+
+    def end_backward(*args: Any, **kwargs: Any) -> None:
+        for number, gradient in enumerate(flat.finish()):
+            optimizer.averaged_gradients[number] = FlatPartition(gradient)
+
+    def global_norm(norm_type: int = 2) -> torch.Tensor:
+        return flat.norm(partition.flat_partition for partition in optimizer.averaged_gradients.values())
+
     for hook in optimizer._grad_acc_hooks:
         hook.remove()
-    optimizer._grad_acc_hooks = [parameter.register_post_accumulate_grad_hook(collect) for parameter in parameters]
+    optimizer._grad_acc_hooks = [
+        parameter.register_post_accumulate_grad_hook(flat.collect) for parameter in flat.parameters
+    ]
     optimizer.overlapping_partition_gradients_reduce_epilogue = lambda: None
     optimizer.reduce_gradients = lambda pipeline_parallel=False: None
-    optimizer.backward_epilogue = lambda *args, **kwargs: finish()
-    optimizer.scaled_global_norm = lambda norm_type=2: norm()
+    optimizer.backward_epilogue = end_backward
+    optimizer.scaled_global_norm = global_norm
+    return flat
 
 
 # --- the fp32 state of parameters, without which there are no checkpoints
 
 
 def require_state(optimizer: Any, stage: int, parameters: Iterable[nn.Parameter]) -> None:
-    """UserError where the installed version keeps the fp32 state of parameters elsewhere than we know."""
-    parameter = next(iter(parameters))
-    names = (
-        [(optimizer, "fp32_partitioned_groups_flat"), (parameter, "ds_tensor"), (parameter, "ds_numel")]
-        if stage == 3
-        else [(optimizer, "_lazy_init_hp_params_optimizer_state"), (parameter, "_hp_mapping")]
-    )
-    for thing, name in [*names, (optimizer, "optimizer")]:
-        if not hasattr(thing, name):
-            raise UserError(
-                f"deepspeed is {VERSION}, whose {type(thing).__name__} has no {name}: this engine was tested with "
-                f"{', '.join(TESTED_VERSIONS)}; {INSTALL_LINE}"
-            )
+    """Make sure that the fp32 state of the trainable ``parameters`` is where the functions below look for it.
+
+    Called once DeepSpeed has wrapped the model, whatever its version.
+
+    Raises:
+        UserError: the installed version keeps it elsewhere.
+    """
+    needed: list[tuple[Any, tuple[str, ...]]] = [(optimizer, ("optimizer", "param_groups", "overflow"))]
+    if stage == 3:
+        needed.append((optimizer, ("fp32_partitioned_groups_flat",)))
+        needed += [(parameter, ("ds_tensor", "ds_numel", "ds_process_group")) for parameter in parameters]
+    else:
+        needed.append((optimizer, ("_lazy_init_hp_params_optimizer_state",)))
+        for parameter in parameters:
+            needed.append((parameter, ("_hp_mapping",)))
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:
+                needed.append((mapping, ("hp_fragment", "lp_fragment_address", "optim_fragment")))
+    for thing, names in needed:
+        for name in names:
+            if not hasattr(thing, name):
+                raise version_error(f"whose {type(thing).__name__} has no {name}")
 
 
 def make_moments(optimizer: Any, stage: int) -> None:
@@ -200,7 +273,8 @@ def make_moments(optimizer: Any, stage: int) -> None:
 
     Made before the first step, so that there is something to load into, and because ZeRO 1 and 2 link parameters to
     their moments only once, during the step of the first group, when those of the other groups would not exist yet.
-    Upstream: no issue was found.
+    Upstream: pull request 5104 moved the linking into the step; no issue on the other groups was found. It can go when
+    test_moments_of_all_but_the_first_group_are_still_not_linked fails and fragments can be loaded before a step.
     """
     if stage == 3:
         flats = optimizer.fp32_partitioned_groups_flat
@@ -213,10 +287,18 @@ def make_moments(optimizer: Any, stage: int) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
+def set_steps(optimizer: Any, steps: int) -> None:
+    """Set how many steps AdamW believes to have taken; `make_moments` has made its counters."""
+    for state in optimizer.optimizer.state.values():
+        state["step"].fill_(steps)
+
+
 def mapped_state(parameter: Any) -> tuple[int, dict[str, torch.Tensor]]:
     """``(start, {kind: flat view})`` of this rank's part of a ZeRO-1 or -2 parameter; empty where it has none.
 
-    DeepSpeed's public `safe_get_local_*` functions copy; these are live views, for checkpoints and for loading.
+    DeepSpeed's public `safe_get_full_*` functions gather whole parameters on every rank; these are live views, for
+    checkpoints and for loading. Upstream: no public way to them was found.
+    test_state_of_zero_1_and_2_is_live_and_complete holds what is read.
     """
     mapping = parameter._hp_mapping
     if mapping is None:
@@ -226,7 +308,10 @@ def mapped_state(parameter: Any) -> tuple[int, dict[str, torch.Tensor]]:
 
 
 def partition_of(parameter: Any) -> tuple[int, int]:
-    """``(start, numel)`` of this rank's part of a ZeRO-3 parameter; the last part is padded beyond ``numel``."""
+    """``(start, numel)`` of this rank's part of a ZeRO-3 parameter; the last part is padded beyond ``numel``.
+
+    test_state_of_zero_3_is_complete holds what is read here and in the functions below, which are public.
+    """
     size = padded_size(parameter)
     start = torch.distributed.get_rank(group=parameter.ds_process_group) * size
     return start, max(0, min(size, parameter.ds_numel - start))

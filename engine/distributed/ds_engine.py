@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from mirl.engine.distributed import deepspeed_patches as patches
-from mirl.engine.distributed.flat_gradients import FlatGradients
 
 DEEPSPEED_VERSION = patches.VERSION
 KINDS = ("weight", *patches.MOMENTS)
@@ -68,18 +67,12 @@ class TrainEngine:
             config=patches.gradient_types(ds_config, flat_gradients),
             dist_init_required=False,
         )
-        patches.require_state(self._optimizer, self.stage, model.parameters())
+        patches.require_state(self._optimizer, self.stage, [parameter for _, parameter in self._trainable()])
         patches.look_for_nonfinite_gradients(self._optimizer)
         # Stage 3 and offloading keep gradients elsewhere, and DeepSpeed's own ways.
         if flat_gradients and patches.takes_flat_gradients(self._optimizer):
-            flat = FlatGradients(
-                self._optimizer,
-                model.named_parameters(),
-                bucket=self._optimizer.reduce_bucket_size,
-                accumulation=self._engine.gradient_accumulation_steps(),
-            )
-            patches.hand_over_gradients(
-                self._optimizer, flat.parameters, collect=flat.collect, finish=flat.finish, norm=flat.norm
+            patches.take_gradients(
+                self._optimizer, model.named_parameters(), accumulation=self._engine.gradient_accumulation_steps()
             )
         patches.make_moments(self._optimizer, self.stage)
 
@@ -140,8 +133,7 @@ class TrainEngine:
         The compute weights are not touched: load them into the model before it is given to this engine.
         """
         kinds = KINDS if optimizer_steps else KINDS[:1]
-        for state in self._optimizer.optimizer.state.values():
-            state["step"].fill_(optimizer_steps)
+        patches.set_steps(self._optimizer, optimizer_steps)
         for name, parameter in self._trainable():
             if self.stage == 3:
                 start, numel = patches.partition_of(parameter)

@@ -1,5 +1,7 @@
 """Gradients of ZeRO 1 and 2 in one flat buffer, laid out like the flat weights.
 
+Nothing here touches DeepSpeed: `deepspeed_patches.take_gradients` reads its layout and replaces its gradient path.
+
 DeepSpeed 0.19.8 copies a gradient into a bucket, the reduced bucket into the partition, and the partition into the flat
 tensor of the optimiser, with Python for every parameter on the way. Here a gradient is copied once, to where the
 optimiser reads it, many parameters a call; what lies ready is reduced while the backward pass goes on. Values are those
@@ -13,7 +15,7 @@ communicate once a step, whatever the number of micro-batches.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +31,19 @@ LEAST_PIECE = 2**20
 # would take it on one thread.
 NORM_PIECE = 2**18
 ALIGNMENT = 64
+
+
+@dataclass(frozen=True, eq=False)
+class FlatGroup:
+    """One parameter group as the optimiser holds it.
+
+    ``weights``: flat, with what pads it. ``part``: elements that each rank owns. ``offsets``: the first element of each
+    parameter.
+    """
+
+    weights: Tensor
+    part: int
+    offsets: dict[nn.Parameter, int]
 
 
 @dataclass(eq=False)
@@ -54,46 +69,47 @@ class _Slot:
     counted: bool = False  # in this backward pass
 
 
-class FlatPartition(list):
-    """One group's gradient of this rank as `DeepSpeedZeroOptimizer.step` takes it when it is flat already."""
-
-    def __init__(self, flat: Tensor) -> None:
-        super().__init__([flat])
-        self.flat_partition = flat
-
-
 class FlatGradients:
-    """Takes the gradients of ``optimizer``, a DeepSpeedZeroOptimizer that does not offload, in place of its own hooks.
+    """Collects the gradients of all ``groups`` on their way from autograd to the optimiser.
 
-    `deepspeed_patches.hand_over_gradients` makes DeepSpeed call `collect`, `finish` and `norm`.
+    The owner calls `collect` for each parameter, `finish` after each backward pass and `norm` before the step.
 
-    ``parameters``: named, in the order of the model. ``bucket``: most values reduced by one call. ``accumulation``:
-    micro-batches of a step.
+    ``process_group``: the ranks that share the gradients. ``parameters``: named, in the order of the model. ``bucket``:
+    most values reduced by one call. ``accumulation``: micro-batches of a step. ``is_last_pass``: whether the backward
+    pass that runs is the last one of its step.
     """
 
     def __init__(
-        self, optimizer: Any, parameters: Iterable[tuple[str, nn.Parameter]], *, bucket: int, accumulation: int
+        self,
+        groups: Sequence[FlatGroup],
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        *,
+        process_group: Any,
+        bucket: int,
+        accumulation: int,
+        is_last_pass: Callable[[], bool],
     ) -> None:
-        self._optimizer = optimizer
-        self._process_group = optimizer.dp_process_group
-        self._world_size = torch.distributed.get_world_size(self._process_group)
-        self._rank = torch.distributed.get_rank(self._process_group)
+        self._groups = groups
+        self._is_last_pass = is_last_pass
+        self._process_group = process_group
+        self._world_size = torch.distributed.get_world_size(process_group)
+        self._rank = torch.distributed.get_rank(process_group)
         self._pending: list[tuple[_Slot, Tensor]] = []
         self._pending_values = 0
         self._works: list[Any] = []
         self._kept: dict[int, Tensor] = {}
 
-        weights = optimizer.bit16_groups_flat
+        weights = groups[0].weights
         self._starts, end = [], 0
-        for flat in weights:
+        for group in groups:
             self._starts.append(end)
-            end += -(-flat.numel() // ALIGNMENT) * ALIGNMENT
-        dtype = torch.float32 if accumulation > 1 else weights[0].dtype
-        self._flat = torch.zeros(end, dtype=dtype, device=weights[0].device)
+            end += -(-group.weights.numel() // ALIGNMENT) * ALIGNMENT
+        dtype = torch.float32 if accumulation > 1 else weights.dtype
+        self._flat = torch.zeros(end, dtype=dtype, device=weights.device)
         # What this rank owns of each group.
         self._reduced = [
-            self._flat[start + self._rank * size : start + (self._rank + 1) * size]
-            for start, size in zip(self._starts, optimizer.partition_size, strict=True)
+            self._flat[start + self._rank * group.part : start + (self._rank + 1) * group.part]
+            for start, group in zip(self._starts, groups, strict=True)
         ]
         pieces = self._make_pieces(bucket) if self._world_size > 1 else []
         self._slots = self._make_slots(pieces, {parameter: name for name, parameter in parameters})
@@ -113,9 +129,9 @@ class FlatGradients:
 
     def _make_pieces(self, bucket: int) -> list[_Piece]:
         pieces: list[_Piece] = []
-        for start, size in zip(self._starts, self._optimizer.partition_size, strict=True):
+        for start, group in zip(self._starts, self._groups, strict=True):
             for owner in range(self._world_size):
-                first, end = start + owner * size, start + (owner + 1) * size
+                first, end = start + owner * group.part, start + (owner + 1) * group.part
                 while first < end:
                     last = min(first + bucket, end)
                     self._append(pieces, _Piece(first, last, owner), bucket)
@@ -136,11 +152,9 @@ class FlatGradients:
     def _make_slots(self, pieces: list[_Piece], names: dict[nn.Parameter, str]) -> dict[nn.Parameter, _Slot]:
         firsts = [piece.first for piece in pieces]
         found: dict[nn.Parameter, _Slot] = {}
-        optimizer = self._optimizer
-        for number, (start, group) in enumerate(zip(self._starts, optimizer.bit16_groups, strict=True)):
-            for parameter, index in zip(group, optimizer.round_robin_bit16_indices[number], strict=True):
-                first = start + optimizer.round_robin_bit16_offsets[number][index]
-                last = first + parameter.numel()
+        for start, group in zip(self._starts, self._groups, strict=True):
+            for parameter, offset in group.offsets.items():
+                first, last = start + offset, start + offset + parameter.numel()
                 touched = pieces[bisect_right(firsts, first) - 1 : bisect_right(firsts, last - 1)] if pieces else []
                 slot = _Slot(names[parameter], self._flat[first:last].view(parameter.shape), touched)
                 for piece in touched:
@@ -172,7 +186,7 @@ class FlatGradients:
         """Copy, or add, what is pending, and start what may be reduced after it."""
         firsts: list[tuple[Tensor, Tensor]] = []
         more: list[tuple[Tensor, Tensor]] = []
-        last_pass = self._optimizer.is_gradient_accumulation_boundary()
+        last_pass = self._is_last_pass()
         for slot, gradient in self._pending:
             if any(piece.reducing for piece in slot.pieces):
                 raise RuntimeError(
@@ -207,13 +221,17 @@ class FlatGradients:
         self._works.append(work)
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """After a backward pass; after the last one of a step, hand the averaged gradients to the optimiser."""
+    def finish(self) -> list[Tensor]:
+        """End a backward pass.
+
+        Returns the averaged float32 gradient of this rank's part of each group after the last pass of a step, nothing
+        after the others.
+        """
         self._write()
         for slot in self._slots.values():
             slot.counted = False
-        if not self._optimizer.is_gradient_accumulation_boundary():
-            return
+        if not self._is_last_pass():
+            return []
         for slot in self._slots.values():
             if not slot.written:  # a parameter without a gradient: what lies there is the last step's
                 slot.view.zero_()
@@ -221,14 +239,16 @@ class FlatGradients:
             self._reduce_next()
         for work in self._works:
             work.wait()
+        averaged = []
         for number, reduced in enumerate(self._reduced):
             partition = self._in_float32(number)
             if self._world_size > 1:
                 torch.div(reduced, self._world_size, out=partition)
             elif partition is not reduced:
                 partition.copy_(reduced)
-            self._optimizer.averaged_gradients[number] = FlatPartition(partition)
+            averaged.append(partition)
         self._begin()
+        return averaged
 
     def _in_float32(self, number: int) -> Tensor:
         """Memory for what the optimiser reads. A GPU's allocator has it at hand now that activations are gone; on a
@@ -243,12 +263,15 @@ class FlatGradients:
             self._kept[number] = torch.empty_like(reduced, dtype=torch.float32)
         return self._kept[number]
 
-    def norm(self) -> Tensor:
-        """The norm of the whole gradient, over all groups and ranks; NaN or infinite where one of its values is."""
+    def norm(self, averaged: Iterable[Tensor]) -> Tensor:
+        """Return the norm of the whole gradient over all groups and ranks, a scalar.
+
+        It is NaN or infinite where one of the values is. ``averaged``: what `finish` returned.
+        """
         norms = []
-        for partition in self._optimizer.averaged_gradients.values():
-            whole = partition.flat_partition.numel() // NORM_PIECE * NORM_PIECE
-            rows, rest = partition.flat_partition[:whole].view(-1, NORM_PIECE), partition.flat_partition[whole:]
+        for partition in averaged:
+            whole = partition.numel() // NORM_PIECE * NORM_PIECE
+            rows, rest = partition[:whole].view(-1, NORM_PIECE), partition[whole:]
             norms += [torch.linalg.vector_norm(rows, dim=1), torch.linalg.vector_norm(rest).reshape(1)]
         squares = torch.cat(norms).square().sum()
         if self._world_size > 1:

@@ -12,8 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mirl.engine.distributed import flat_gradients
-from mirl.engine.distributed.deepspeed_patches import hand_over_gradients
-from mirl.engine.distributed.flat_gradients import FlatGradients
+from mirl.engine.distributed.deepspeed_patches import take_gradients
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,12 +36,13 @@ class TwoGroups(nn.Module):
 
 
 def make(model: nn.Module, *, accumulation: int = 1, world_size: int = 1) -> SimpleNamespace:
-    """What `FlatGradients` uses of a DeepSpeedZeroOptimizer."""
+    """What `take_gradients` uses of a DeepSpeedZeroOptimizer."""
     groups = [[p for p in model.parameters() if p.dim() == 2], [p for p in model.parameters() if p.dim() == 1]]
     flats = [torch.cat([p.detach().reshape(-1) for p in group] + [torch.zeros(1)]) for group in groups]  # one to pad
     offsets = [[sum(p.numel() for p in group[:i]) for i in range(len(group))] for group in groups]
     optimizer = SimpleNamespace(
         dp_process_group=None,
+        reduce_bucket_size=100,
         bit16_groups=groups,
         bit16_groups_flat=flats,
         partition_size=[flat.numel() // world_size for flat in flats],
@@ -53,9 +53,7 @@ def make(model: nn.Module, *, accumulation: int = 1, world_size: int = 1) -> Sim
         _grad_acc_hooks=[],
     )
     optimizer.is_gradient_accumulation_boundary = lambda: optimizer.boundary
-    flat = FlatGradients(optimizer, model.named_parameters(), bucket=100, accumulation=accumulation)
-    hand_over_gradients(optimizer, flat.parameters, collect=flat.collect, finish=flat.finish, norm=flat.norm)
-    optimizer.flat = flat
+    optimizer.flat = take_gradients(optimizer, model.named_parameters(), accumulation=accumulation)
     return optimizer
 
 
