@@ -3,7 +3,7 @@
 Needs nvidia-dali only when pictures are decoded; importing this package does not.
 """
 
-from mirl.dataloaders.errors import BadImage, ImageError, TooManyBadImages
+from mirl.dataloaders.errors import BadImage, ImageError, StorageLost, TooManyBadImages
 from mirl.dataloaders.eval_loader import EvalLoader, build_eval_loader
 from mirl.dataloaders.few_images import load_images
 from mirl.dataloaders.sources.base import SubsetSource
@@ -17,6 +17,7 @@ __all__ = [
     "Batch",
     "EvalLoader",
     "ImageError",
+    "StorageLost",
     "SubsetSource",
     "TooManyBadImages",
     "TrainLoader",

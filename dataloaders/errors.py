@@ -9,6 +9,18 @@ class ImageError(Exception):
     """One image cannot be used. The message is the reason alone, without the path, in one line."""
 
 
+class KnownBroken(ImageError):
+    """One image is called broken by the manifest of its data set; that is no news and is not counted."""
+
+
+class StorageError(ImageError):
+    """One image cannot be read, for longer than a moment, because the file system fails."""
+
+
+class StorageLost(RuntimeError):
+    """No image can be read, for longer than a moment: the fault is the file system's, and may be over later."""
+
+
 class TooManyBadImages(RuntimeError):
     """More distinct images broke in training than the limit allows; the message names files, limit and mend."""
 

@@ -93,6 +93,7 @@ class EvalLoader:
     """Iterate over it for one pass of `Batch`; every pass is the same. Made by `build_eval_loader`.
 
     num_images: of the whole set. classes: class names by label, or None. bad_images: met in the latest pass.
+    ledger: how many files there are, and why some of them are left out.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class EvalLoader:
         prefetch: int,
     ) -> None:
         self.source, self.classes, self.num_images = source, source.classes, source.num_images
+        self.ledger = source.ledger
         self.bad_images: list[BadImage] = []
         self._reader, self._decoder = reader, decoder
         self._image_size, self._resize_short = image_size, resize_short

@@ -15,6 +15,7 @@ from mirl.dataloaders.decoding.headers import as_portable_pixmap, decode_with_pi
 from mirl.dataloaders.decoding.resize import CpuResizer
 from mirl.dataloaders.errors import ImageError
 from mirl.dataloaders.sources.base import read_whole_file
+from mirl.dataloaders.sources.paths import shard_of
 from mirl.dataloaders.sources.tar_source import read_member
 from mirl.errors import UserError
 
@@ -42,16 +43,17 @@ def load_images(
     names = [str(path) for path in paths]
     files = [_read_named(name, index_dir) for name in names]
     array_format = _detect_format(files[0], names[0], channels)
-    resizer = CpuResizer((image_size[0], image_size[1]), threads=1)
+    size = (image_size[0], image_size[1])
+    resizer = CpuResizer(size, threads=1)
     try:
         if array_format is not None:
             check_statistics(channels, mean, std)
-            crops = [_read_array(array_format, file, name) for file, name in zip(files, names, strict=True)]
-            sizes_B2 = np.array([crop.shape[:2] for crop in crops])
+            whole = [_read_array(array_format, file, name) for file, name in zip(files, names, strict=True)]
+            job = DecodeJob(whole, *evaluation_windows(np.array([array.shape[:2] for array in whole]), short, size))
+            crops = [as_resizable(crop) for crop in job.cut()]
         else:
-            crops, sizes_B2 = _decode_whole(files, names, channels)
-        _, mirrored, resized, offsets = evaluation_windows(sizes_B2, short, (image_size[0], image_size[1]))
-        images = resizer(crops, mirrored, resized, offsets)
+            job, crops = _decode(files, names, channels, short, size)
+        images = resizer(crops, job.mirrored, job.sizes, job.offsets)
         return images if images.dtype == torch.uint8 else normalise(images, mean, std)
     finally:
         resizer.close()
@@ -64,7 +66,10 @@ def _detect_format(file: bytes, name: str, channels: int) -> ArrayFormat | None:
         raise UserError(f"{name}: {error}; give another image") from None
 
 
-def _decode_whole(files: list[bytes], names: list[str], channels: int) -> tuple[list[np.ndarray], np.ndarray]:
+def _decode(
+    files: list[bytes], names: list[str], channels: int, short: int, size: tuple[int, int]
+) -> tuple[DecodeJob, list[np.ndarray]]:
+    """What to resize, and the decoded windows, uint8 [h, w, C]."""
     encoded, sizes = [], []
     for file, name in zip(files, names, strict=True):
         try:
@@ -74,40 +79,41 @@ def _decode_whole(files: list[bytes], names: list[str], channels: int) -> tuple[
             raise UserError(f"{name}: {error}; give another image") from None
         encoded.append(np.frombuffer(native, np.uint8))
         sizes.append((header.height, header.width))
-    sizes_B2 = np.array(sizes)
-    windows_B4, mirrored, _, _ = evaluation_windows(sizes_B2, 1, (1, 1))
+    job = DecodeJob(encoded, *evaluation_windows(np.array(sizes), short, size))
 
     def exchange(i: int) -> DecodeJob:
         try:
-            pixmap = as_portable_pixmap(decode_with_pillow(files[i], channels))
+            pixels_HWC = decode_with_pillow(files[i], channels)
         except ImageError as error:
             raise UserError(f"{names[i]}: {error}; give another image") from None
-        return DecodeJob([np.frombuffer(pixmap, np.uint8)], windows_B4[i : i + 1], mirrored[:1])
+        pixmap = np.frombuffer(as_portable_pixmap(pixels_HWC), np.uint8)
+        return DecodeJob([pixmap], *evaluation_windows(np.array([pixels_HWC.shape[:2]]), short, size))
 
     decoder = DaliDecoder(
         batch_size=len(files), image_size=(1, 1), channels=channels, threads=1, device_id=None, depth=1
     )
     try:
-        decoder.submit(DecodeJob(encoded, windows_B4, mirrored), exchange)
+        decoder.submit(job, exchange)
         decoded = decoder.collect()
         assert isinstance(decoded, list)
-        return [np.array(pixels) for pixels in decoded], sizes_B2
+        return job, [np.array(pixels) for pixels in decoded]
     finally:
         decoder.close()
 
 
 def _read_array(array_format: ArrayFormat, file: bytes, name: str) -> np.ndarray:
     try:
-        return as_resizable(array_format.read(file))
+        return array_format.read(file)
     except ImageError as error:
         raise UserError(f"{name}: {error}; give another image") from None
 
 
 def _read_named(name: str, index_dir: str | Path | None) -> bytes:
     try:
-        shard, separator, member = name.partition(".tar::")
-        if not separator:
+        shard = shard_of(name)
+        if shard is None:
             return read_whole_file(name)
-        return read_member(Path(shard + ".tar"), member, None if index_dir is None else Path(index_dir))
+        member = name[len(shard) + len("::") :]
+        return read_member(Path(shard), member, None if index_dir is None else Path(index_dir))
     except ImageError as error:
         raise UserError(f"{name}: {error}; check the path") from None

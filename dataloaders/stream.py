@@ -187,10 +187,7 @@ class BatchStream:
         assert self._resizer is not None
         for plan, samples in self._reading(ahead=2):
             job = self._job(plan, samples)
-            crops = [
-                np.ascontiguousarray(as_resizable(pixels_HWC[top : top + height, left : left + width]))
-                for pixels_HWC, (top, left, height, width) in zip(job.encoded, job.windows.tolist(), strict=True)
-            ]
+            crops = [as_resizable(crop) for crop in job.cut()]
             images = self._resizer(crops, job.mirrored, job.sizes, job.offsets)
             if images.dtype != torch.uint8:
                 images = normalise(images, *self._statistics)

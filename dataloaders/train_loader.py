@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from mirl.dataloaders.errors import BadImage, ImageError, TooManyBadImages
 from mirl.dataloaders.order import EpochOrder, StepPlan
 from mirl.dataloaders.sources.base import Source
 from mirl.dataloaders.sources.opening import Data, open_source
+from mirl.dataloaders.sources.paths import shown
+from mirl.dataloaders.sources.patience import read_image
+from mirl.dataloaders.sources.resumed import as_before, identity
 from mirl.dataloaders.stream import Batch, BatchPlan, BatchStream, Transform
 from mirl.errors import UserError
 
@@ -52,6 +56,7 @@ def build_train_loader(
     prefetch: int = 2,
     read_threads: int | None = None,
     hw_decoder_load: float = 0.65,
+    resumed_fingerprint: str | None = None,
 ) -> TrainLoader:
     """Opens the data and returns a loader at step 0; nothing is decoded before the first batch is asked for.
 
@@ -66,10 +71,17 @@ def build_train_loader(
     `too_many_bad` is True, so that ranks can agree to stop at one step.
     batch_transform: called on each batch in the loader's thread, ahead of the training loop, before it is on the device
     (RandAugment). A function of the batch alone: a batch may be made twice, or never be used.
-    prefetch: finished batches that may wait.
+    prefetch: finished batches that may wait. resumed_fingerprint: of the data set in the checkpoint that a run goes on
+    from; images that a manifest calls broken since then keep their places in the order, and others are shown for them.
     UserError, one line with the mend, for data or settings that cannot work.
     """
-    source = open_source(data, layout=layout, labels=labels, index_dir=index_dir) if is_data(data) else data
+    if is_data(data):
+        opened = partial(open_source, data, layout=layout, labels=labels, index_dir=index_dir)
+        source = opened()
+        if resumed_fingerprint is not None:
+            source = as_before(source, partial(opened, use_manifest=False), resumed_fingerprint)
+    else:
+        source = data
     augmentation = Augmentation(image_size=tuple(image_size), scale=scale, ratio=ratio, flip=flip)
     plan = StepPlan(
         num_images=source.num_images,
@@ -122,6 +134,7 @@ class TrainLoader:
     """Made by `build_train_loader`. Not safe to share between threads.
 
     num_images, steps_per_epoch, effective_batch: of the whole run, equal on all ranks by construction.
+    ledger: how many files there are, and why some of them are left out.
     wait_seconds: time that `next_micro_batch` has blocked, in total.
     bad_images: the distinct images that broke, in the order in which they were met; bad_encounters: how often one was.
     """
@@ -144,10 +157,10 @@ class TrainLoader:
         prefetch: int,
     ) -> None:
         self.source, self.plan, self.augmentation, self.seed = source, plan, augmentation, seed
-        self.num_images = source.num_images
+        self.num_images, self.ledger = source.num_images, source.ledger
         self.steps_per_epoch = plan.steps_per_epoch
         self.effective_batch = plan.effective_batch
-        self.fingerprint = f"{source.num_images}-{source.fingerprint()}"
+        self.fingerprint = identity(source)
         self.bad_images: list[BadImage] = []
         self.bad_encounters = 0
         self.bad_allowed = 0 if bad_image_limit == 0 else max(1, int(bad_image_limit * source.num_images))
@@ -216,7 +229,9 @@ class TrainLoader:
         mends = {
             "seed": "set the seed of the run that is resumed",
             "effective_batch": "choose micro_batch x accumulation x world_size to match",
-            "fingerprint": "restore the data set as it was, or start a new run from the weights (--init-from)",
+            "fingerprint": f"it had {state['num_images']} images and now there are {self.num_images}, or other names: "
+            "restore the data set as it was (broken files need not be deleted: a manifest of mirl validate-data leaves "
+            "them out), or start a new run from the weights (--init-from)",
         }
         for field, mend in mends.items():
             if state[field] != getattr(self, field):
@@ -228,13 +243,21 @@ class TrainLoader:
         """Where the images are, for messages."""
         return [self.source.path(int(index)) for index in sample_ids]
 
+    def suspects(self, sample_ids: Sequence[int] | np.ndarray) -> list[str]:
+        """Where the images are, those of the largest numbers first: what to name when a loss is not finite.
+
+        Arrays are read again for it; pictures, whose numbers are 0 to 255, stay in their order.
+        """
+        return self.paths(sorted(sample_ids, key=lambda index: -self._reader.largest_number(int(index))))
+
     def bad_limit_error(self) -> TooManyBadImages:
         """The error for a run that has passed its limit, naming the first few images."""
-        some = "; ".join(f"{bad.path}: {bad.reason}" for bad in self.bad_images[:3])
+        some = "; ".join(f"{shown(bad.path)}: {bad.reason}" for bad in self.bad_images[:3])
         return TooManyBadImages(
             f"{len(self.bad_images)} of {self.num_images} images are broken, more than the {self.bad_allowed} that "
             f"bad_image_limit {self._bad_limit:g} allows ({some}; ...); run mirl validate-data on the data set, "
-            "which writes a manifest that leaves them out, or raise the limit"
+            "which writes a manifest that leaves them out, or raise the limit (--max-bad-images); then --resume auto "
+            "goes on"
         )
 
     def close(self) -> None:
@@ -269,7 +292,8 @@ class TrainLoader:
             if image.path not in self._bad_paths:
                 self._bad_paths.add(image.path)
                 self.bad_images.append(image)
-                _log.warning("broken image %s (%s), shown instead: %s", image.path, image.reason, image.replaced_by)
+                names = shown(image.path), image.reason, shown(image.replaced_by)
+                _log.warning("broken image %s (%s), shown instead: %s", *names)
         if bad and self.too_many_bad and self._raise_on_bad_limit:
             raise self.bad_limit_error()
 
@@ -285,7 +309,7 @@ def first_array_format(source: Source, channels: int):
     failures = []
     for index in range(min(source.num_images, 100)):
         try:
-            return detect_array_format(source.read(index), source.path(index), channels)
+            return detect_array_format(read_image(source, index), source.path(index), channels)
         except ImageError as error:
             failures.append(f"{source.path(index)}: {error}")
     raise UserError(f"none of the first {len(failures)} images can be read ({failures[0]}); check the data set")

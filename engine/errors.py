@@ -10,8 +10,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
 
+from mirl.dataloaders.errors import StorageLost
+from mirl.engine.streams import flush, open_streams, say
 from mirl.errors import UserError
 
 EXIT_OK = 0
@@ -49,9 +50,11 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     On several ranks only rank 0 speaks. The others wait a moment before they leave, because a launcher that sees one
     worker fail ends the rest, and would otherwise cut off the message. A lost rank is told by every rank that is left.
     """
-    # srun's ranks have no RANK before they join.
-    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0")
+    open_streams()
+    rank, wrong = _rank()
     try:
+        if wrong:
+            raise UserError(wrong)
         code = main() or EXIT_OK
     except (UserError, *OF_A_PATH) as error:
         ours = not isinstance(error, UserError) and error.filename is None
@@ -69,36 +72,29 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
         if os.environ.get("MIRL_TRACEBACK") == "1":
             raise
         code = EXIT_LOST_RANK
-        _print(f"error: rank {rank}: {error}")
-    except Preempted as error:
+        say(f"error: rank {rank}: {error}")
+    except (Preempted, StorageLost) as error:
         code = EXIT_PREEMPTED
         _say(rank, f"stopped: {error}")
     except KeyboardInterrupt:
         code = 130
     for stream in (sys.stdout, sys.stderr):
-        _flush(stream)
+        flush(stream)
     sys.exit(code)
 
 
 def _say(rank: int, line: str) -> None:
     if rank == 0:
-        _print(line)
+        say(line)
     else:
         time.sleep(3)
 
 
-def _print(line: str) -> None:
+def _rank() -> tuple[int, str]:
+    """``(rank, what is wrong with it)``; a process whose rank is no number speaks for itself."""
+    # srun's ranks have no RANK before they join.
+    name, text = next(((name, text) for name in ("RANK", "SLURM_PROCID") if (text := os.environ.get(name))), ("", "0"))
     try:
-        print(line, file=sys.stderr, flush=True)
-    except OSError:
-        _flush(sys.stderr)
-
-
-def _flush(stream: TextIO) -> None:
-    """Flush; where nobody reads any more (a closed pipe or ssh session) turn ``stream`` to nowhere, because the
-    interpreter would fail on it once more and leave with a code of its own.
-    """
-    try:
-        stream.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return int(text), ""
+    except ValueError:
+        return 0, f"the environment variable {name} is {text!r}: it must be a number, or unset for one process"

@@ -22,14 +22,30 @@ def _mix(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> _S31)
 
 
+def fold_seed(seed: int) -> int:
+    """``seed`` itself where it fits into 64 signed bits; of any other whole number a hash in [0, 2**63).
+
+    Clocks and the numbers of jobs are longer than the generators take.
+    """
+    if -(2**63) <= seed < 2**63:
+        return seed
+    rest, words = abs(seed), [int(seed < 0)]
+    while rest:
+        words.append(rest & (2**63 - 1))
+        rest >>= 63
+    return int(keyed_u64(*words)[0] >> np.uint64(1))
+
+
 def keyed_u64(*words: int | np.ndarray) -> np.ndarray:
-    """Hash of integer words that broadcast against each other, uint64; negative words wrap.
+    """Hash of integer words that broadcast against each other, uint64; negative words wrap, and an int that does not
+    fit into 64 bits is folded.
 
     >>> keyed_u64(0, 1, np.arange(3)).shape
     (3,)
     """
     state = np.zeros((1,), dtype=np.uint64)
     for word in words:
+        word = fold_seed(word) if isinstance(word, int) else word
         word_u64 = np.atleast_1d(np.asarray(word)).astype(np.int64).view(np.uint64)
         # state * 3 keeps (a, b) and (b, a) apart; the golden step keeps all-zero keys away from the fixed point 0.
         state = _mix(state * np.uint64(3) + word_u64 + _GOLDEN)

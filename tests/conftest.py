@@ -22,6 +22,7 @@ TIERS = {
     "tests/faults": "ranks",
     "tests/golden": "ranks",
     "tests/systems": "ranks",
+    "tests/engine/distributed/test_waiting.py": "ranks",
     "tests/engine/distributed/test_zero.py": "ranks",
     "tests/engine/transfer/test_ranks.py": "ranks",
     "tests/dataloaders/test_memory.py": "process",

@@ -31,12 +31,14 @@ FLOORS = (
     ("mirl.engine.models.config", "mirl.engine.models.masking", "mirl.engine.models.pixels"),
     ("mirl.engine.models.interop.files",),
     ("mirl.engine.errors", "mirl.engine.version"),
+    ("mirl.engine.streams",),
     ("mirl.dataloaders.tools",),
     ("mirl.dataloaders",),
     ("mirl.dataloaders.decoding",),
     ("mirl.dataloaders.sources",),
     ("mirl.kernels",),
-    ("mirl.errors", "mirl.keyed", "mirl.namesake", "mirl.dataloaders.errors"),
+    ("mirl.keyed", "mirl.settings"),
+    ("mirl.errors", "mirl.disk", "mirl.namesake", "mirl.dataloaders.errors"),
 )
 # Their __init__.py name what the rooms inside offer.
 FACES = ("mirl", "mirl.engine", "mirl.dataloaders")

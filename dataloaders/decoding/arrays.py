@@ -7,17 +7,16 @@ float32 / float16 taken as it is when the batch is normalised. All images of a d
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import tifffile
 import torch
 
+from mirl.dataloaders.decoding.tiff import TIFF_STARTS, is_picture_tiff, load_tiff
 from mirl.dataloaders.errors import ImageError, one_line
 from mirl.errors import UserError
 
-_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NPY_START = b"\x93NUMPY"
 _KINDS = {"uint8": np.uint8, "uint16": np.uint16, "float32": np.float32, "float16": np.float32}
 
@@ -30,29 +29,42 @@ class ArrayFormat:
     dtype: np.dtype
 
     def read(self, data: bytes) -> np.ndarray:
-        """[H, W, C] of dtype; ImageError with the reason if the file is something else."""
-        array = _load(data)
-        kind = _KINDS.get(array.dtype.name)
-        if kind != self.dtype:
-            raise ImageError(f"its numbers are {array.dtype.name}, those of the data set {self.dtype.name}")
+        """[H, W, C] of dtype; ImageError with the reason if the file is something else or holds NaN or infinity."""
+        array = self.arrange(_load(data, self.check))
+        if array.dtype == np.float32 and not np.isfinite(array).all():
+            count = array.size - int(np.count_nonzero(np.isfinite(array)))
+            raise ImageError(f"{count} of its {array.size} numbers are NaN or infinite; fill them, or leave it out")
+        return array
+
+    def check(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        """ImageError unless an array of this shape and type of number is an image of the data set."""
+        if _KINDS.get(dtype.name) != self.dtype:
+            raise ImageError(f"its numbers are {dtype.name}, those of the data set {self.dtype.name}")
+        if len(shape) == 2:
+            shape = (*shape, 1)
+        if len(shape) != 3 or self.channels not in (shape[2], shape[0]):
+            raise ImageError(f"its shape is {shape}, expected [H, W, {self.channels}]")
+        if min(shape) < 1:
+            raise ImageError(f"its shape is {shape}")
+
+    def arrange(self, array: np.ndarray) -> np.ndarray:
+        """[H, W, C] of dtype from an array that passes `check`."""
+        self.check(array.shape, array.dtype)
         if array.ndim == 2:
             array = array[:, :, None]
-        if array.ndim != 3 or self.channels not in (array.shape[2], array.shape[0]):
-            raise ImageError(f"its shape is {array.shape}, expected [H, W, {self.channels}]")
         if array.shape[2] != self.channels:
             array = array.transpose(1, 2, 0)
-        if min(array.shape) < 1:
-            raise ImageError(f"its shape is {array.shape}")
-        return np.ascontiguousarray(array, dtype=kind)
+        return np.ascontiguousarray(array, dtype=self.dtype)
 
 
 def detect_array_format(data: bytes, path: str, channels: int) -> ArrayFormat | None:
-    """The format of a data set from its first file: None for pictures that DALI decodes.
+    """The format of a data set from its first file: None for pictures that DALI or Pillow decodes.
 
-    .npy is always an array; TIFF is one if its numbers are not uint8 or `channels` is not 1 or 3. UserError if the
-    channels asked for cannot come from this kind of file.
+    .npy is always an array; TIFF is one if its numbers are not 8 bits or 1 bit, or `channels` is not 1 or 3; of TIFF
+    that is told by its tags, so that Pillow may read what tifffile cannot unpack. UserError if the channels asked for
+    cannot come from this kind of file.
     """
-    is_npy, is_tiff = data.startswith(_NPY_START), data.startswith(_TIFF_STARTS)
+    is_npy, is_tiff = data.startswith(_NPY_START), data.startswith(TIFF_STARTS)
     if not is_npy and not is_tiff:
         if channels not in (1, 3):
             raise UserError(
@@ -60,15 +72,15 @@ def detect_array_format(data: bytes, path: str, channels: int) -> ArrayFormat | 
                 "pictures have 1 or 3 channels, others come as .npy or TIFF"
             )
         return None
+    if is_tiff and channels in (1, 3) and is_picture_tiff(data):
+        return None
     array = _load(data)
     kind = _KINDS.get(array.dtype.name)
-    if is_tiff and channels in (1, 3) and array.dtype == np.uint8:
-        return None
     if kind is None:
         raise UserError(f"{path} holds {array.dtype.name}; arrays must be uint8, uint16, float16 or float32")
     found = ArrayFormat(channels, np.dtype(kind))
     try:
-        found.read(data)
+        found.check(array.shape, array.dtype)
     except ImageError as error:
         raise UserError(f"channels is {channels}, but of {path} {error}; set channels to what the files hold") from None
     return found
@@ -95,12 +107,14 @@ def normalise(x_BHWC: torch.Tensor, mean_C: Sequence[float] | None, std_C: Seque
     return ((x_BHWC - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
-def _load(data: bytes) -> np.ndarray:
+def _load(data: bytes, check: Callable[[tuple[int, ...], np.dtype], None] | None = None) -> np.ndarray:
+    """The array of a file. check: called with shape and type of a TIFF before it is unpacked; raises ImageError."""
+    if data.startswith(TIFF_STARTS):
+        return load_tiff(data, check)
+    if not data.startswith(_NPY_START):
+        raise ImageError("neither a .npy nor a TIFF file" if data else "the file is empty")
     try:
-        if data.startswith(_NPY_START):
-            return np.load(io.BytesIO(data), allow_pickle=False)
-        if data.startswith(_TIFF_STARTS):
-            return tifffile.imread(io.BytesIO(data))
-    except Exception as error:  # both libraries raise many types on damaged files
+        # Never a pickle: loading one runs what it says.
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # of many types on damaged files
         raise ImageError(one_line(error)) from error
-    raise ImageError("neither a .npy nor a TIFF file" if data else "the file is empty")

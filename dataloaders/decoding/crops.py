@@ -16,6 +16,8 @@ from mirl.keyed import keyed_uniform
 
 ATTEMPTS = 10
 _CROP_STREAM = 2
+_LONGEST_WHOLE = 16  # an image up to this many times as long as wide is resized as a whole
+_SPARE_SQUARES = 2  # two source pixels are what the kernel needs when it enlarges, two output pixels when it shrinks
 _TOP, _LEFT, _FLIP = 2 * ATTEMPTS, 2 * ATTEMPTS + 1, 2 * ATTEMPTS + 2
 
 
@@ -91,12 +93,16 @@ def random_windows(
 def evaluation_windows(
     sizes_B2: np.ndarray, resize_short: int, image_size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The whole image, then Resize(short side) and CenterCrop as torchvision does them.
+    """The image, then Resize(short side) and CenterCrop as torchvision does them.
 
     Returns windows int32 [B, 4], mirrored (never) bool [B], resized sizes int32 [B, 2], (top, left) of the crop in
     the resized image int32 [B, 2]. The long side is floor(resize_short * long / short); offsets are rounded half to
     even. Where the crop would reach over the edge (a wide crop of a tall image) the short side grows until it fits;
     torchvision would pad with black.
+
+    The window is the whole image, except of strips: resized as a whole, one of 60000 x 1 pixels would take gigabytes
+    for a crop of its centre. Of an image more than 16 times as long as wide only the squares (of its short side) around
+    the crop are taken, with more to spare than the bicubic kernel reaches.
     """
     height_B, width_B = sizes_B2[:, 0].astype(np.int64), sizes_B2[:, 1].astype(np.int64)
     lesser_B, greater_B = np.minimum(height_B, width_B), np.maximum(height_B, width_B)
@@ -106,6 +112,14 @@ def evaluation_windows(
     portrait_B1 = (height_B > width_B)[:, None]
     resized_B2 = np.where(portrait_B1, np.stack([long_B, short_B], 1), np.stack([short_B, long_B], 1))
     offset_B2 = np.rint((resized_B2 - np.asarray(image_size)) / 2.0)
-    windows_B4 = np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1)
+    windows_B4 = np.concatenate([np.zeros_like(sizes_B2), sizes_B2], axis=1).astype(np.int64)
+    for i in np.flatnonzero(greater_B > _LONGEST_WHOLE * lesser_B):
+        axis, side, short = int(width_B[i] > height_B[i]), int(lesser_B[i]), int(short_B[i])
+        first = max(0, int(offset_B2[i, axis]) // short - _SPARE_SQUARES)
+        squares = -(-image_size[axis] // short) + 1 + 2 * _SPARE_SQUARES
+        if (first + squares) * side <= greater_B[i]:
+            windows_B4[i, axis], windows_B4[i, 2 + axis] = first * side, squares * side
+            resized_B2[i, axis] = squares * short
+            offset_B2[i, axis] -= first * short
     mirrored_B = np.zeros(len(sizes_B2), dtype=bool)
     return windows_B4.astype(np.int32), mirrored_B, resized_B2.astype(np.int32), offset_B2.astype(np.int32)

@@ -16,7 +16,9 @@ of batch 1, lets the caller exchange them, rebuilds and feeds everything again.
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +39,8 @@ _BLANK = np.frombuffer(b"P6 2 2 255\n" + bytes([128]) * 12, np.uint8)
 class DecodeJob:
     """One batch: encoded files (uint8 vectors), windows int32 [B, 4] as (top, left, height, width), mirrored bool [B].
 
-    sizes, offsets: int32 [B, 2] of evaluation (resize to sizes, cut at offsets), or None: resize to the output size.
+    encoded may hold arrays [H, W, C] instead, which are cut and not decoded. sizes, offsets: int32 [B, 2] of evaluation
+    (resize to sizes, cut at offsets), or None: resize to the output size.
     """
 
     encoded: list[np.ndarray]
@@ -52,6 +55,13 @@ class DecodeJob:
         sizes = None if self.sizes is None else self.sizes[take]
         offsets = None if self.offsets is None else self.offsets[take]
         return DecodeJob(self.encoded[take], self.windows[take], self.mirrored[take], sizes, offsets)
+
+    def cut(self) -> list[np.ndarray]:
+        """The windows of arrays that stand in the place of encoded files: [h, w, C] each, contiguous."""
+        return [
+            np.ascontiguousarray(pixels_HWC[top : top + height, left : left + width])
+            for pixels_HWC, (top, left, height, width) in zip(self.encoded, self.windows.tolist(), strict=True)
+        ]
 
     def put(self, i: int, other: DecodeJob) -> None:
         """Sample i becomes the only sample of `other`."""
@@ -226,7 +236,9 @@ class DaliDecoder:
         """A pipeline that is built, warm, and empty: DALI's first run takes `depth` batches at once, blanks here."""
         try:
             from nvidia.dali import Pipeline, fn, types
-        except ImportError as error:
+        except (ImportError, OSError) as error:
+            if os.strerror(errno.EMFILE) in str(error):  # DALI is there; the dynamic linker says this as an ImportError
+                raise UserError(f"the limit of open files is too low ({error}): raise it, ulimit -n 4096") from error
             raise UserError(f"NVIDIA DALI cannot be imported ({error}), pictures need it; {_INSTALL}") from error
         on_gpu = self.device_id is not None
         pipe = Pipeline(

@@ -6,22 +6,27 @@ sizes and crop windows are in upright pixels. DALI's decoders do the same, Pillo
 
 JPEG, PNG and plain WEBP headers are parsed here, in about 10 us, since every image that is trained on passes through.
 All other formats are rare and are decoded by Pillow: DALI knows some of them, but of a damaged TIFF it may decode one
-window and refuse another, and it knows neither GIF nor extended WEBP.
+window and refuse another, and it knows neither GIF nor extended WEBP. What this parser does not understand (stray bytes
+between the segments of a JPEG, as some cameras write them) is Pillow's too: an image is broken if no decoder reads it.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from mirl.dataloaders.errors import ImageError, one_line
+from mirl.errors import UserError
 
-# Against decompression bombs: where Pillow itself raises, so that the limit is one on every path.
-MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**29)
+# An environment variable rather than a setting: it reaches every command, every rank and Pillow, on one path.
+LIMIT_VARIABLE = "MIRL_MAX_IMAGE_PIXELS"
 
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _NO_LENGTH = frozenset([0x01, *range(0xD0, 0xD9)])
@@ -38,20 +43,52 @@ class Header:
     native: bool
 
 
+@lru_cache(maxsize=1)
+def max_pixels() -> int:
+    """Returns how many pixels an image may have, against decompression bombs: by default where Pillow itself raises.
+
+    MIRL_MAX_IMAGE_PIXELS in the environment sets it, for Pillow too. UserError if that is no number above 0.
+    """
+    # Pillow warns at its number and raises at twice that.
+    default = 2 * (Image.MAX_IMAGE_PIXELS or 2**29)
+    text = os.environ.get(LIMIT_VARIABLE, "").replace("_", "")
+    if not text:
+        return default
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise UserError(
+            f"{LIMIT_VARIABLE} is {os.environ[LIMIT_VARIABLE]!r}: give a number of pixels, such as 400000000"
+        )
+    if int(text) > default and Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = -(-int(text) // 2)
+    return int(text)
+
+
+def check_pixels(height: int, width: int) -> None:
+    """ImageError unless an image of this size may be decoded; it names the limit and what moves it."""
+    if height < 1 or width < 1:
+        raise ImageError(f"its header says {height} x {width} pixels")
+    if height * width > max_pixels():
+        raise ImageError(
+            f"its header says {height} x {width} pixels, {height * width} in all, more than the limit of "
+            f"{max_pixels()}: cut or shrink it, or export {LIMIT_VARIABLE}={height * width}"
+        )
+
+
 def read_header(data: bytes) -> Header:
     """Header of an encoded image; ImageError with the reason if it is not one, or is visibly cut short."""
     if not data:
         raise ImageError("the file is empty")
+    max_pixels()  # raises Pillow's own limit before Pillow opens anything
     if data[:3] == b"\xff\xd8\xff":
-        header, whole = _read_jpeg(data), _ends_with_marker(data, b"\xff\xd9")
+        header, whole = _parsed(_read_jpeg, data), _ends_with_marker(data, b"\xff\xd9")
     elif data[:8] == b"\x89PNG\r\n\x1a\n":
-        header, whole = _read_png(data), _ends_with_marker(data, b"IEND")
+        header, whole = _parsed(_read_png, data), _ends_with_marker(data, b"IEND")
     elif data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8 ":
-        header, whole = _read_webp_lossy(data), len(data) >= 8 + int.from_bytes(data[4:8], "little")
+        header = _parsed(_read_webp_lossy, data)
+        whole = len(data) >= 8 + int.from_bytes(data[4:8], "little")
     else:
         header, whole = _read_with_pillow(data), True
-    if header.height < 1 or header.width < 1 or header.height * header.width > MAX_PIXELS:
-        raise ImageError(f"its header says {header.height} x {header.width} pixels")
+    check_pixels(header.height, header.width)
     if not whole:
         # Decoding a window near the top of a cut file can succeed; whether an image is broken must not depend on that.
         decode_with_pillow(data)
@@ -66,9 +103,16 @@ def decode_with_pillow(data: bytes, channels: int = 3) -> np.ndarray:
             upright = ImageOps.exif_transpose(image)
             if upright.mode in ("I;16", "I;16B", "I;16L", "I"):
                 # Pillow would clip 16-bit grey to 255.
-                grey_HW = np.clip(np.asarray(upright).astype(np.int64) // 257, 0, 255).astype(np.uint8)
-                upright = Image.fromarray(grey_HW)
+                grey_HW = np.asarray(upright).astype(np.int64)
+                if grey_HW.min() < 0 or grey_HW.max() > 65535:
+                    raise ImageError(f"its values are {grey_HW.min()} to {grey_HW.max()}, a picture's are 0 to 65535")
+                upright = Image.fromarray((grey_HW // 257).astype(np.uint8))
+            elif upright.mode == "F":
+                # Pillow would clip: values in 0..1 to black.
+                raise ImageError("its numbers are floats, those of the data set 8-bit pictures")
             pixels = np.asarray(upright.convert("RGB" if channels == 3 else "L"))
+    except ImageError:
+        raise
     except Exception as error:  # Pillow's plug-ins raise almost anything on damaged files
         raise ImageError(one_line(error)) from error
     return pixels.reshape(*pixels.shape[:2], channels)
@@ -82,6 +126,17 @@ def as_portable_pixmap(pixels_HWC: np.ndarray) -> bytes:
 
 def _ends_with_marker(data: bytes, marker: bytes) -> bool:
     return data.endswith(marker) or data.rfind(marker, max(0, len(data) - _TAIL)) >= 0
+
+
+def _parsed(parse: Callable[[bytes], Header], data: bytes) -> Header:
+    """The header by our own parser, or where that gives up by Pillow, which then also decodes the image."""
+    try:
+        return parse(data)
+    except ImageError as error:
+        try:
+            return _read_with_pillow(data)
+        except ImageError:
+            raise error from None
 
 
 def _upright(name: str, height: int, width: int, orientation: int, native: bool = True) -> Header:
@@ -138,6 +193,8 @@ def _read_with_pillow(data: bytes) -> Header:
             # Of a TIFF Pillow gives the upright size before it has decoded anything.
             orientation = 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
             return _upright(image.format or "?", image.height, image.width, orientation, native=False)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{one_line(error)}: cut or shrink it, or export {LIMIT_VARIABLE}=PIXELS") from error
     except Exception as error:  # Pillow's plug-ins raise almost anything on damaged files
         start = data[:64].lstrip()
         if start.startswith(b"<"):

@@ -15,8 +15,9 @@ import numpy as np
 
 from mirl.dataloaders.decoding.arrays import ArrayFormat
 from mirl.dataloaders.decoding.headers import as_portable_pixmap, decode_with_pillow, read_header
-from mirl.dataloaders.errors import BadImage, ImageError
+from mirl.dataloaders.errors import BadImage, ImageError, KnownBroken
 from mirl.dataloaders.sources.base import Source
+from mirl.dataloaders.sources.patience import read_image
 from mirl.errors import UserError
 from mirl.keyed import keyed_u64
 
@@ -30,6 +31,7 @@ class Sample:
     """One image on its way into a batch.
 
     wanted, index: the item that the order names, and the item that is shown (another if `wanted` is broken).
+    reason: why `wanted` is broken; empty if it is not, or is known to be.
     data: the encoded file, uint8 [bytes], or, of an array data set, pixels [H, W, C]. height, width: upright pixels.
     """
 
@@ -78,7 +80,10 @@ class SampleReader:
         try:
             return self._load(Sample(index, index, epoch, position, np.empty(0, np.uint8), 0, 0))
         except ImageError as error:
-            return self.replace(Sample(index, index, epoch, position, np.empty(0, np.uint8), 0, 0), str(error))
+            shown = self.replace(Sample(index, index, epoch, position, np.empty(0, np.uint8), 0, 0), str(error))
+            if isinstance(error, KnownBroken):
+                shown.reason = ""
+            return shown
 
     def replace(self, sample: Sample, reason: str) -> Sample:
         """The next stand-in for a sample whose current image failed; the reason of the first failure is kept."""
@@ -106,6 +111,15 @@ class SampleReader:
             f"{self.source.path(sample.wanted)} cannot be read ({first_reason}), nor can {_MAX_REPLACEMENTS} other "
             "images that were tried in its place; run mirl validate-data on the data set"
         )
+
+    def largest_number(self, index: int) -> float:
+        """The largest absolute value in an array; infinity if it cannot be read, 0 of pictures."""
+        if self.array_format is None:
+            return 0.0
+        try:
+            return float(np.abs(self.array_format.read(self.source.read(index)).astype(np.float64)).max())
+        except ImageError:
+            return float("inf")
 
     def decode_here(self, sample: Sample) -> Sample:
         """The same sample, decoded by Pillow and wrapped as a pixmap, which DALI takes; ImageError if Pillow cannot."""
@@ -143,7 +157,7 @@ class SampleReader:
         return [self.read(*triple) for triple in triples]
 
     def _load(self, sample: Sample) -> Sample:
-        data = self.source.read(sample.index)
+        data = read_image(self.source, sample.index)
         if self.array_format is not None:
             sample.data = self.array_format.read(data)
             sample.height, sample.width = sample.data.shape[:2]

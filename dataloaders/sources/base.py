@@ -15,7 +15,9 @@ from typing import Protocol
 import numpy as np
 
 from mirl.dataloaders.errors import ImageError
+from mirl.dataloaders.sources.ledger import Ledger, join_ledgers
 from mirl.dataloaders.sources.paths import PathTable
+from mirl.dataloaders.sources.patience import patiently
 
 
 class Source(Protocol):
@@ -23,6 +25,7 @@ class Source(Protocol):
 
     num_images: int
     classes: list[str] | None
+    ledger: Ledger
 
     def path(self, index: int) -> str:
         """Where the image is, for messages: a file path, or shard.tar::member."""
@@ -44,10 +47,17 @@ class FileSource:
     """Loose files below one root (or with absolute names)."""
 
     def __init__(
-        self, paths: PathTable, *, labels: Sequence[int] | np.ndarray | None = None, classes: list[str] | None = None
+        self,
+        paths: PathTable,
+        *,
+        labels: Sequence[int] | np.ndarray | None = None,
+        classes: list[str] | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
+        """ledger: what else was there; default: nothing. Its count of images is set here."""
         self.paths, self.classes = paths, classes
-        self.num_images = len(paths)
+        self.ledger = ledger or Ledger()
+        self.num_images = self.ledger.images = len(paths)
         self._labels = None if labels is None else np.asarray(labels, dtype=np.int32)
 
     def path(self, index: int) -> str:
@@ -75,6 +85,7 @@ class JoinedSource:
         self.parts = list(parts)
         self._first = np.cumsum([0, *(part.num_images for part in self.parts)])
         self.num_images = int(self._first[-1])
+        self.ledger = join_ledgers(part.ledger for part in self.parts)
         self.classes: list[str] | None = None
         self._relabel: list[list[int]] | None = None
         if all(part.classes is not None for part in self.parts):
@@ -109,23 +120,30 @@ class JoinedSource:
 
 
 def read_whole_file(path: str) -> bytes:
-    """The bytes of a file in as few system calls as possible; ImageError names the cause."""
+    """The bytes of a file in as few system calls as possible; ImageError names the cause.
+
+    A file system that fails for a moment is tried again.
+    """
     try:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            size = os.fstat(handle).st_size
-            data = os.read(handle, size)
-            while len(data) < size:  # a read may stop early on network file systems
-                more = os.read(handle, size - len(data))
-                if not more:
-                    raise ImageError(f"the file ended after {len(data)} of {size} bytes")
-                data += more
-            return data
-        finally:
-            os.close(handle)
+        return patiently(lambda: _read_once(path), path)
     except OSError as error:
         known = {errno.ENOENT: "the file no longer exists", errno.EACCES: "permission denied"}
         raise ImageError(known.get(error.errno or 0, f"cannot be read: {error.strerror}")) from error
+
+
+def _read_once(path: str) -> bytes:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(handle).st_size
+        data = os.read(handle, size)
+        while len(data) < size:  # a read may stop early on network file systems
+            more = os.read(handle, size - len(data))
+            if not more:
+                raise ImageError(f"the file ended after {len(data)} of {size} bytes")
+            data += more
+        return data
+    finally:
+        os.close(handle)
 
 
 class SubsetSource:
@@ -134,6 +152,8 @@ class SubsetSource:
     def __init__(self, source: Source, indices: Sequence[int]) -> None:
         self.source, self.indices = source, list(indices)
         self.classes, self.num_images = source.classes, len(self.indices)
+        self.ledger = join_ledgers([source.ledger])
+        self.ledger.notes.append(f"{self.num_images} of them are used")
 
     def path(self, index: int) -> str:
         return self.source.path(self.indices[index])

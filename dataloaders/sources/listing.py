@@ -1,80 +1,89 @@
-"""Finding the images of a data set: folders of any depth, and text lists of paths.
+"""The one finder of what lies below a folder: images, tar shards and what is left out, for every layout.
 
-Every function returns names in one sorted order, the same on every machine and rank, and raises UserError with the
-path and the mend when there is nothing to train on.
+What an entry is, is told by what it is, not by what it is called: a folder named like a file is a folder, a link is
+what it leads to, and files are judged by dataloaders/sources/kinds.py. Names come in one sorted order, the same on
+every machine and rank. UserError names the path and the mend.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
+from mirl.dataloaders.sources.kinds import ARRAY_SUFFIXES, IMAGE, IMAGE_SUFFIXES, SHARD, kind_of_file
+from mirl.dataloaders.sources.ledger import Ledger
+from mirl.dataloaders.sources.paths import shown
 from mirl.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".gif")
-ARRAY_SUFFIXES = (".npy",)
-LIST_SUFFIXES = (".txt", ".lst", ".list")
+LIST_SUFFIXES = (".txt", ".lst", ".list", ".csv", ".tsv")
 
 
-def list_folder(root: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Sorted names, relative to `root`, of all files below it that end in one of `suffixes` (any case).
+@dataclass(frozen=True)
+class Found:
+    """Names relative to root, sorted; the ledger counts everything else."""
 
-    Symbolic links are followed, a folder that contains itself is entered once. Hidden entries (a leading dot, such as
-    macOS's ._x.jpg companions) are skipped.
+    root: Path
+    images: list[str]
+    shards: list[str]
+    ledger: Ledger
+
+
+def find_files(root: Path, *, every_name: bool = False) -> Found:
+    """Everything below the folder `root`.
+
+    Links are followed, also out of `root`; a folder that is inside itself by a link is entered once. Hidden entries (a
+    leading dot, such as macOS's ._x.jpg companions) are left out; a hidden folder counts as one entry.
+    every_name: the ledger keeps the path of all that is left out.
     """
-    _check_readable(root)
-    names: list[str] = []
-    pending = [("", frozenset([_identity(root)]))]
+    if not root.exists():
+        raise UserError(f"data folder {shown(root)} does not exist; check the path")
+    if not root.is_dir():
+        raise UserError(
+            f"{shown(root)} is not a folder, a list ({', '.join(LIST_SUFFIXES)}), a manifest or a .tar file: give one"
+        )
+    found = Found(root, [], [], Ledger(every_name=every_name))
+    pending = [("", frozenset([_identity(os.fspath(root))]))]
     while pending:
         folder, above = pending.pop()
         try:
             with os.scandir(root / folder if folder else root) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
                     name = f"{folder}/{entry.name}" if folder else entry.name
-                    if entry.name.lower().endswith(suffixes):
-                        names.append(name)
-                    elif entry.is_dir():
-                        identity = _identity(Path(entry.path))
-                        if identity not in above:
-                            pending.append((name, above | {identity}))
+                    kind = _kind(entry)
+                    if kind == IMAGE:
+                        found.images.append(name)
+                    elif kind == SHARD:
+                        found.shards.append(name)
+                    elif kind is not None:
+                        found.ledger.leave_out(kind, entry.path)
+                    elif (identity := _identity(entry.path)) in above:
+                        found.ledger.leave_out("links to a folder above them", entry.path)
+                    else:
+                        pending.append((name, above | {identity}))
         except PermissionError:
             raise UserError(
-                f"data folder {root / folder} cannot be read (permission denied); "
-                f"grant read and search permission (chmod -R u+rX) or move it out of {root}"
+                f"data folder {shown(root / folder)} cannot be read (permission denied); "
+                f"grant read and search permission (chmod -R u+rX) or move it out of {shown(root)}"
             ) from None
-    names.sort()
-    return names
+    found.images.sort()
+    found.shards.sort()
+    found.ledger.images = len(found.images)
+    return found
 
 
-def read_path_list(list_file: Path) -> tuple[list[str], list[int] | None]:
-    """(paths, labels or None) from a text file: one path a line, optionally a tab and an integer label.
-
-    Empty lines and lines that start with # are skipped. Relative paths start at the folder of the list.
-    """
+def _kind(entry: os.DirEntry[str]) -> str | None:
+    """IMAGE, SHARD, the reason to leave the entry out, or None for a folder to enter."""
+    if entry.name.startswith("."):
+        return "hidden"
     try:
-        lines = list_file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise UserError(f"list {list_file} cannot be read ({error.strerror}); check its permissions") from None
-    lines = [line for line in lines if line.strip() and not line.startswith("#")]
-    if not lines:
-        raise UserError(f"list of paths {list_file} names no image; write one path a line")
-    labels: list[int] | None = None
-    if "\t" in lines[0]:
-        pairs = [line.rpartition("\t") for line in lines]
-        bad = next((n for n, (path, _, label) in enumerate(pairs) if not path or not label.strip().isdigit()), None)
-        if bad is not None:
-            raise UserError(f"list of paths {list_file}: {lines[bad]!r} is not 'path<TAB>label' as the first entry is")
-        lines, labels = [path for path, _, _ in pairs], [int(label) for _, _, label in pairs]
-    paths = [line.strip() for line in lines]
-    first = list_file.parent / paths[0]
-    if not first.exists():
-        raise UserError(
-            f"list of paths {list_file}: its first entry {first} does not exist; "
-            "use absolute paths or paths relative to the folder of the list"
-        )
-    return paths, labels
+        if entry.is_dir():
+            return None
+        if entry.is_file():
+            return kind_of_file(entry.path, entry.name)
+    except OSError as error:  # a chain of links without end, a stale handle
+        return f"unreachable ({error.strerror})"
+    return "links to nowhere" if entry.is_symlink() else "pipes, sockets or devices"
 
 
 def split_folder(root: Path, split: str = "train") -> Path:
@@ -82,10 +91,25 @@ def split_folder(root: Path, split: str = "train") -> Path:
 
     Of several that are there, val, valid, validation and test in this order are "val". Any other root is itself.
     """
-    others = [root / name for name in ("val", "valid", "validation", "test") if (root / name).is_dir()]
-    if not others or not (root / "train").is_dir():
+    names = split_names(root)
+    if not names:
         return root
-    return root / "train" if split == "train" else others[0]
+    return root / (names[0] if split == "train" else names[1])
+
+
+def split_names(root: Path) -> list[str]:
+    """Returns the splits that root holds, train first; none unless train stands beside val or test."""
+    others = [name for name in ("val", "valid", "validation", "test") if (root / name).is_dir()]
+    return ["train", *others] if others and (root / "train").is_dir() else []
+
+
+def beside_split(root: Path, folder: Path) -> str:
+    """What lies in `root` beside the split `folder` and is not read, as a clause for the ledger."""
+    with os.scandir(root) as entries:
+        others = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.name != folder.name)
+    names = ", ".join(shown(name) for name in others[:5])
+    more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+    return f"{folder.name}/ of {shown(root)} is read, not {names}{more}"
 
 
 def class_folders(names: list[str], root: Path) -> tuple[list[str], list[int]]:
@@ -94,29 +118,27 @@ def class_folders(names: list[str], root: Path) -> tuple[list[str], list[int]]:
     if "" in tops:
         loose = names[tops.index("")]
         raise UserError(
-            f"labels were asked for, but {root / loose} is in no class folder; "
-            f"arrange the images as {root}/CLASS/image.jpg or give a list with 'path<TAB>label' lines"
+            f"labels were asked for, but {shown(root / loose)} is in no class folder; "
+            f"arrange the images as {shown(root)}/CLASS/image.jpg or give a list with 'path<TAB>label' lines"
         )
     classes = sorted(set(tops))
     number = {name: label for label, name in enumerate(classes)}
     return classes, [number[top] for top in tops]
 
 
-def nothing_found(root: Path, suffixes: tuple[str, ...]) -> UserError:
+def nothing_found(found: Found) -> UserError:
     """The error for a folder without images, with what it holds instead."""
-    with os.scandir(root) as entries:
-        found = sorted(entry.name for entry in entries)
-    holds = f"it holds {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}" if found else "it is empty"
-    return UserError(f"no images in {root} ({holds}); expected files ending in {' '.join(suffixes)} at any depth")
+    with os.scandir(found.root) as entries:
+        names = sorted(entry.name for entry in entries)
+    some = ", ".join(map(shown, names[:3])) + (", ..." if len(names) > 3 else "")
+    holds = f"it holds {some}" if names else "it is empty"
+    counts = f"; {found.ledger}" if found.ledger.total else ""
+    suffixes = " ".join(IMAGE_SUFFIXES + ARRAY_SUFFIXES)
+    return UserError(
+        f"no images in {shown(found.root)} ({holds}); expected files ending in {suffixes} at any depth{counts}"
+    )
 
 
-def _check_readable(root: Path) -> None:
-    if not root.exists():
-        raise UserError(f"data folder {root} does not exist; check the path")
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder, a list ({', '.join(LIST_SUFFIXES)}), a manifest or a .tar file")
-
-
-def _identity(folder: Path) -> tuple[int, int]:
+def _identity(folder: str) -> tuple[int, int]:
     stat = os.stat(folder)
     return stat.st_dev, stat.st_ino

@@ -5,7 +5,8 @@ A text file of tab-separated lines, so that it can be read, sorted and edited wi
     # mirl-manifest 1<TAB>ROOT
     path<TAB>bytes<TAB>height<TAB>width<TAB>format<TAB>reason
 
-Paths are relative to ROOT, sizes are upright pixels, reason is empty for a good image. Backslash, tab and newline in a
+Paths are relative to ROOT, sizes are upright pixels, reason is empty for a good image; of a file that is no image of
+the data set it begins with "left out: ". A member of a tar shard is shard.tar::member. Backslash, tab and newline in a
 path are written as \\\\, \\t and \\n.
 """
 
@@ -19,9 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from mirl.disk import set_mode
 from mirl.errors import UserError
 
 MANIFEST_NAME = "mirl-manifest.tsv"
+LEFT_OUT = "left out: "
 _MAGIC = "# mirl-manifest 1"
 _COLUMNS = "path\tbytes\theight\twidth\tformat\treason"
 
@@ -51,7 +54,7 @@ def atomic_writer(target: Path, mode: str = "w") -> Iterator[IO]:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        set_mode(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -61,9 +64,9 @@ def atomic_writer(target: Path, mode: str = "w") -> Iterator[IO]:
 def write_manifest(target: Path, root: str, rows: Iterable[ManifestRow]) -> None:
     """Writes the manifest atomically."""
     with atomic_writer(target) as file:
-        file.write(f"{_MAGIC}\t{_escape(root)}\n{_COLUMNS}\n")
+        file.write(f"{_MAGIC}\t{escape(root)}\n{_COLUMNS}\n")
         for row in rows:
-            fields = (_escape(row.path), row.bytes, row.height, row.width, row.format, _escape(row.reason))
+            fields = (escape(row.path), row.bytes, row.height, row.width, row.format, escape(row.reason))
             file.write("\t".join(map(str, fields)) + "\n")
 
 
@@ -85,15 +88,17 @@ def read_manifest(path: Path) -> tuple[str, list[ManifestRow]]:
             if len(fields) != 6 or not all(field.isdigit() for field in fields[1:4]):
                 raise UserError(f"{path} line {number} is damaged; write it again with: mirl validate-data {root}")
             name, size, height, width, kind, reason = fields
-            rows.append(ManifestRow(_unescape(name), int(size), int(height), int(width), kind, _unescape(reason)))
-    return _unescape(root), rows
+            rows.append(ManifestRow(unescape(name), int(size), int(height), int(width), kind, unescape(reason)))
+    return unescape(root), rows
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Returns the text without tabs and line ends, for a table of lines."""
     return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
 
 
-def _unescape(text: str) -> str:
+def unescape(text: str) -> str:
+    """Returns what `escape` was given."""
     if "\\" not in text:
         return text
     parts = text.split("\\\\")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from mirl.dataloaders.sources import listing
 from mirl.dataloaders.sources.base import FileSource, JoinedSource, Source
-from mirl.dataloaders.sources.manifest import MANIFEST_NAME, is_manifest, read_manifest
-from mirl.dataloaders.sources.paths import PathTable
-from mirl.dataloaders.sources.tar_index import find_shards
+from mirl.dataloaders.sources.kinds import IMAGE, SHARD, is_text, kind_of_file, read_head
+from mirl.dataloaders.sources.ledger import join_ledgers
+from mirl.dataloaders.sources.manifest import MANIFEST_NAME, is_manifest
+from mirl.dataloaders.sources.manifest_source import broken_names, open_manifest
+from mirl.dataloaders.sources.path_list import read_path_list
+from mirl.dataloaders.sources.paths import PathTable, shown
+from mirl.dataloaders.sources.tar_index import index_path
 from mirl.dataloaders.sources.tar_source import TarSource
 from mirl.errors import UserError
 
 LAYOUTS = ("auto", "files", "tar")
-_log = logging.getLogger(__name__)
 
 Data = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -29,6 +31,7 @@ def open_source(
     index_dir: str | Path | None = None,
     use_manifest: bool = True,
     split: str = "train",
+    every_name: bool = False,
 ) -> Source:
     """The data set that `data` names.
 
@@ -38,6 +41,7 @@ def open_source(
     layout: "files" or "tar" decides for a folder that holds both; "auto" refuses it.
     labels: class numbers, from the sorted names of the first folder level, the list's second column, or cls parts.
     index_dir: where the .idx files are, if not beside the shards. use_manifest: leave out what a manifest calls broken.
+    every_name: the source's `ledger` keeps the path of each file that is left out, not only the counts by reason.
     UserError, one line with the mend, for everything that leaves nothing to train on.
     """
     if layout not in LAYOUTS:
@@ -48,70 +52,100 @@ def open_source(
     if not roots:
         raise UserError("data is an empty list; give at least one folder, list of paths or .tar file")
     index_folder = None if index_dir is None else Path(index_dir)
-    parts = [_open_one(root.expanduser(), layout, labels, index_folder, use_manifest, split) for root in roots]
+    parts = []
+    for root in roots:
+        root = root.expanduser()
+        try:
+            parts.append(_open_one(root, layout, labels, index_folder, use_manifest, split, every_name))
+        except PermissionError as error:
+            place = shown(os.fsdecode(error.filename or root))
+            raise UserError(
+                f"data {place} cannot be read (permission denied); grant read and search permission on it and on the "
+                "folders above it"
+            ) from None
     return parts[0] if len(parts) == 1 else JoinedSource(parts)
 
 
-def _open_one(root: Path, layout: str, labels: bool, index_dir: Path | None, use_manifest: bool, split: str) -> Source:
+def _open_one(
+    root: Path, layout: str, labels: bool, index_dir: Path | None, use_manifest: bool, split: str, every_name: bool
+) -> Source:
     if root.is_file():
-        if root.suffix == ".tar":
-            return TarSource([root], index_dir=index_dir, labels=labels)
-        if is_manifest(root):
-            return _open_manifest(root, labels)
-        if root.suffix in listing.LIST_SUFFIXES:
-            paths, numbers = listing.read_path_list(root)
+        kind = _kind_of_root(root)
+        if kind == SHARD:
+            return TarSource([root], index_dir=index_dir, labels=labels, every_name=every_name)
+        if kind == "manifest":
+            return open_manifest(root, labels, index_dir, leave_out=use_manifest, every_name=every_name)
+        if kind == "list":
+            paths, numbers = read_path_list(root)
             if labels and numbers is None:
-                raise UserError(f"labels were asked for, but {root} has none; write 'path<TAB>label' lines")
+                raise UserError(f"labels were asked for, but {shown(root)} has none; write 'path<TAB>label' lines")
             return FileSource(PathTable(root.parent, paths), labels=numbers if labels else None)
-    return _open_folder(root, layout, labels, index_dir, use_manifest, split)
+    return _open_folder(root, layout, labels, index_dir, use_manifest, split, every_name)
+
+
+def _kind_of_root(root: Path) -> str:
+    """SHARD, "manifest" or "list"; "" for a file that is no data set by itself."""
+    try:
+        if is_manifest(root):
+            return "manifest"
+        kind, head = kind_of_file(root, root.name), read_head(root)
+    except OSError as error:
+        raise UserError(f"{shown(root)} cannot be read ({error.strerror}); check its permissions") from None
+    if kind == IMAGE:
+        raise UserError(f"{shown(root)} is one image, not a data set: give its folder, or a text list of paths")
+    if kind == SHARD:
+        return SHARD
+    suffix = root.suffix.lower()
+    return "list" if suffix in listing.LIST_SUFFIXES or (not suffix and is_text(head)) else ""
 
 
 def _open_folder(
-    root: Path, layout: str, labels: bool, index_dir: Path | None, use_manifest: bool, split: str
+    root: Path, layout: str, labels: bool, index_dir: Path | None, use_manifest: bool, split: str, every_name: bool
 ) -> Source:
     folder = listing.split_folder(root, split)
+    found = listing.find_files(folder, every_name=every_name)
+    names, shards, ledger = found.images, found.shards, found.ledger
     if folder != root:
-        _log.info("%s holds train beside other splits: reading %s", root, folder)
-    suffixes = listing.IMAGE_SUFFIXES + listing.ARRAY_SUFFIXES
-    names = listing.list_folder(folder, suffixes if layout != "auto" else (*suffixes, ".tar"))
-    tars = sum(name.endswith(".tar") for name in names)
-    if layout == "auto" and 0 < tars < len(names):
-        raise UserError(f"{folder} holds {tars} .tar files and {len(names) - tars} images; choose layout tar or files")
-    broken = _broken_names(root, folder) if use_manifest else set()
-    if layout == "tar" or tars:
-        skip = frozenset(os.path.join(folder, name) for name in broken)
-        return TarSource(find_shards(folder), index_dir=index_dir, labels=labels, skip=skip)
+        ledger.notes.append(listing.beside_split(root, folder))
+    if layout == "auto" and shards and names:
+        raise UserError(
+            f"{shown(folder)} holds {len(shards)} .tar files and {len(names)} images; choose layout tar or files: give "
+            f"one kind by itself, e.g. --data {shown(folder / shards[0])}, or a folder of its own"
+        )
+    broken = broken_names(root, folder) if use_manifest else set()
+    if layout == "tar" or (shards and layout == "auto"):
+        return _open_shards(found, labels, index_dir, broken, every_name)
+    for shard in shards:
+        ledger.leave_out("tar shards (layout is files)", os.path.join(folder, shard))
     if not names:
-        raise listing.nothing_found(folder, suffixes)
+        raise listing.nothing_found(found)
     # Classes are numbered before broken images are left out, so that an emptied class keeps its number.
     classes, numbers = listing.class_folders(names, folder) if labels else (None, None)
     if broken:
         kept = [i for i, name in enumerate(names) if name not in broken]
-        _log.warning("%d images of %s are left out: broken by its manifest", len(names) - len(kept), folder)
+        for name in set(names) & broken:
+            ledger.leave_out(f"broken by {MANIFEST_NAME}", os.path.join(folder, name))
         names = [names[i] for i in kept]
         numbers = [numbers[i] for i in kept] if numbers is not None else None
         if not names:
-            raise UserError(f"all images of {folder} are broken by {MANIFEST_NAME}; see the reasons in it")
-    return FileSource(PathTable(folder, names), labels=numbers, classes=classes)
+            raise UserError(f"all images of {shown(folder)} are broken by {MANIFEST_NAME}; see the reasons in it")
+    return FileSource(PathTable(folder, names), labels=numbers, classes=classes, ledger=ledger)
 
 
-def _broken_names(root: Path, folder: Path) -> set[str]:
-    """Names relative to `folder` that a manifest in it, or in the folder above its split, calls broken."""
-    broken: set[str] = set()
-    for place in {root, folder}:
-        manifest = place / MANIFEST_NAME
-        if manifest.is_file():
-            for row in read_manifest(manifest)[1]:
-                if row.reason:
-                    broken.add(os.path.relpath(place / row.path, folder))
-    return broken
-
-
-def _open_manifest(manifest: Path, labels: bool) -> FileSource:
-    root, rows = read_manifest(manifest)
-    root = root if Path(root).is_dir() else str(manifest.parent)  # the data set was moved with its manifest
-    names = [row.path for row in rows if not row.reason]
-    if not names:
-        raise UserError(f"{manifest} names no good image; validate another folder")
-    classes, numbers = listing.class_folders(names, Path(root)) if labels else (None, None)
-    return FileSource(PathTable(root, names), labels=numbers, classes=classes)
+def _open_shards(
+    found: listing.Found, labels: bool, index_dir: Path | None, broken: set[str], every_name: bool
+) -> Source:
+    if not found.shards:
+        raise UserError(f"no .tar files in {shown(found.root)}; compressed shards (.tar.gz) must be unpacked to .tar")
+    skip = frozenset(os.path.join(found.root, name) for name in broken)
+    shards = [found.root / name for name in found.shards]
+    source = TarSource(shards, index_dir=index_dir, labels=labels, skip=skip, every_name=every_name)
+    for name in found.images:
+        found.ledger.leave_out("images (layout is tar)", os.path.join(found.root, name))
+    # The indexes of the shards are no files that somebody could miss.
+    found.ledger.images = 0
+    indexes = [os.fspath(index_path(shard)) for shard in shards]
+    found.ledger.forget(".idx", sum(map(os.path.exists, indexes)), set(indexes))
+    source.ledger = join_ledgers([source.ledger, found.ledger]) if found.ledger.left_out else source.ledger
+    source.ledger.notes += [note for note in found.ledger.notes if note not in source.ledger.notes]
+    return source

@@ -15,7 +15,7 @@ class PathTable:
     A list of strings costs about 120 bytes a path in every process; this costs the characters of the name and 8 bytes.
     """
 
-    def __init__(self, root: str | os.PathLike[str], names: Iterable[str]) -> None:
+    def __init__(self, root: str | os.PathLike[str], names: Iterable[str | bytes]) -> None:
         encoded = [os.fsencode(name) for name in names]
         self.root = os.fspath(root)
         self._text = b"".join(encoded)
@@ -43,3 +43,38 @@ class PathTable:
         hasher = hashlib.blake2b(self._text, digest_size=8)
         hasher.update(self._ends.tobytes())
         return hasher.hexdigest()
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """The path for a message of one line on any terminal: control characters, line breaks of every kind and bytes that
+    are no UTF-8 are written as escapes."""
+    text = os.fspath(path)
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else _escaped(character) for character in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8, as os.fsdecode gives it
+        return f"\\x{code - 0xDC00:02x}"
+    return character if character == " " else character.encode("unicode_escape").decode("ascii")
+
+
+def below(path: str, base: str) -> str:
+    """`path` relative to the folder `base`, or as it is if it is elsewhere; of shard.tar::member the member stays
+    byte for byte what it is."""
+    file = shard_of(path) or path
+    return os.path.relpath(os.path.abspath(file), base) + path[len(file) :]
+
+
+def shard_of(path: str, root: str = "") -> str | None:
+    """The shard in shard.tar::member, both below `root`; None if `path` is a file of its own, which may hold :: too."""
+    at = path.find("::")
+    if at < 0 or os.path.exists(os.path.join(root, path)):
+        return None
+    while at >= 0:
+        if os.path.isfile(os.path.join(root, path[:at])):
+            return path[:at]
+        at = path.find("::", at + 1)
+    return None

@@ -1,42 +1,28 @@
 """Index files of WebDataset tar shards: where each sample's parts lie, so that any sample is one read away.
 
-The format is that of DALI's wds2idx, version 1.2, so indexes made by either can be used by both:
-
-    v1.2 NUMBER_OF_SAMPLES
-    jpg 1536 68853 n01/im0.jpg cls 71168 1 n01/im0.cls
-
-one line per sample: for each part its extension, the offset of its first byte, its size and its name. As in WebDataset,
-a sample is a run of members whose names agree up to the first dot of the base name.
+How an index is written is in dataloaders/sources/index_format.py, what a sample's image is in tar_samples.py.
 """
 
 from __future__ import annotations
 
 import os
-import re
+import shlex
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from mirl.dataloaders.sources.index_format import DamagedIndex, Part, ShardIndex, parse_index_text, write_index_text
+from mirl.dataloaders.sources.kinds import HEAD_BYTES, IMAGE, image_format, kind_by_content, kind_by_name
+from mirl.dataloaders.sources.listing import find_files
 from mirl.dataloaders.sources.manifest import atomic_writer
+from mirl.dataloaders.sources.paths import shown
+from mirl.dataloaders.sources.tar_samples import AmbiguousSample, choose_images, is_image
 from mirl.errors import UserError
 
 BLOCK = 512
-_VERSION = "v1.2"
-_PART = re.compile(r"(\S+) (\d+) (\d+) (.+?)(?= \S+ \d+ \d+ |$)")
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One member of a sample: extension, offset of the data in the tar, bytes, member name."""
-
-    extension: str
-    offset: int
-    size: int
-    name: str
 
 
 def index_path(shard: Path, index_dir: Path | None = None) -> Path:
@@ -51,34 +37,39 @@ def make_index(
     workers: int = 4,
     force: bool = False,
     allow_cut: bool = False,
+    image_part: str | None = None,
     progress: bool | Callable[[int, int], None] = True,
 ) -> list[Path]:
     """Writes x.idx for every x.tar below `data` (a folder, or one tar) and returns their paths.
 
     index_dir: where to write, for shards on a read-only disk; default: beside each tar. workers: shards at a time.
     force: also those whose index is newer than the tar. allow_cut: index the whole members of a tar that ends in the
-    middle, instead of refusing it. progress: a bar on stderr, nothing, or a function of (done, total).
-    UserError names a tar that is cut, is not a tar or is empty, and the mend; indexes of the others are written first.
+    middle, instead of refusing it. image_part: the extension of the part of each sample that is the image, or "each"
+    for all its image parts; it is kept in the index, so that every command follows it, and renews indexes without it.
+    progress: a bar on stderr, nothing, or a function of (done, total).
+    UserError names a tar that is cut, is not a tar, is empty, or whose images cannot be told, and the mend; indexes of
+    the others are written first.
     """
     shards = find_shards(Path(data))
     folder = None if index_dir is None else Path(index_dir)
-    if folder is not None and len({shard.stem for shard in shards}) < len(shards):
-        raise UserError(f"index_dir is {folder}, but two shards have the same name; leave it out")
+    wanted = None if image_part is None else image_part.lower().removeprefix(".")
+    _refuse_shared_index(shards, folder)
     problems: list[str] = []
 
     def write(shard: Path) -> Path:
         target = index_path(shard, folder)
         fresh = target.exists() and target.stat().st_mtime >= shard.stat().st_mtime
-        if force or not fresh:
+        if force or not fresh or (wanted is not None and not _has_choice(target, wanted)):
             try:
-                samples = list(scan_shard(shard, allow_cut=allow_cut))
+                index = scan_shard(shard, allow_cut=allow_cut, image_part=wanted)
+                for parts in index.samples:
+                    choose_images(parts, wanted)
+                with atomic_writer(target, "wb") as file:
+                    write_index_text(file, index)
+            except AmbiguousSample as error:
+                problems.append(ambiguity(shard, folder, error))
             except UserError as error:
                 problems.append(str(error))
-                return target
-            with atomic_writer(target) as file:
-                file.write(f"{_VERSION} {len(samples)}\n")
-                for parts in samples:
-                    file.write(" ".join(f"{p.extension} {p.offset} {p.size} {p.name}" for p in parts) + "\n")
         return target
 
     written = []
@@ -97,71 +88,134 @@ def make_index(
 
 
 def find_shards(data: Path) -> list[Path]:
-    """Sorted .tar files: `data` itself, or all below the folder `data`."""
+    """Sorted tar shards: `data` itself, or all below the folder `data`."""
     if data.is_file():
         return [data]
     if not data.is_dir():
-        raise UserError(f"{data} does not exist; give a .tar file or a folder of them")
-    shards = sorted(path for path in data.rglob("*.tar") if path.is_file() and not path.name.startswith("."))
-    if not shards:
-        raise UserError(f"no .tar files in {data}; compressed shards (.tar.gz) must be unpacked to .tar first")
-    return shards
+        raise UserError(f"{shown(data)} does not exist; give a .tar file or a folder of them")
+    found = find_files(data)
+    if not found.shards:
+        raise UserError(f"no .tar files in {shown(data)}; compressed shards (.tar.gz) must be unpacked to .tar first")
+    return [data / name for name in found.shards]
 
 
-def scan_shard(shard: Path, *, allow_cut: bool = False) -> Iterator[list[Part]]:
+def scan_shard(shard: Path, *, allow_cut: bool = False, image_part: str | None = None) -> ShardIndex:
     """The samples of one tar, read header by header; UserError if it is cut, empty or not a tar."""
     total = os.path.getsize(shard)
     mend = "copy or write it again, or index its whole members with allow_cut (--allow-cut)"
-    key, parts, found = None, [], False
+    index = ShardIndex([], [], image_part)
+    last = None
     try:
-        with tarfile.open(shard, "r:") as tar:
+        # Names are bytes to us: pax headers are UTF-8 by their standard, the others whatever the writer's disk had.
+        with (
+            tarfile.open(shard, "r:", encoding="utf-8", errors="surrogateescape") as tar,
+            open(shard, "rb", buffering=0) as file,
+        ):
             while (member := tar.next()) is not None:
                 tar.members.clear()  # tarfile remembers every member; a shard can have millions
-                if not member.isreg():
+                if member.isdir():
                     continue
-                if member.offset_data + member.size > total:
-                    raise tarfile.ReadError(f"{member.name} ends beyond byte {total}, the last of the file")
+                if member.isreg() and not member.issparse() and member.offset_data + member.size > total:
+                    raise tarfile.ReadError(f"{shown(member.name)} ends beyond byte {total}, the last of the file")
+                part = _part(member, file.fileno())
+                if isinstance(part, str):
+                    index.left_out.append((member.name, part))
+                    continue
                 folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                if not extension or base.startswith("."):
-                    continue
-                if (folder, stem) != key and parts:
-                    found = True
-                    yield parts
-                    parts = []
-                key = (folder, stem)
-                parts.append(Part(extension.lower(), member.offset_data, member.size, member.name))
+                key = (folder, base.partition(".")[0])
+                if key != last:
+                    index.samples.append([])
+                last = key
+                index.samples[-1].append(part)
             end = tar.offset
         if not allow_cut and not _has_end_mark(shard, end):
             raise tarfile.ReadError("no end-of-archive mark")
     except (tarfile.TarError, ValueError) as error:  # tarfile lets ValueErrors of damaged sparse headers through
-        if not allow_cut or (not found and not parts):
-            raise UserError(f"tar shard {shard} is cut or damaged ({error}); {mend}") from None
-    if parts:
-        yield parts
-    elif not found:
-        raise UserError(f"tar shard {shard} holds no samples; remove it or write it again")
+        if not allow_cut or not index.samples:
+            raise UserError(f"tar shard {shown(shard)} is cut or damaged ({error}); {mend}") from None
+    except OSError as error:
+        raise UserError(f"tar shard {shown(shard)} cannot be read ({error.strerror}); check it") from None
+    if not index.samples:
+        raise UserError(f"tar shard {shown(shard)} holds no samples; remove it or write it again")
+    return index
 
 
-def read_index(index: Path) -> list[list[Part]]:
-    """The samples of an index file; UserError with the mend if it is missing or damaged."""
-    mend = f"make it again with: mirl make-index --force {index.parent}"
+def _part(member: tarfile.TarInfo, handle: int) -> Part | str:
+    """The part that a member is, or the reason why it is in no sample.
+
+    A member whose suffix tells nothing but whose first bytes are an image's gets the usual suffix behind its own.
+    """
+    base = member.name.rpartition("/")[2]
+    if base.startswith("."):
+        return "hidden"
+    if member.issparse():
+        return "sparse members (write the tar without --sparse)"
+    if not member.isreg():
+        return "links to other members" if member.islnk() or member.issym() else "pipes, sockets or devices"
+    extension = base.partition(".")[2].lower()
+    if not is_image(extension) or not extension:
+        kind = kind_by_name(base)
+        if kind is None:
+            head = os.pread(handle, min(HEAD_BYTES, member.size), member.offset_data)
+            kind = kind_by_content(head, base)
+            suffix = image_format(head)
+            if kind == IMAGE and suffix is not None:
+                extension = f"{extension}.{suffix}" if extension else suffix
+        if not extension:
+            return kind
+    return Part(extension, member.offset_data, member.size, member.name)
+
+
+def read_index(index: Path, shard: Path | None = None) -> list[list[Part]]:
+    """The samples of an index file; see `load_index`."""
+    return load_index(index, shard).samples
+
+
+def load_index(index: Path, shard: Path | None = None) -> ShardIndex:
+    """The content of an index file; UserError with the mend if it is missing or damaged.
+
+    shard: the tar that it is of, for the mend; default: what lies beside the index.
+    """
     try:
-        lines = index.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        return parse_index_text(index.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"index {index} is missing; make it with: mirl make-index {index.parent}") from None
-    version, _, count = lines[0].partition(" ") if lines else ("", "", "")
-    if not version.startswith("v1.") or not count.isdigit() or int(count) != len(lines) - 1:
-        raise UserError(f"index {index} is damaged or of an unknown version; {mend}")
-    if version != _VERSION:
-        raise UserError(f"index {index} has version {version}, which holds no names ({_VERSION} does); {mend}")
-    samples = []
-    for line in lines[1:]:
-        parts = [Part(ext, int(offset), int(size), name) for ext, offset, size, name in _PART.findall(line)]
-        if not parts:
-            raise UserError(f"index {index} is damaged at {line[:80]!r}; {mend}")
-        samples.append(parts)
-    return samples
+        raise UserError(f"index {shown(index)} is missing; make it with: {index_command(index, shard)}") from None
+    except OSError as error:
+        raise UserError(f"index {shown(index)} cannot be read ({error.strerror}); check it") from None
+    except DamagedIndex as error:
+        command = index_command(index, shard, "--force")
+        raise UserError(f"index {shown(index)} {error}; make it again with: {command}") from None
+
+
+def index_command(index: Path, shard: Path | None, *options: str) -> str:
+    """The command that makes this index."""
+    words = ["mirl", "make-index", *options, os.fspath(shard or index.parent)]
+    if shard is not None and index.parent != shard.parent:
+        words += ["--index-dir", os.fspath(index.parent)]
+    return shlex.join(words)
+
+
+def ambiguity(shard: Path, index_dir: Path | None, error: AmbiguousSample) -> str:
+    """What to tell where the image of a sample cannot be told."""
+    command = index_command(index_path(shard, index_dir), shard, "--image-part", error.extensions[0])
+    return f"tar shard {shown(shard)}: {error}; choose the image, or each for all of them: {command}"
+
+
+def _refuse_shared_index(shards: list[Path], folder: Path | None) -> None:
+    first_with: dict[Path, Path] = {}
+    for shard in shards:
+        other = first_with.setdefault(index_path(shard, folder), shard)
+        if other is not shard:
+            mend = "leave it out, or rename one" if folder is not None else "rename one"
+            place = f"index_dir is {shown(folder)}, but two shards" if folder is not None else "two shards"
+            raise UserError(f"{place} have the same name for an index, {shown(other)} and {shown(shard)}; {mend}")
+
+
+def _has_choice(target: Path, wanted: str) -> bool:
+    try:
+        return load_index(target).image_part == wanted
+    except UserError:
+        return False
 
 
 def _has_end_mark(shard: Path, end: int) -> bool:

@@ -7,24 +7,31 @@ at the end of the file; and at every read, which takes in the 512-byte tar heade
 from __future__ import annotations
 
 import os
-import resource
-import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mirl.dataloaders.errors import ImageError
-from mirl.dataloaders.sources.listing import ARRAY_SUFFIXES, IMAGE_SUFFIXES
-from mirl.dataloaders.sources.paths import PathTable
-from mirl.dataloaders.sources.tar_index import BLOCK, Part, index_path, read_index
+from mirl.dataloaders.sources.class_names import CLASS_NAMES, class_names_beside
+from mirl.dataloaders.sources.handles import POOL, TOO_MANY
+from mirl.dataloaders.sources.index_format import Part
+from mirl.dataloaders.sources.kinds import image_extensions
+from mirl.dataloaders.sources.ledger import Ledger
+from mirl.dataloaders.sources.paths import PathTable, shown
+from mirl.dataloaders.sources.patience import patiently
+from mirl.dataloaders.sources.tar_header import BLOCK, header_matches
+from mirl.dataloaders.sources.tar_index import ambiguity, index_command, index_path, load_index
+from mirl.dataloaders.sources.tar_samples import AmbiguousSample, choose_images
 from mirl.errors import UserError
-
-_EXTENSIONS = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES + ARRAY_SUFFIXES)
 
 
 class TarSource:
-    """All samples of some shards that have an image part; labels come from their `cls` parts."""
+    """All images of some shards; labels come from the `cls` parts of their samples.
+
+    Which part of a sample is the image: see dataloaders/sources/tar_samples.py. Handles are borrowed for each read.
+    """
 
     def __init__(
         self,
@@ -33,46 +40,73 @@ class TarSource:
         index_dir: Path | None = None,
         labels: bool = False,
         skip: frozenset[str] = frozenset(),
+        only: frozenset[str] | None = None,
+        every_name: bool = False,
     ) -> None:
-        """skip: paths (shard.tar::member) to leave out.
+        """skip, only: paths (shard.tar::member) to leave out, or to keep. every_name: see `Ledger`.
 
         UserError if an index is missing, damaged or does not match its tar, or if no sample has an image.
         """
         self.shards = [os.fspath(shard) for shard in shards]
-        self.classes: list[str] | None = None
-        self._handles: dict[int, int] = {}
-        self._lock = threading.Lock()
-        # A quarter of the process's file handles; shards beyond that are opened for each read.
-        self._max_handles = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self.classes = class_names_beside(shards) if labels else None
+        unit = f"members of {len(self.shards)} tar shard{'s' if len(self.shards) > 1 else ''}"
+        self.ledger = Ledger(unit, every_name=every_name)
+        self._index_dir = index_dir
 
         sizes: list[int] = []
         label_parts: list[tuple[int, int]] = []
         offsets: list[int] = []
         counts: list[int] = []
+        taken: Counter[str] = Counter()
 
-        def names() -> Iterator[str]:
+        def names() -> Iterator[bytes]:
             for number, shard in enumerate(shards):
                 before = len(offsets)
-                for parts in read_index(index_path(shard, index_dir)):
-                    image = next((part for part in parts if part.extension.split(".")[-1] in _EXTENSIONS), None)
-                    if image is None or (skip and f"{self.shards[number]}::{image.name}" in skip):
+                for image, extension, label in self._images(shard, self.shards[number]):
+                    path = f"{self.shards[number]}::{image.name}" if skip or only is not None else ""
+                    if skip and path in skip:
+                        self.ledger.leave_out("broken by the manifest", path)
+                        continue
+                    if only is not None and path not in only:
+                        self.ledger.leave_out("not called good by the manifest", path)
                         continue
                     offsets.append(image.offset)
                     sizes.append(image.size)
                     if labels:
-                        label_parts.append(_label_part(parts, self.shards[number]))
-                    yield image.name
+                        label_parts.append(_label_part(image, label, self.shards[number]))
+                    taken[_field(extension)] += 1
+                    yield image.raw_name
                 counts.append(len(offsets) - before)
 
         self._names = PathTable("", names())
-        self.num_images = len(self._names)
+        self.num_images = self.ledger.images = len(self._names)
         self._offsets, self._sizes = np.asarray(offsets, np.int64), np.asarray(sizes, np.int64)
         self._label_parts = np.asarray(label_parts, np.int64).reshape(-1, 2) if labels else None
         self._first = np.cumsum([0, *counts])
+        if set(taken) - {""}:
+            parts = (f"{count} from part {name or 'without a name'}" for name, count in taken.most_common(4))
+            self.ledger.notes.append(", ".join(parts))
         if not self.num_images:
-            known = ", ".join(sorted(_EXTENSIONS))
-            raise UserError(f"no sample of {self.shards[0]} (or {len(shards) - 1} more shards) has an image: {known}")
+            known = ", ".join(sorted(image_extensions()))
+            raise UserError(
+                f"no sample of {shown(self.shards[0])} (or {len(shards) - 1} more shards) has an image: {known}; "
+                f"{self.ledger}"
+            )
         self._check()
+
+    def _images(self, shard: Path, path: str) -> Iterator[tuple[Part, str, Part | None]]:
+        """(part, extension, label's part) of every image of one shard; what is none goes into the ledger."""
+        index = load_index(index_path(shard, self._index_dir), shard)
+        for name, reason in index.left_out:
+            self.ledger.leave_out(reason, f"{path}::{name}")
+        for parts in index.samples:
+            try:
+                chosen = choose_images(parts, index.image_part)
+            except AmbiguousSample as error:
+                raise UserError(ambiguity(shard, self._index_dir, error)) from None
+            for part, reason in chosen.left_out:
+                self.ledger.leave_out(reason, f"{path}::{part.name}")
+            yield from chosen.images
 
     def path(self, index: int) -> str:
         return f"{self.shards[self._shard(index)]}::{self._names.name(index)}"
@@ -85,7 +119,7 @@ class TarSource:
             raise ImageError(f"the tar cannot be read: {error.strerror}") from error
         if len(block) < size + BLOCK:
             raise ImageError("the tar ends before this sample does; it was cut after its index was made")
-        if not _header_matches(block[:BLOCK], self._names.raw(index), size):
+        if not header_matches(block[:BLOCK], self._names.raw(index), size):
             raise ImageError("the index does not match the tar; make it again with: mirl make-index --force")
         return block[BLOCK:]
 
@@ -95,35 +129,32 @@ class TarSource:
         offset, size = self._label_parts[index]
         text = self._pread(self._shard(index), int(offset), int(size))
         try:
-            return int(text)
+            number = int(text)
         except ValueError:
             raise ImageError(f"its cls part is {text[:20]!r}, not a class number") from None
+        if self.classes is not None and not 0 <= number < len(self.classes):
+            raise ImageError(f"its cls part is {number}, but {CLASS_NAMES} names {len(self.classes)} classes")
+        return number
 
     def fingerprint(self) -> str:
         return self._names.digest()
 
     def close(self) -> None:
-        with self._lock:
-            for handle in self._handles.values():
-                os.close(handle)
-            self._handles.clear()
+        for shard in self.shards:
+            POOL.drop(shard)
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._first, index, side="right")) - 1
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
-        handle = self._handles.get(shard)
-        if handle is not None:
+        path = self.shards[shard]
+        # A handle may be stale: each new try opens the shard again.
+        return patiently(lambda: self._pread_once(path, offset, size), path, afresh=lambda: POOL.drop(path))
+
+    @staticmethod
+    def _pread_once(path: str, offset: int, size: int) -> bytes:
+        with POOL.lend(path) as handle:
             return os.pread(handle, size, offset)
-        handle = os.open(self.shards[shard], os.O_RDONLY)
-        try:
-            return os.pread(handle, size, offset)
-        finally:
-            with self._lock:
-                if shard in self._handles or len(self._handles) >= self._max_handles:
-                    os.close(handle)
-                else:
-                    self._handles[shard] = handle
 
     def _check(self) -> None:
         for number, shard in enumerate(self.shards):
@@ -131,34 +162,30 @@ class TarSource:
             for index in sorted({first, (first + end) // 2, end - 1}) if end > first else ():
                 try:
                     self.read(index)
-                except ImageError:
-                    raise UserError(
-                        f"index of {shard} does not match the tar at sample {self._names.name(index)} "
-                        f"(the tar was cut, or written again after the index); check the tar, "
-                        f"then run: mirl make-index --force {shard}"
-                    ) from None
+                except ImageError as error:
+                    raise self._refusal(Path(shard), index, error) from None
+
+    def _refusal(self, shard: Path, index: int, error: ImageError) -> UserError:
+        if isinstance(cause := error.__cause__, OSError):
+            many = cause.errno in TOO_MANY
+            mend = "raise the limit, e.g. ulimit -n 4096" if many else "check the file and its disk"
+            return UserError(f"tar shard {shown(shard)} cannot be read ({cause.strerror}): {mend}")
+        command = index_command(index_path(shard, self._index_dir), shard, "--force")
+        return UserError(
+            f"index of {shown(shard)} does not match the tar at sample {shown(self._names.name(index))} "
+            f"(the tar was cut, or written again after the index); check the tar, then run: {command}"
+        )
 
 
-def _label_part(parts: list[Part], shard: str) -> tuple[int, int]:
-    for part in parts:
-        if part.extension == "cls":
-            return part.offset, part.size
-    raise UserError(f"labels were asked for, but sample {parts[0].name} of {shard} has no cls part")
+def _field(extension: str) -> str:
+    """The name that an image's part has beside its format: "depth" of depth.png, "" of png."""
+    return extension.rpartition(".")[0]
 
 
-def _header_matches(header: bytes, name: bytes, size: int) -> bool:
-    """Whether a tar header is that of member `name` with `size` bytes of data.
-
-    Long names are kept elsewhere and the header holds their beginning (GNU, pax) or their end (ustar prefix).
-    """
-    short = header[:100].rstrip(b"\0")
-    if header[257:262] != b"ustar" or not short or not (name.startswith(short) or name.endswith(short)):
-        return False
-    field = header[124:136]
-    if field[0] & 0x80:  # base-256 size of a member above 8 GiB
-        return int.from_bytes(field[1:], "big") == size
-    digits = field.rstrip(b"\0 ").lstrip(b" ")
-    return digits.isdigit() and int(digits, 8) == size
+def _label_part(image: Part, label: Part | None, shard: str) -> tuple[int, int]:
+    if label is None:
+        raise UserError(f"labels were asked for, but sample {shown(image.name)} of {shown(shard)} has no cls part")
+    return label.offset, label.size
 
 
 def read_member(shard: Path, member: str, index_dir: Path | None = None) -> bytes:

@@ -56,6 +56,8 @@ def bench_loader(
     cores = default_workers()
     tried = list(threads) if threads else [2**k for k in range(cores.bit_length()) if 2**k <= cores]
     rows = []
+    if progress is True:
+        print(f"data {source.ledger}", flush=True)
     try:
         for size in image_sizes:
             for count in tried:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from mirl.disk import set_mode
 from mirl.errors import UserError
 
 _COLOUR = ("astronaut", "chelsea", "coffee", "rocket")
@@ -56,7 +57,7 @@ def prepare_demo(cache_dir: str | Path | None = None) -> Path:
             (work / name).mkdir()
             for number, square in enumerate(_squares(name)):
                 square.save(work / name / f"{number:03d}.jpg", quality=_QUALITY)
-        work.chmod(0o755)
+        set_mode(work, 0o755)
         work.rename(target)
     except OSError:
         if not target.is_dir():  # otherwise another process was first

@@ -7,10 +7,10 @@ picture, but from fewer pixels, so more crops are enlarged. `prepare_data` measu
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +21,18 @@ from mirl.dataloaders.decoding.headers import read_header
 from mirl.dataloaders.errors import ImageError
 from mirl.dataloaders.parallel import Progress, default_workers, parallel_map
 from mirl.dataloaders.sources.base import FileSource, Source
-from mirl.dataloaders.sources.listing import ARRAY_SUFFIXES
+from mirl.dataloaders.sources.class_names import write_class_names
+from mirl.dataloaders.sources.listing import ARRAY_SUFFIXES, split_names
 from mirl.dataloaders.sources.manifest import atomic_writer
 from mirl.dataloaders.sources.opening import open_source
 from mirl.dataloaders.sources.tar_index import make_index
-from mirl.dataloaders.tools.reencode import Encoder, FileTask, ShardTask, class_name, shrunk_size
+from mirl.dataloaders.tools.carried_labels import Numbering, Split, one_numbering, open_labelled
+from mirl.dataloaders.tools.reencode import Encoder, FileTask, ShardTask, shrunk_size
+from mirl.dataloaders.tools.target_names import TargetNames, name_in_source, safe_name
 from mirl.errors import UserError
 
 SETTINGS_NAME = "mirl-prepare.json"
+LIST_NAME = "mirl-list.txt"
 _SAMPLED = 2000
 
 
@@ -37,7 +41,8 @@ class PrepareReport:
     """written, kept (there from an earlier run), broken: (path, reason) pairs, bytes of what was written, seconds.
 
     enlarged_before, enlarged_after: share of the random crops (area 0.2 to 1 of the picture) that have fewer pixels
-    than the training image, in the original and in the copy, over a sample of the set.
+    than the training image, in the original and in the copy, over a sample of the set. splits: images of the source by
+    split ("" where it has none). labels: what became of them. account: see `Ledger`.
     """
 
     written: int
@@ -48,13 +53,22 @@ class PrepareReport:
     train_size: int
     enlarged_before: float
     enlarged_after: float
+    splits: dict[str, int]
+    labels: str
+    account: str = ""
 
     def __str__(self) -> str:
         size = f"{self.bytes_written / max(1, self.written) / 1024:.0f} KiB each"
-        lines = [
+        lines = [f"data {self.account}"] if self.account else []
+        lines += [
             f"{self.written} images written ({size}), {self.kept} kept, {len(self.broken)} broken, {self.seconds:.0f} s"
         ]
         lines += [f"  {path}: {reason}" for path, reason in self.broken[:20]]
+        if len(self.broken) > 20:
+            lines.append(f"  and {len(self.broken) - 20} more")
+        if len(self.splits) > 1:
+            lines.append("splits: " + ", ".join(f"{name} {count} images" for name, count in self.splits.items()))
+        lines.append(f"labels: {self.labels}")
         lines.append(
             f"random crops with fewer pixels than {self.train_size} x {self.train_size}: {self.enlarged_before:.0%} of "
             f"the originals', {self.enlarged_after:.0%} of the copies'; these are enlarged and softer"
@@ -78,10 +92,14 @@ def prepare_data(
     """Re-encodes `src` into `dst` in parallel. Run it again after an interruption: what is whole is kept.
 
     short_side: pixels; smaller images keep their size, and upright RGB JPEG files among them their bytes. quality: of
-    JPEG. shard_size: images per tar shard (WebDataset, with index, and class numbers where `src` has class folders);
-    default: loose files under the names of the source, ending in .jpg. train_size: image side for the report's crops.
-    Images are written upright, as RGB, without metadata, each file or shard appearing whole by a rename. Broken images
-    are left out and listed. UserError if `dst` was made with other settings, is inside `src`, or there is no data.
+    JPEG. shard_size: images per tar shard (WebDataset, with index); default: loose files under the names of the source,
+    ending in .jpg. train_size: image side for the report's crops.
+    A root that holds train/ beside val/ or test/ is copied with all of these folders. Labels are kept: in shards as cls
+    parts, with the class names beside them (mirl-classes.txt), numbered alike in all splits; of loose files by their
+    class folders, or where the source is no class folders, by a list (mirl-list.txt) of paths and numbers.
+    Images are written upright, as RGB, without metadata, each file or shard appearing whole by a rename, and never
+    outside of `dst`: of names such as ../../a.jpg the rest is kept. Broken images are left out and listed.
+    UserError if `dst` was made with other settings, is inside `src`, or there is no data.
     """
     begin = time.perf_counter()
     source_root, target = Path(src).expanduser(), Path(dst).expanduser()
@@ -91,28 +109,39 @@ def prepare_data(
         )
     if target.resolve().is_relative_to(source_root.resolve()):
         raise UserError(f"dst {target} is inside src {source_root}; choose a folder outside of it")
-    source = open_source(source_root, layout=layout, index_dir=index_dir)
+    splits = _open_splits(source_root, layout, index_dir)
     try:
-        if source.path(0).endswith(ARRAY_SUFFIXES):
-            raise UserError(f"{source.path(0)} is an array file; only pictures are re-encoded to JPEG")
-        settings = {"short_side": short_side, "quality": quality, "shard_size": shard_size}
-        _claim(target, settings | {"source": source.fingerprint()})
-        before, after = _enlarged_shares(source, short_side, train_size)
-        encode = Encoder(short_side, quality)
-        tasks = _file_tasks(source, target) if shard_size is None else _shard_tasks(source, target, shard_size)
+        for split in splits:
+            if split.source.path(0).endswith(ARRAY_SUFFIXES):
+                raise UserError(f"{split.source.path(0)} is an array file; only pictures are re-encoded to JPEG")
+        numbering = one_numbering(splits)
+        settings = {
+            "short_side": short_side,
+            "quality": quality,
+            "shard_size": shard_size,
+            "labels": numbering.digest(),
+        }
+        _claim(target, settings | {"source": "/".join(split.source.fingerprint() for split in splits)})
+        before, after = _enlarged_shares([split.source for split in splits], short_side, train_size)
+        jobs = [_split_tasks(split, numbering, target / split.name, shard_size) for split in splits]
         written, kept, size, broken = 0, 0, 0, []
+        encode = Encoder(short_side, quality)
         for done in parallel_map(
             lambda task: task.run(encode),
-            tasks,
-            total=source.num_images if shard_size is None else -(-source.num_images // shard_size),
+            chain.from_iterable(tasks for tasks, _ in jobs),
+            total=sum(count for _, count in jobs),
             workers=workers or default_workers(),
             unit="image" if shard_size is None else "shard",
             progress=progress,
         ):
             written, kept, size = written + done.written, kept + done.kept, size + done.bytes
             broken += done.broken
+        if shard_size is None:
+            for split in splits:
+                _write_list(split, numbering, target / split.name)
     finally:
-        source.close()
+        for split in splits:
+            split.source.close()
     if shard_size is not None:
         make_index(target, progress=False)
     return PrepareReport(
@@ -124,36 +153,64 @@ def prepare_data(
         train_size=train_size,
         enlarged_before=before,
         enlarged_after=after,
+        splits={split.name: split.source.num_images for split in splits},
+        labels=str(numbering),
+        account="; ".join(filter(None, (str(split.source.ledger) for split in splits))),
     )
 
 
-def _file_tasks(source: Source, target: Path) -> Iterator[FileTask]:
-    taken: set[str] = set()
+def _open_splits(root: Path, layout: str, index_dir: str | Path | None) -> list[Split]:
+    """The whole of `root` as one split without a name, or each of the standard splits that it holds."""
+
+    def opened(folder: Path, name: str) -> Split:
+        return open_labelled(
+            name, lambda labels: open_source(folder, layout=layout, labels=labels, index_dir=index_dir)
+        )
+
+    names = split_names(root)
+    return [opened(root / name, name) for name in names] if names else [opened(root, "")]
+
+
+def _split_tasks(
+    split: Split, numbering: Numbering, target: Path, shard_size: int | None
+) -> tuple[Iterator[FileTask] | Iterator[ShardTask], int]:
+    """The tasks of one split and how many they are."""
+    source, label = split.source, numbering.of(split)
+    if shard_size is None:
+        return (FileTask(source, index, target / name) for index, name in _target_names(split)), source.num_images
+    if label is not None and numbering.names is not None:
+        write_class_names(target, numbering.names)
+    starts = range(0, source.num_images, shard_size)
+    return (
+        ShardTask(source, first, min(first + shard_size, source.num_images), target / f"shard-{number:06d}.tar", label)
+        for number, first in enumerate(starts)
+    ), len(starts)
+
+
+def _target_names(split: Split) -> Iterator[tuple[int, str]]:
+    """(image, its name in the copy): of shards whose classes have names, in a folder of the class."""
+    names, source = TargetNames(), split.source
+    named = not split.unlabelled and source.classes is not None and not isinstance(source, FileSource)
+    folders = [safe_name(name.replace("/", "_")) for name in source.classes or ()] if named else []
+    if len(set(folders)) < len(folders):
+        raise UserError(f"two of the classes of {source.path(0)} would share a folder; give shard_size")
     for index in range(source.num_images):
-        name = _relative_name(source, index)
-        stem, suffix = os.path.splitext(name)
-        wanted = f"{stem}.jpg" if f"{stem}.jpg" not in taken else f"{stem}{suffix}.jpg"  # a.png beside a.jpg
-        taken.add(wanted)
-        yield FileTask(source, index, target / wanted)
+        name = name_in_source(source, index)
+        try:
+            yield index, names.take(f"{folders[source.label(index)]}/{name}" if named else name)
+        except ImageError:  # its label cannot be read: told when its turn comes
+            yield index, names.take(name)
 
 
-def _shard_tasks(source: Source, target: Path, shard_size: int) -> Iterator[ShardTask]:
-    classes = None
-    if isinstance(source, FileSource):
-        names = {class_name(source, i) for i in range(source.num_images)}
-        if "" not in names:
-            classes = {name: number for number, name in enumerate(sorted(names))}
-    for number, first in enumerate(range(0, source.num_images, shard_size)):
-        end = min(first + shard_size, source.num_images)
-        yield ShardTask(source, first, end, target / f"shard-{number:06d}.tar", classes)
-
-
-def _relative_name(source: Source, index: int) -> str:
-    """The name below the source's folder; of a tar member, its name below a folder named for the shard."""
-    if isinstance(source, FileSource) and not os.path.isabs(source.paths.name(index)):
-        return os.path.normpath(source.paths.name(index)).replace("../", "")
-    shard, separator, member = source.path(index).partition("::")
-    return f"{Path(shard).stem}/{member}" if separator else source.path(index).lstrip("/")
+def _write_list(split: Split, numbering: Numbering, target: Path) -> None:
+    """Writes the paths and class numbers of a labelled split whose copy has no class folders."""
+    label = numbering.of(split)
+    if label is None or split.source.classes is not None:
+        return
+    with atomic_writer(target / LIST_NAME) as file:
+        for index, name in _target_names(split):
+            if (target / name).exists():
+                file.write(f"{name}\t{label(index)}\n")
 
 
 def _claim(target: Path, settings: dict[str, object]) -> None:
@@ -173,17 +230,20 @@ def _claim(target: Path, settings: dict[str, object]) -> None:
         json.dump(settings, file, indent=1)
 
 
-def _enlarged_shares(source: Source, short_side: int, train_size: int) -> tuple[float, float]:
+def _enlarged_shares(sources: Sequence[Source], short_side: int, train_size: int) -> tuple[float, float]:
     """Share of random crops with fewer than train_size^2 pixels, of the originals and of the copies."""
     sizes = []
-    for index in np.unique(np.linspace(0, source.num_images - 1, _SAMPLED).astype(int)).tolist():
-        try:
-            data = source.read(index)
-            if detect_array_format(data, source.path(index), 3) is None:
-                header = read_header(data)
-                sizes.append((header.height, header.width))
-        except ImageError:
-            continue  # counted as broken when its turn comes
+    total = sum(source.num_images for source in sources)
+    for source in sources:
+        sampled = np.linspace(0, source.num_images - 1, max(1, _SAMPLED * source.num_images // total))
+        for index in np.unique(sampled.astype(int)).tolist():
+            try:
+                data = source.read(index)
+                if detect_array_format(data, source.path(index), 3) is None:
+                    header = read_header(data)
+                    sizes.append((header.height, header.width))
+            except ImageError:
+                continue  # counted as broken when its turn comes
     if not sizes:
         return float("nan"), float("nan")
     small = [shrunk_size(height, width, short_side) for height, width in sizes]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from mirl.dataloaders.decoding.headers import decode_with_pillow, read_header
 from mirl.dataloaders.errors import ImageError, one_line
-from mirl.dataloaders.sources.base import FileSource, Source
+from mirl.dataloaders.sources.base import Source
 from mirl.dataloaders.sources.manifest import atomic_writer
 
 
@@ -79,13 +79,13 @@ class FileTask:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """A range of images to one tar shard."""
+    """A range of images to one tar shard, with class numbers where `label` gives them."""
 
     source: Source
     first: int
     end: int
     target: Path
-    classes: dict[str, int] | None
+    label: Callable[[int], int] | None
 
     def run(self, encode: Encoder) -> Done:
         if self.target.exists():
@@ -96,6 +96,7 @@ class ShardTask:
                 path = self.source.path(index)
                 try:
                     data = encode(self.source.read(index))
+                    number = None if self.label is None else self.label(index)
                 except ImageError as error:
                     broken.append((path, str(error)))
                     continue
@@ -103,19 +104,12 @@ class ShardTask:
                 stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(path.partition("::")[2] or path).stem)[:70]
                 key = f"{index:09d}-{stem}"
                 _add(tar, f"{key}.jpg", data)
-                if self.classes is not None:
-                    _add(tar, f"{key}.cls", str(self.classes[class_name(self.source, index)]).encode())
+                if number is not None:
+                    _add(tar, f"{key}.cls", str(number).encode())
                 done.written += 1
                 done.bytes += len(data)
         done.broken = broken
         return done
-
-
-def class_name(source: Source, index: int) -> str:
-    """The first folder of an image's name, "" where it lies in none."""
-    assert isinstance(source, FileSource)
-    folder, separator, _ = source.paths.name(index).partition("/")
-    return folder if separator else ""
 
 
 def shrunk_size(width: int, height: int, short_side: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections import Counter
@@ -14,29 +15,46 @@ from mirl.dataloaders.decoding.headers import decode_with_pillow, read_header
 from mirl.dataloaders.errors import ImageError
 from mirl.dataloaders.parallel import Progress, default_workers, parallel_map
 from mirl.dataloaders.sources.base import Source
-from mirl.dataloaders.sources.manifest import MANIFEST_NAME, ManifestRow, write_manifest
+from mirl.dataloaders.sources.listing import split_names
+from mirl.dataloaders.sources.manifest import LEFT_OUT, MANIFEST_NAME, ManifestRow, write_manifest
 from mirl.dataloaders.sources.opening import open_source
+from mirl.dataloaders.sources.paths import below, shown
+from mirl.dataloaders.sources.patience import read_image
 from mirl.dataloaders.train_loader import first_array_format
 from mirl.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationReport:
-    """num_images looked at, the rows of the broken ones, how many of each format, where the manifest is, seconds."""
+    """num_images looked at, the rows of the broken ones, how many of each format, where the manifest is, seconds.
+
+    account: how many files are there and why some are no images (see `Ledger`). left_out: a row for each of them.
+    manifests: all that were written, one for each split. value_range: least and greatest number of array files, before
+    uint16 is divided by 65535; None for pictures.
+    """
 
     num_images: int
     bad: Sequence[ManifestRow]
     formats: dict[str, int]
     manifest: Path
+    manifests: Sequence[Path]
     seconds: float
+    value_range: tuple[float, float] | None
+    account: str = ""
+    left_out: Sequence[ManifestRow] = ()
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {name}" for name, count in sorted(self.formats.items(), key=lambda item: -item[1]))
         rate = self.num_images / max(self.seconds, 1e-9)
-        lines = [f"{self.num_images} images ({kinds}), {len(self.bad)} broken, {rate:.0f} images/s; {self.manifest}"]
-        lines += [f"  {row.path}: {row.reason}" for row in self.bad[:20]]
-        if len(self.bad) > 20:
-            lines.append(f"  and {len(self.bad) - 20} more, listed in the manifest")
+        lines = [f"data {self.account}"] if self.account else []
+        written = ", ".join(map(str, self.manifests))
+        lines.append(f"{self.num_images} images ({kinds}), {len(self.bad)} broken, {rate:.0f} images/s; {written}")
+        if self.value_range is not None:
+            lines.append(f"  values of the arrays: {self.value_range[0]:g} to {self.value_range[1]:g}")
+        for rows in (self.bad, self.left_out):
+            lines += [f"  {shown(row.path)}: {row.reason}" for row in rows[:20]]
+            if len(rows) > 20:
+                lines.append(f"  and {len(rows) - 20} more, listed in the manifest")
         return "\n".join(lines)
 
 
@@ -53,59 +71,106 @@ def validate_data(
     """Decodes every image of `data` in full and writes a manifest; nothing of the data is changed.
 
     data, layout, index_dir: as in `open_source`, one place. manifest: where to write; default mirl-manifest.tsv in the
-    folder `data`, where training finds it and leaves the broken images out. channels: 3, 1, or that of array files.
-    workers: threads, default one a core. progress: a bar, nothing, or a function of (done, total).
-    An image is broken if it cannot be read, is empty or cut, is no image, or Pillow cannot decode all of it.
+    folder `data`, where training finds it and leaves the broken images out. A root that holds train/ beside val/ or
+    test/ is validated with all of these folders, each of which gets a manifest.
+    channels: 3, 1, or that of array files. workers: threads, default one a core. progress: a bar, nothing, or a
+    function of (done, total) of one folder.
+    An image is broken if training would replace it: it cannot be read, is empty or cut, is no image, is of another kind
+    than the first of its folder, holds NaN or infinity, or cannot be decoded to its end.
     UserError with the mend if there is no data, or the manifest cannot be written.
     """
     begin = time.perf_counter()
     root = Path(data).expanduser()
+    splits = [root / name for name in split_names(root)]
+    if manifest is not None and splits:
+        names = ", ".join(split.name for split in splits)
+        raise UserError(f"manifest is {manifest}, but {root} holds {names}: give one of them, or leave it out")
     if manifest is None and not root.is_dir():
         raise UserError(f"{root} is not a folder; say where the manifest goes (--manifest PATH)")
-    target = Path(manifest) if manifest is not None else root / MANIFEST_NAME
-    _check_writable(target)
-    source = open_source(root, layout=layout, index_dir=index_dir, use_manifest=False)
-    base = str(root.resolve() if root.is_dir() else root.resolve().parent)
+    targets = [Path(manifest)] if manifest is not None else [place / MANIFEST_NAME for place in splits or [root]]
+    for target in targets:
+        _check_writable(target)
+    rows: list[ManifestRow] = []
+    left_out: list[ManifestRow] = []
+    looks: list[_Look] = []
+    accounts: list[str] = []
+    for place, target in zip(splits or [root], targets, strict=True):
+        source = open_source(place, layout=layout, index_dir=index_dir, use_manifest=False, every_name=True)
+        # Not resolved: training names images below the folder as it is given, which may be a link.
+        base = os.path.abspath(place if place.is_dir() else place.parent)
+        found = _look_at_all(source, base, channels, workers or default_workers(), progress)
+        passed_over = [
+            ManifestRow(below(_absolute(path), base), 0, 0, 0, "", LEFT_OUT + reason)
+            for path, reason in source.ledger.names or ()
+        ]
+        write_manifest(target, base, [*(look.row for look in found), *passed_over])
+        prefix = f"{place.name}/" if splits else ""
+        accounts.append(f"{prefix}{': ' if prefix else ''}{source.ledger}")
+        looks += found
+        rows += [dataclasses.replace(look.row, path=prefix + look.row.path) for look in found]
+        left_out += [dataclasses.replace(row, path=prefix + row.path) for row in passed_over]
+    values = [look.values for look in looks if look.values is not None]
+    return ValidationReport(
+        num_images=len(rows),
+        bad=[row for row in rows if row.reason],
+        formats=dict(Counter(row.format or "unknown" for row in rows)),
+        manifest=targets[0],
+        manifests=targets,
+        seconds=time.perf_counter() - begin,
+        value_range=(min(low for low, _ in values), max(high for _, high in values)) if values else None,
+        account="; ".join(accounts),
+        left_out=left_out,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What was seen of one image. values: least and greatest number of an array."""
+
+    row: ManifestRow
+    values: tuple[float, float] | None = None
+
+
+def _look_at_all(source: Source, base: str, channels: int, workers: int, progress: Progress) -> list[_Look]:
     try:
         array_format = first_array_format(source, channels)
-        rows = list(
+        return list(
             parallel_map(
                 lambda index: _look_at(source, index, base, channels, array_format),
                 range(source.num_images),
                 total=source.num_images,
-                workers=workers or default_workers(),
+                workers=workers,
                 unit="image",
                 progress=progress,
             )
         )
     finally:
         source.close()
-    write_manifest(target, base, rows)
-    return ValidationReport(
-        num_images=len(rows),
-        bad=[row for row in rows if row.reason],
-        formats=dict(Counter(row.format or "unknown" for row in rows)),
-        manifest=target,
-        seconds=time.perf_counter() - begin,
-    )
 
 
-def _look_at(source: Source, index: int, base: str, channels: int, array_format: ArrayFormat | None) -> ManifestRow:
-    path = os.path.relpath(os.path.abspath(source.path(index)), base)
-    size, height, width, kind, reason = 0, 0, 0, "", ""
+def _look_at(source: Source, index: int, base: str, channels: int, array_format: ArrayFormat | None) -> _Look:
+    path = below(_absolute(source.path(index)), base)
+    size, height, width, kind, reason, values = 0, 0, 0, "", "", None
     try:
-        data = source.read(index)
+        data = read_image(source, index)
         size = len(data)
         if array_format is not None:
             kind = "array"
-            height, width, _ = array_format.read(data).shape
+            array = array_format.read(data)
+            height, width, _ = array.shape
+            values = float(array.min()), float(array.max())
         else:
             header = read_header(data)
             kind = header.format
             height, width, _ = decode_with_pillow(data, channels).shape
     except ImageError as error:
         reason = str(error)
-    return ManifestRow(path, size, height, width, kind, reason)
+    return _Look(ManifestRow(path, size, height, width, kind, reason), values)
+
+
+def _absolute(path: str) -> str:
+    """The path from the root, with nothing else changed: a member of a tar may hold ../ or //, which are no folders."""
+    return os.path.join(os.getcwd(), path)
 
 
 def _check_writable(target: Path) -> None:

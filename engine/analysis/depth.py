@@ -30,11 +30,13 @@ from mirl.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledImages:
-    """uint8 [n, H, W, C] or normalised float32 [n, C, H, W]; labels int64 [n]; classes: names, None without folders."""
+    """uint8 [n, H, W, C] or normalised float32 [n, C, H, W]; labels int64 [n]; classes: names, None without folders.
+    account: how many files there are, as text (see `Ledger`)."""
 
     images: Tensor
     labels: Tensor
     classes: list[str] | None
+    account: str = ""
 
 
 def load_labelled(
@@ -69,7 +71,9 @@ def load_labelled(
             found.append(batch.labels[rows] if labels else rows)
     if not sum(map(len, images)):
         raise UserError(f"every image of {data} is broken: run mirl validate-data on it")
-    return LabelledImages(images=torch.cat(images), labels=torch.cat(found), classes=source.classes)
+    return LabelledImages(
+        images=torch.cat(images), labels=torch.cat(found), classes=source.classes, account=str(chosen.ledger)
+    )
 
 
 def gradient_norms(model: MIRL, images: Tensor, *, seed: int, batch_size: int = 32) -> list[float]:

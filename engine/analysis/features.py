@@ -23,12 +23,13 @@ from mirl.errors import UserError
 @dataclass(frozen=True, kw_only=True)
 class LabelledFeatures:
     """features: float32 [n, D]; labels: int64 [n], both on one device; classes: their names, None for a list of paths.
-    skipped: broken images, which are not among the n."""
+    skipped: broken images, which are not among the n. account: how many files there are, as text (see `Ledger`)."""
 
     features: Tensor
     labels: Tensor
     classes: list[str] | None
     skipped: int = 0
+    account: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -95,9 +96,13 @@ def extract_features(
             rows = torch.from_numpy(batch.valid.nonzero()[0]).to(device)
             rows_of_batches.append(features(model, batch.images, pool=pool)[rows])
             labels.append(batch.labels[rows])
-        classes, skipped = loader.classes, len(loader.bad_images)
+        classes, skipped, account = loader.classes, len(loader.bad_images), str(loader.ledger)
     found = LabelledFeatures(
-        features=torch.cat(rows_of_batches), labels=torch.cat(labels), classes=classes, skipped=skipped
+        features=torch.cat(rows_of_batches),
+        labels=torch.cat(labels),
+        classes=classes,
+        skipped=skipped,
+        account=account,
     )
     if not len(found):
         raise UserError(f"every image of {data} is broken: run mirl validate-data on it")

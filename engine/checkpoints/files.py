@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mirl.disk import set_mode, sync
 from mirl.errors import UserError
 
 FORMAT = 1
@@ -68,7 +69,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     path.touch()
     mode = path.stat().st_mode & 0o777
     save_file(dict(tensors), path, metadata=metadata)
-    path.chmod(mode)
+    set_mode(path, mode)
 
 
 def write_manifest(folder: Path, state: dict[str, Any], files: dict[str, Any], *, world_size: int) -> None:
@@ -111,11 +112,3 @@ def write_whole(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(aside, path)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

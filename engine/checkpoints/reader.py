@@ -48,10 +48,16 @@ class CheckpointReader:
             UserError: the checkpoint does not hold all of them.
         """
         result = torch.empty(numel, dtype=torch.float32)
-        filled = 0
+        filled, end = 0, start
         for piece_start, piece_numel, key, file in self._index.get((kind, name), ()):
             low, high = max(start, piece_start), min(start + numel, piece_start + piece_numel)
             if low < high:
+                if low < end:  # counted twice, it would make up for one that is missing
+                    raise UserError(
+                        f"{self.path} holds element {low} of {kind} {name} twice, in {file.name} and before: the "
+                        "checkpoint is damaged; give another one"
+                    )
+                end = high
                 result[low - start : high - start] = self._files[file].get_slice(key)[
                     low - piece_start : high - piece_start
                 ]

@@ -25,18 +25,19 @@ from typing import Any
 
 import torch
 
+from mirl.disk import sync
 from mirl.engine.checkpoints.files import (
     POINTER,
     describe,
     list_checkpoints,
     save_tensors,
-    sync,
     write_json,
     write_manifest,
     write_whole,
 )
 from mirl.engine.distributed.ds_engine import Fragment
 from mirl.engine.distributed.launch import Ranks
+from mirl.engine.streams import say
 
 COMMIT_TIMEOUT_S = 1800.0
 ABANDON_GRACE_S = 10.0
@@ -169,4 +170,4 @@ def _mark_failed(path: Path, reason: str) -> None:
             os.replace(path, marker)
         marker.write_text(reason)
     except OSError as error:
-        print(f"{path.stem}: {reason}; rank 0 may not have been told why: {error}", flush=True)
+        say(f"{path.stem}: {reason}; rank 0 may not have been told why: {error}")

@@ -79,12 +79,20 @@ def make_index(argv: Sequence[str]) -> int:
     parser.add_argument("data", type=Path, metavar="PATH", help="a tar file or a folder of them")
     parser.add_argument("--index-dir", type=Path, help="where to write; none: beside each tar")
     parser.add_argument("--workers", type=int, default=4, help="shards at a time")
+    parser.add_argument(
+        "--image-part",
+        metavar="EXT",
+        help="the part of each sample that is the image, e.g. jpg or depth.png, or `each` for all image parts; "
+        "none: the one without a dot in its extension",
+    )
     parser.add_argument("--force", action="store_true", help="also where the index is newer than the tar")
     parser.add_argument(
         "--allow-cut", action="store_true", help="index the whole members of a tar that ends in the middle"
     )
     arguments = parser.parse_args(argv)
+    from mirl.dataloaders.sources.tar_index import find_shards
     from mirl.dataloaders.sources.tar_index import make_index as run
+    from mirl.dataloaders.sources.tar_source import TarSource
 
     written = run(
         arguments.data,
@@ -92,8 +100,10 @@ def make_index(argv: Sequence[str]) -> int:
         workers=arguments.workers,
         force=arguments.force,
         allow_cut=arguments.allow_cut,
+        image_part=arguments.image_part,
     )
     print(f"{len(written)} indexes: {written[0].parent}")
+    print(f"data {TarSource(find_shards(arguments.data), index_dir=arguments.index_dir).ledger}")
     return 0
 
 

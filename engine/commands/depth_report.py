@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mirl.engine.checkpoints.files import write_whole
-from mirl.engine.configuration.flags import Parser
+from mirl.engine.configuration.flags import Parser, seed
 from mirl.errors import UserError
 
 
@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
         if config.vgg_loss:
             print("gradient norms are those of the loss without its VGG term")
         data = depth.load_labelled(arguments.data, config, limit=arguments.images, device=device, labels=False)
+        print(f"data {data.account}")
         print(f"gradient norms over {len(data.images)} images ...", flush=True)
         report["gradient_norm"] = depth.gradient_norms(model, data.images, seed=arguments.seed)
         report["gradient_images"] = len(data.images)
@@ -57,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.val is not None:
         train = depth.load_labelled(arguments.data, config, limit=arguments.train_images, device=device)
         val = depth.load_labelled(arguments.val, config, limit=arguments.val_images, device=device, split="val")
+        print(f"data {train.account}\nval  {val.account}")
         report |= {"train_images": len(train.images), "val_images": len(val.images)}
         print(f"linear probes of {config.built_depth} blocks on {len(train.images)} images ...", flush=True)
         report["probe_top1_percent"] = depth.probe_accuracies(
@@ -185,5 +187,5 @@ def _parser() -> Parser:
     parser.add_argument("--steps", type=int, default=300, help="steps of a fine-tuning [300]")
     parser.add_argument("--batch-size", type=int, default=64, help="images of a step [64]")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of a fine-tuning [0.001]")
-    parser.add_argument("--seed", type=int, default=0, help="seed of masks, probes and fine-tunings [0]")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of masks, probes and fine-tunings [0]")
     return parser

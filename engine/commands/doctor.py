@@ -19,6 +19,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import mirl
+from mirl.engine.distributed.environment import integer, of_slurm, without_launcher
+
 OK, WARNING, ERROR = "ok", "warning", "error"
 SMALLEST_DISK_GIB = 20
 SMALLEST_OPEN_FILES = 4096
@@ -196,11 +199,9 @@ def check_deepspeed() -> Finding:
     version = version_of("deepspeed")
     if version is None:
         return Finding(ERROR, "deepspeed", "not installed", "pip install deepspeed")
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
+    environment = without_launcher(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).resolve().parents[1]), environment.get("PYTHONPATH", "")]
+        [str(Path(mirl.__file__).resolve().parents[1]), environment.get("PYTHONPATH", "")]
     )
     try:
         result = subprocess.run(
@@ -212,8 +213,22 @@ def check_deepspeed() -> Finding:
         )
     if result.returncode or "RAN" not in result.stdout:
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        if (mark := "mirl.errors.UserError: ") in last:  # the process could not start as it should
+            return Finding(ERROR, "deepspeed", f"{version}: was not tried", last.split(mark)[1])
         return Finding(ERROR, "deepspeed", f"{version}: {last[:160]}", "pip install --upgrade deepspeed")
     return Finding(OK, "deepspeed", f"{version}: a ZeRO-2 step and an all-reduce ran")
+
+
+def check_launch() -> Finding:
+    """Say what a run that is typed into this shell would wait for."""
+    if of_slurm(os.environ):
+        name, mend = "SLURM_NTASKS", "start runs with srun (docs/clusters.md), or for one process: unset SLURM_NTASKS"
+    else:
+        name, mend = "WORLD_SIZE", "a launcher sets it for its ranks; for one process: unset RANK WORLD_SIZE"
+    ranks = integer(name, 1)
+    if ranks == 1:
+        return Finding(OK, "launch", "a run from this shell is one process")
+    return Finding(WARNING, "launch", f"{name} is {ranks}: a run typed into this shell waits for other ranks", mend)
 
 
 def check_compiler() -> Finding:
@@ -274,7 +289,7 @@ def check_open_files() -> Finding:
 
 CHECKS: tuple[Callable[[], Finding], ...] = (
     check_python, check_gpu, check_torch, check_triton, check_attention, check_dali, check_deepspeed,
-    check_compiler, check_port, check_disk, check_shared_memory, check_open_files,
+    check_launch, check_compiler, check_port, check_disk, check_shared_memory, check_open_files,
 )  # fmt: skip
 
 

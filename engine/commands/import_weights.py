@@ -15,9 +15,10 @@ from mirl.engine.checkpoints.files import sha256_of, write_weights
 from mirl.engine.checkpoints.pretrained import encoder_shapes
 from mirl.engine.configuration.flags import Parser, image_size
 from mirl.engine.models import MIRL, ModelConfig
-from mirl.engine.models.interop.files import read_torch_checkpoint
+from mirl.engine.models.interop.files import read_wrapped
 from mirl.engine.models.interop.mae import MAE
 from mirl.engine.models.interop.match import Match, first, infer_config, match_weights
+from mirl.engine.models.interop.prefixes import strip_prefixes
 from mirl.engine.models.interop.release import RELEASE, read_release_checkpoint, release_tensors
 from mirl.errors import UserError
 
@@ -38,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"out is {arguments.out}, which exists: give another folder")
     if not arguments.file.is_file():
         raise UserError(f"{arguments.file} does not exist or is no file: give a .pd, .pth, .pt or .safetensors file")
-    state = read_foreign(arguments.file)
+    state, notes = read_foreign(arguments.file)
     layout = RELEASE if any(re.match(r"norm_low\.|decoder_embed\d|norm\d", key) for key in state) else MAE
     try:
         config = infer_config(
@@ -51,6 +52,8 @@ def run(argv: Sequence[str]) -> int:
         )
     except UserError as error:
         raise UserError(f"{arguments.file}: {error}") from error
+    if notes:
+        print(f"{arguments.file}: {'; '.join(notes)}")
     _require_enough_weights(arguments.file, config, state)
     match = match_weights(state, layout, MIRL(config))
     print("\n".join([f"{arguments.file}: {len(state)} keys, those of {layout.title}", *_report(match)]))
@@ -61,17 +64,30 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def read_foreign(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by its own keys, matrices [out, in]. UserError if it cannot be read, or if a tensor claims
-    more than the file holds; runs nothing.
+def read_foreign(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Read the tensors of a file by its own keys without their prefix, matrices [out, in], and say what was taken off.
+
+    Nothing in the file is run.
+
+    Raises:
+        UserError: it cannot be read, a tensor claims more than the file holds, or there is no Vision Transformer.
     """
     if path.suffix in (".pd", ".pdparams"):
         arrays = read_release_checkpoint(path)
         _require_held(path, {key: array.nbytes for key, array in arrays.items()})
-        return release_tensors(arrays)
-    state = read_torch_checkpoint(path)
+        return _stripped(path, release_tensors(arrays), "")
+    state, wrapper = read_wrapped(path)
     _require_held(path, {key: value.numel() * value.element_size() for key, value in state.items()})
-    return state
+    return _stripped(path, state, wrapper)
+
+
+def _stripped(path: Path, state: Mapping[str, Tensor], wrapper: str) -> tuple[dict[str, Tensor], list[str]]:
+    try:
+        stripped, notes = strip_prefixes(state)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    pair = {"teacher": "the teacher's weights are taken", "student": "it has no teacher: the student's are taken"}
+    return stripped, [pair[wrapper], *notes] if wrapper in pair else notes
 
 
 def _require_held(path: Path, sizes: Mapping[str, int]) -> None:

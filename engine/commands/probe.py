@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mirl.engine.configuration.flags import Parser
+from mirl.engine.configuration.flags import Parser, seed
 from mirl.errors import UserError
 
 
@@ -25,6 +25,7 @@ def main(argv: Sequence[str]) -> int:
     # Only now: these import torch and DALI, and a wrong flag should be told at once.
     import torch
 
+    from mirl.dataloaders.sources.paths import shown
     from mirl.engine.analysis.features import count_classes, extract_features, load_frozen_encoder
     from mirl.engine.analysis.linear_probe import train_linear_probe
     from mirl.engine.analysis.nearest_neighbours import knn_votes
@@ -39,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     train = extract_features(model, arguments.data, **options)
     val = extract_features(model, arguments.val, split="val", **options)
     classes = count_classes(train, val, names=(str(arguments.data), str(arguments.val)))
+    print(f"data {train.account}: {shown(arguments.data)}\nval  {val.account}: {shown(arguments.val)}")
     print(f"features of {len(train)} training and {len(val)} validation images, {classes} classes")
     if train.skipped or val.skipped:
         print(f"left out: {train.skipped} training and {val.skipped} validation images, which are broken")
@@ -86,7 +88,7 @@ def _parser() -> Parser:
     parser.add_argument("--knn-k", type=int, default=20, metavar="K", help="neighbours [20]")
     parser.add_argument("--knn-temperature", type=float, default=0.07, metavar="T", help="of their weights [0.07]")
     parser.add_argument("--epochs", type=int, default=100, help="of the linear probe [100]")
-    parser.add_argument("--seed", type=int, default=0, help="of the linear probe's order and held-out images [0]")
+    parser.add_argument("--seed", type=seed, default=0, help="of the linear probe's order and held-out images [0]")
     parser.add_argument("--batch-size", type=int, default=64, help="images of a forward pass [64]")
     parser.add_argument("--threads", type=int, default=4, help="threads that decode images [4]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mirl.engine.configuration.flags import Parser
+from mirl.engine.configuration.flags import Parser, seed
 from mirl.engine.training.noise import mask_noise
 from mirl.errors import UserError
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("reconstructions.png"), help="the PNG file to write [reconstructions.png]"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the masks [0]")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the masks [0]")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     arguments = parser.parse_args(argv)
     if arguments.out.exists() and not arguments.overwrite:
@@ -47,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
         [str(path) for path in arguments.images],
         image_size=(config.image_height, config.image_width),
         channels=config.channels,
+        mean=config.mean,
+        std=config.std,
     ).to(device)
     noise = mask_noise(arguments.seed, 0, 0, len(images), config.num_patches).to(device)
     titles, columns = reconstruct(model, images, noise)

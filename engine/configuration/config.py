@@ -15,6 +15,8 @@ from typing import Any, Self
 
 from mirl.engine.models.config import ModelConfig
 from mirl.errors import UserError
+from mirl.keyed import fold_seed
+from mirl.settings import LARGEST, Section
 
 PRECISIONS = ("auto", "bf16", "fp32")
 SWITCHES = ("auto", "on", "off")
@@ -30,7 +32,7 @@ def setting(default: Any, text: str, **metadata: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     """Which images are read and how they are cropped."""
 
     data: tuple[str, ...] = setting(
@@ -47,7 +49,7 @@ class DataConfig:
     )
     max_bad_images: float = setting(0.001, "share of unreadable images past which the run stops")
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise UserError(f"crop_scale is {self.crop_scale}: give 0 < MIN <= MAX <= 1, e.g. 0.2 1.0")
@@ -61,7 +63,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Section):
     """AdamW, its learning rate and how long it runs (section 4.1 of the paper; the recipe of MAE)."""
 
     batch_size: int = setting(4096, "effective batch: images of one optimiser step over all ranks")
@@ -83,7 +85,7 @@ class OptimConfig:
     )
     clip_grad: float = setting(0.0, "largest global gradient norm; 0: no clipping")
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}: give a positive number of images")
         if self.micro_batch < 0:
@@ -106,6 +108,11 @@ class OptimConfig:
             raise UserError(f"schedule is {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
         if not 0 <= self.teacher_decay < 1:
             raise UserError(f"teacher_decay is {self.teacher_decay}: give a number in [0, 1), e.g. 0.999")
+        if not 0 < self.peak_lr <= LARGEST:
+            raise UserError(
+                f"base_lr is {self.base_lr} and batch_size is {self.batch_size:g}: the learning rate would be "
+                f"{self.peak_lr:g}; give a smaller base_lr, e.g. 1.5e-4"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas is {self.betas}: give two numbers in [0, 1), e.g. 0.9 0.95")
 
@@ -115,17 +122,20 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Section):
     """Where the run writes, in which precision it computes, how it is resumed and stopped."""
 
     out: str = setting("runs/pretrain", "folder of this run: log, metrics, pictures, checkpoints", metavar="DIR")
-    seed: int = setting(0, "seed of the weights, the order of images, crops and masks")
+    seed: int = setting(0, "seed of the weights, the order of images, crops and masks: any whole number", any_size=True)
     precision: str = setting("auto", "auto: bf16 where the device computes in it, else fp32", choices=PRECISIONS)
     deepspeed_config: str = setting(
         "zero2", "JSON file for DeepSpeed, or the name of one in ds_configs/", metavar="FILE"
     )
     resume: str = setting(
         "", "auto: go on from the newest good checkpoint in --out; or a checkpoint's path", metavar="auto|PATH"
+    )
+    change: tuple[str, ...] = setting(
+        (), "settings that a resumed run may change on purpose: lr mask_ratio ... (docs/checkpoints.md)", metavar="NAME"
     )
     vgg_weights: str = setting(
         "", "file of torchvision's vgg16 weights (.pth or .safetensors), for --vgg-loss", metavar="FILE", of="model"
@@ -159,7 +169,8 @@ class RunConfig:
     )
     cpu_threads: int = setting(0, "torch threads of a rank on a CPU; 0: the cores of the machine shared by its ranks")
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        object.__setattr__(self, "seed", fold_seed(self.seed))
         if self.precision not in PRECISIONS:
             raise UserError(f"precision is {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
         for name in ("compile", "fused"):
@@ -189,7 +200,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogConfig:
+class LogConfig(Section):
     """What the run tells while it goes on."""
 
     log_every: int = setting(0, "optimiser steps between log lines; 0: two hundred in a run")
@@ -197,7 +208,7 @@ class LogConfig:
     pictures: int = setting(4, "images in a picture grid; 0: no pictures", of="model")
     tensorboard: bool = setting(True, "write TensorBoard event files")
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         for name in ("log_every", "picture_every", "pictures"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}: give zero or more")

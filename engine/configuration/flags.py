@@ -15,6 +15,8 @@ from mirl.engine.configuration.config import Config
 from mirl.engine.configuration.overrides import override
 from mirl.engine.models import MODEL_NAMES
 from mirl.errors import UserError
+from mirl.keyed import fold_seed
+from mirl.settings import require_finite
 
 TITLES = {
     "model": "model (section 3 and Table 1 of the paper)",
@@ -39,7 +41,14 @@ class CommandLine:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors as one line that names the mend."""
+    """argparse with errors as one line that names the mend. Numbers are finite, whatever the command."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, on which its ``parse_args`` is built."""
+        known, unknown = super().parse_known_args(args, namespace)
+        for name, value in vars(known).items():
+            require_finite(name.split(".")[-1], value)
+        return known, unknown
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists every flag")
@@ -157,6 +166,11 @@ def _element(kind: Any) -> Any:
 
 def _literal_choices(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+
+
+def seed(text: str) -> int:
+    """A whole number of any size, as one that fits into 64 bits."""
+    return fold_seed(int(text))
 
 
 def image_size(text: str) -> tuple[int, int]:

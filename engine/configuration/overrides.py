@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from mirl.engine.configuration.config import Config, OptimConfig
 from mirl.engine.models.config import SINGLE_DECODER, ModelConfig, model_config
 from mirl.errors import UserError
+from mirl.settings import require_finite
 
 C = TypeVar("C", bound=Config)
 
@@ -21,8 +22,10 @@ def override(base: C, given: Mapping[str, Any]) -> C:
     in epochs replaces one in steps, and the other way round; a warm-up that no longer fits becomes a tenth of the run.
 
     Raises:
-        UserError: the fields do not fit together.
+        UserError: the fields do not fit together, or a number is none.
     """
+    for key, value in given.items():  # before anything is reckoned from one
+        require_finite(key.split(".")[-1], value)
     made = {name: _override(getattr(base, name), kind, given, name) for name, kind in base.sections().items()}
     return dataclasses.replace(base, **made)
 
@@ -96,6 +99,6 @@ def _shorter_warmup(section: OptimConfig, changes: dict[str, Any]) -> dict[str, 
     epochs, steps = changes.get("epochs") or 0, changes.get("steps") or 0
     if epochs and section.warmup_epochs and section.warmup_epochs <= epochs / 2:
         return {}
-    if steps and section.warmup_steps and section.warmup_steps <= steps / 2:
+    if steps and section.warmup_steps and 2 * section.warmup_steps <= steps:
         return {}
-    return {"warmup_epochs": epochs / 10, "warmup_steps": int(steps / 10)}
+    return {"warmup_epochs": epochs / 10, "warmup_steps": int(steps // 10)}

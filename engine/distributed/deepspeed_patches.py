@@ -47,6 +47,7 @@ prepare_environment()
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+from pydantic import ValidationError  # noqa: E402 - DeepSpeed checks its sections with it
 
 VERSION: str = deepspeed.__version__
 
@@ -238,6 +239,26 @@ def take_gradients(
     optimizer.backward_epilogue = end_backward
     optimizer.scaled_global_norm = global_norm
     return flat
+
+
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> tuple[Any, Any]:
+    """DeepSpeed's engine and its optimiser.
+
+    Raises:
+        UserError: DeepSpeed refuses a value of ``ds_config``.
+    """
+    try:
+        engine, zero_optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"deepspeed_config has a value that DeepSpeed refuses in {error.title}: {place} is {first['input']!r}: "
+            f"{first['msg']}"
+        ) from error
+    return engine, zero_optimizer
 
 
 # --- the fp32 state of parameters, without which there are no checkpoints

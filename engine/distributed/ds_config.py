@@ -7,6 +7,7 @@ value that stands in both and disagrees is refused by name.
 from __future__ import annotations
 
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,25 @@ OURS = {
     "fp16": "--precision bf16 or fp32 (fp16 is not supported: its range is too small for deep encoders)",
     "amp": "--precision",
 }
+# Sections that are looked into here, those above others first, and what one is written like.
+SECTIONS = {
+    "zero_optimization": 'e.g. {"stage": 2}',
+    "zero_optimization.offload_optimizer": 'e.g. {"device": "cpu"}',
+    "zero_optimization.offload_param": "or leave it out",
+    "bf16": 'e.g. {"enabled": true}',
+    "data_types": 'e.g. {"grad_accum_dtype": "fp32"}',
+}
 
 
 def read_ds_config(name: str) -> dict[str, Any]:
     """The JSON object in file ``name``, or in the shipped file of that name (``zero2``).
 
     Raises:
-        UserError: no such file, not JSON, not an object.
+        UserError: no such file, not JSON, not an object, or something else where a section belongs.
     """
     path = Path(name)
     if path.is_file():
-        text = path.read_text()
+        text = _text(path)
     elif name in NAMES:
         text = _shipped(name)
     elif path.parent.name == "ds_configs" and path.stem in NAMES and path.suffix == ".json":
@@ -42,12 +51,61 @@ def read_ds_config(name: str) -> dict[str, Any]:
     else:
         raise UserError(f"deepspeed_config is {name!r}: no such file; give a path, or one of {', '.join(NAMES)}")
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"deepspeed_config {name} is not JSON: {error}") from error
+        values = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_doubles)
+    except (json.JSONDecodeError, RecursionError) as error:
+        hint = " (JSON has no comments: take them out)" if re.search(r"//|/\*|^\s*#", text, re.MULTILINE) else ""
+        raise UserError(f"deepspeed_config {name} is not JSON: {error}{hint}") from error
+    except UserError as error:
+        raise UserError(f"deepspeed_config {name} {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"deepspeed_config {name} holds a {type(values).__name__}, not a JSON object")
+    _require_sections(values, name)
     return values
+
+
+def _text(path: Path) -> str:
+    """The text of a file in UTF-8 or, with a byte order mark, UTF-16."""
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"deepspeed_config {path} is not UTF-8 text: byte {content[error.start]:#04x} in line {line}; save it as "
+            "UTF-8"
+        ) from error
+
+
+def _refuse_constant(text: str) -> None:
+    raise UserError(f"holds {text}: give a finite number")
+
+
+def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, in which DeepSpeed too allows every key once."""
+    keys = [key for key, _ in pairs]
+    if doubled := {key for key in keys if keys.count(key) > 1}:
+        raise UserError(f"holds {min(doubled)!r} twice in one object: keep one of them")
+    return dict(pairs)
+
+
+def _require_sections(values: dict[str, Any], name: str) -> None:
+    """UserError where something else stands in place of a section that is looked into here."""
+    for path, example in SECTIONS.items():
+        content: Any = values
+        for key in path.split("."):
+            content = content.get(key, {})
+            if content is None and key != path.split(".")[0]:
+                content = {}  # DeepSpeed's own way of saying that there is no offload
+            if not isinstance(content, dict):
+                raise UserError(f"deepspeed_config {name} has {path} {json.dumps(content)}: give an object, {example}")
+    stage = values.get("zero_optimization", {}).get("stage")
+    if isinstance(stage, bool | float | str):
+        raise UserError(
+            f"deepspeed_config {name} has zero_optimization.stage {json.dumps(stage)}: give the number 1, 2 or 3"
+        )
+    enabled = values.get("bf16", {}).get("enabled", "auto")
+    if not isinstance(enabled, bool) and enabled != "auto":
+        raise UserError(f'deepspeed_config {name} has bf16.enabled {json.dumps(enabled)}: give true, false or "auto"')
 
 
 def _shipped(name: str) -> str:
@@ -134,10 +192,10 @@ def resolve_ds_config(
     zero = values.get("zero_optimization", {})
     if zero.get("stage") not in (1, 2, 3):
         raise UserError(f"deepspeed_config {name} has zero_optimization.stage {zero.get('stage')}: give 1, 2 or 3")
-    offload = zero.get("offload_optimizer", {})
+    offload = zero.get("offload_optimizer") or {}
     if offload.get("pin_memory") == "auto":
         offload["pin_memory"] = device.type == "cuda"
-    if offload.get("device") == "nvme" or zero.get("offload_param", {}).get("device", "none") != "none":
+    if offload.get("device") == "nvme" or (zero.get("offload_param") or {}).get("device", "none") != "none":
         raise UserError(
             f"deepspeed_config {name} offloads to NVMe or offloads parameters: only offload_optimizer to cpu is "
             "supported"

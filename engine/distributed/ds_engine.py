@@ -61,11 +61,8 @@ class TrainEngine:
         self.stage: int = ds_config["zero_optimization"]["stage"]
         self.remarks = patches.remark_on_version()
         flat_gradients = flat_gradients and patches.is_tested()
-        self._engine, self._optimizer, _, _ = patches.deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=patches.gradient_types(ds_config, flat_gradients),
-            dist_init_required=False,
+        self._engine, self._optimizer = patches.initialize(
+            model, optimizer, patches.gradient_types(ds_config, flat_gradients)
         )
         patches.require_state(self._optimizer, self.stage, [parameter for _, parameter in self._trainable()])
         patches.look_for_nonfinite_gradients(self._optimizer)

@@ -5,11 +5,14 @@ Works under the deepspeed launcher, torchrun and srun, and as a single process w
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import socket
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,11 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from mirl.engine.distributed.environment import adopt_slurm, integer, who_is_missing, why_alone
+from mirl.engine.streams import say
 from mirl.errors import UserError
 
+SILENCE_S = 10.0  # of waiting for other ranks, until it is said
 RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
 # Longer than anything that one rank may wait for while it works (a checkpoint on a slow disk); the watchdog ends hangs.
 CONTROL_TIMEOUT = datetime.timedelta(hours=1)
@@ -80,10 +86,10 @@ def join() -> Ranks:
         UserError: the environment of the launcher is incomplete or contradicts itself, or more ranks than GPUs were
         started.
     """
-    _adopt_slurm()
-    rank, world_size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
-    local_rank = _integer("LOCAL_RANK", 0)
-    local_world_size = _integer("LOCAL_WORLD_SIZE", _integer("LOCAL_SIZE", world_size if _one_host() else 1))
+    adopt_slurm()
+    rank, world_size = integer("RANK", 0), integer("WORLD_SIZE", 1)
+    local_rank = integer("LOCAL_RANK", 0)
+    local_world_size = integer("LOCAL_WORLD_SIZE", integer("LOCAL_SIZE", world_size if _one_host() else 1))
     if not 0 <= rank < world_size:
         raise UserError(
             f"RANK is {rank} and WORLD_SIZE is {world_size}: start the ranks with one launcher, or unset both for "
@@ -97,26 +103,12 @@ def join() -> Ranks:
     )
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
-    if not dist.is_initialized():
-        options = {"device_id": device} if backend == "nccl" else {}
-        store = _private_store(world_size, local_world_size)
-        if store is None:
-            _choose_interface()
-            try:
-                dist.init_process_group(backend, timeout=RENDEZVOUS_TIMEOUT, **options)
-            except dist.DistNetworkError as error:
-                if "EADDRINUSE" not in str(error):
-                    raise
-                raise UserError(
-                    f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} is taken by another program: "
-                    "choose a free one (deepspeed --master_port N; torchrun --rdzv-endpoint HOST:N; "
-                    "export MASTER_PORT=N under srun)"
-                ) from error
-        else:
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=world_size, timeout=RENDEZVOUS_TIMEOUT, **options
-            )
-    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if world_size > 1 else None
+    control = None
+    with _told_if_long(rank, world_size, local_world_size):
+        if not dist.is_initialized():
+            _meet(rank, world_size, local_world_size, device, backend)
+        if world_size > 1:
+            control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     return Ranks(
         rank=rank,
         world_size=world_size,
@@ -125,6 +117,54 @@ def join() -> Ranks:
         device=device,
         control=control,
     )
+
+
+def _meet(rank: int, world_size: int, local_world_size: int, device: torch.device, backend: str) -> None:
+    options = {"device_id": device} if backend == "nccl" else {}
+    store = _private_store(world_size, local_world_size)
+    if store is not None:
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=RENDEZVOUS_TIMEOUT, **options
+        )
+        return
+    _choose_interface()
+    try:
+        dist.init_process_group(backend, timeout=RENDEZVOUS_TIMEOUT, **options)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']} is taken by another program: "
+                "choose a free one (deepspeed --master_port N; torchrun --rdzv-endpoint HOST:N; "
+                "export MASTER_PORT=N under srun)"
+            ) from error
+        if "imed out" in str(error):
+            waited = f"{RENDEZVOUS_TIMEOUT.total_seconds() / 60:g} minutes"
+            raise UserError(_waiting(rank, world_size, f"waited {waited} in vain for", _place())) from error
+        raise
+
+
+@contextlib.contextmanager
+def _told_if_long(rank: int, world_size: int, local_world_size: int) -> Iterator[None]:
+    """Say once, on stderr and on every rank that waits, for whom, where and why that may be; then go on waiting."""
+    place = "this host" if _one_parent(world_size, local_world_size) else _place()
+    line = _waiting(rank, world_size, "waits for", place)
+    timer = threading.Timer(SILENCE_S, say, [f"warning: {line}"])
+    timer.daemon = True
+    if world_size > 1:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _waiting(rank: int, world_size: int, verb: str, place: str) -> str:
+    missing, reason = who_is_missing(rank, world_size), why_alone(os.environ, world_size, place)
+    return f"rank {rank} of {world_size} {verb} {missing} at {place}: {reason}"
+
+
+def _place() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -142,7 +182,7 @@ def cores_per_rank(local_world_size: int) -> int:
     """CPU cores that this process may use, shared with the other ranks of this host unless Slurm has shared them."""
     cores = len(os.sched_getaffinity(0))
     each_is_a_task = os.environ.get("SLURM_NTASKS") == os.environ.get("WORLD_SIZE", "1")
-    if each_is_a_task and cores <= _integer("SLURM_CPUS_PER_TASK", 0):
+    if each_is_a_task and cores <= integer("SLURM_CPUS_PER_TASK", 0):
         return cores
     return max(1, cores // local_world_size)
 
@@ -155,11 +195,17 @@ def _private_store(world_size: int, local_world_size: int) -> dist.Store | None:
     """
     if world_size == 1:
         return dist.HashStore()
-    if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("CROSS_SIZE") != "1" or local_world_size != world_size:
+    if not _one_parent(world_size, local_world_size):
         return None
     parent = psutil.Process(os.getppid())
     name = f"mirl-{os.getuid()}-{parent.pid}-{int(parent.create_time() * 1000)}-{os.environ['MASTER_PORT']}"
     return dist.FileStore(str(Path(tempfile.gettempdir()) / name), world_size)
+
+
+def _one_parent(world_size: int, local_world_size: int) -> bool:
+    """Whether the deepspeed launcher, or one that sets the same variables, has started all ranks on this host."""
+    alone = os.environ.get("CROSS_SIZE") == "1" and local_world_size == world_size
+    return alone and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def _choose_interface() -> None:
@@ -203,31 +249,6 @@ def _device(local_rank: int) -> torch.device:
 
 def _one_host() -> bool:
     return os.environ.get("CROSS_SIZE", "1") == "1"
-
-
-def _adopt_slurm() -> None:
-    """srun gives SLURM_PROCID and the like; MASTER_ADDR must come from the batch script (see docs/clusters.md)."""
-    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or os.environ.get("SLURM_NTASKS", "1") == "1":
-        return
-    if "MASTER_ADDR" not in os.environ:
-        raise UserError(
-            "MASTER_ADDR is not set: in the batch script, export MASTER_ADDR=$(scontrol show hostnames | head -n 1)"
-        )
-    for ours, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
-        os.environ[ours] = os.environ[slurm]
-    os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0]
-
-
-def _integer(name: str, default: int) -> int:
-    text = os.environ.get(name)
-    if text is None:
-        return default
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(
-            f"the environment variable {name} is {text!r}: it must be a number, or unset for one process"
-        ) from None
 
 
 def seconds_since_process_start() -> float:

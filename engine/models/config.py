@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mirl.errors import UserError
+from mirl.settings import Section
 
 VARIANTS = ("paper", "release")
 OBJECTIVES = ("mirl", "mae", "truncated", "multi_decoder", "coarse_to_fine", "fine_to_coarse")
@@ -28,7 +29,7 @@ def _setting(default: Any, text: str, **metadata: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section):
     """A MIRL model and its pre-training objective (design of the paper, Eq. 1-8).
 
     Fields left None are filled in when the object is made: ``decoder_depth`` (2; 1 for vit_s_54 in the
@@ -83,7 +84,7 @@ class ModelConfig:
     attention: str = _setting("auto", "attention backend", choices=ATTENTION_BACKENDS)
     drop_path: float = _setting(0.0, "largest rate of stochastic depth, rising linearly over the encoder's blocks")
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         self._fill_in()
         self._check_sizes()
         self._check_images()

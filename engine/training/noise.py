@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mirl.keyed import keyed_u64
+from mirl.keyed import fold_seed, keyed_u64
 
 _DEPTH_STREAM = 13  # first word of a key; others are in dataloaders/ and engine/transfer/random_state.py
 _WORDS = 4  # 64-bit words that Philox makes for one count
@@ -22,7 +22,7 @@ def mask_noise(seed: int, step: int, first: int, batch: int, patches: int) -> to
     One Philox stream per step; each image owns a range of its counter.
     """
     counts = -(-patches // _WORDS)
-    stream = np.random.Philox(key=[seed, 0x4D495251], counter=[first * counts, 0, step, 0])
+    stream = np.random.Philox(key=[fold_seed(seed), 0x4D495251], counter=[first * counts, 0, step, 0])
     words = stream.random_raw(batch * counts * _WORDS).reshape(batch, counts * _WORDS)[:, :patches]
     return torch.from_numpy((words >> np.uint64(40)).astype(np.float32) * np.float32(2**-24))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -14,7 +15,9 @@ from mirl.engine.checkpoints.reader import CheckpointReader
 from mirl.engine.configuration.config import Config
 from mirl.engine.distributed.ds_config import read_ds_config, resolve_batch, resolve_ds_config, resolve_precision
 from mirl.engine.distributed.launch import Ranks, cores_per_rank
-from mirl.engine.training.run_folder import choose_out, choose_start
+from mirl.engine.training.resumed_settings import compare_settings, require_known_changes
+from mirl.engine.training.run_folder import choose_out, choose_start, hold_folder
+from mirl.engine.training.run_lock import RunLock
 from mirl.errors import UserError
 
 T = TypeVar("T")
@@ -26,6 +29,7 @@ class RunPlan(Generic[C]):
     """The settled configuration of a run and what follows from it on this machine.
 
     reader: the checkpoint that the weights come from, None where they are fresh.
+    lock: of the run's folder; rank 0 holds it.
     remarks: lines for the log that say which checkpoint was taken and why.
     """
 
@@ -38,6 +42,7 @@ class RunPlan(Generic[C]):
     precision: str
     precision_reason: str
     reader: CheckpointReader | None
+    lock: RunLock
     remarks: list[str]
 
     @property
@@ -50,8 +55,10 @@ class RunPlan(Generic[C]):
         return dataclasses.replace(self, config=config)
 
 
-def make_plan(config: C, ranks: Ranks, *, recipe_out: str) -> RunPlan[C]:
+def make_plan(config: C, ranks: Ranks, closing: ExitStack, *, recipe_out: str) -> RunPlan[C]:
     """Settle ``config`` on this machine; ``recipe_out`` is the folder that its recipe writes to by default.
+
+    The run's folder is this run's alone until ``closing`` is left.
 
     Raises:
         UserError: the configuration cannot be run here; nothing was written.
@@ -66,10 +73,18 @@ def make_plan(config: C, ranks: Ranks, *, recipe_out: str) -> RunPlan[C]:
     )
     out = agree_on_main(ranks, lambda: choose_out(config, recipe_out))
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(out)))
+    require_known_changes(config)
+    lock = RunLock(out)
+    closing.callback(lock.release)
+    taken_over = agree_on_main(ranks, lambda: hold_folder(lock, out))
     path, remarks = agree_on_main(ranks, lambda: choose_start(config, out))
+    reader = CheckpointReader(path) if path else None
+    if reader is not None and config.run.resume:
+        remarks = [*remarks, *compare_settings(config, reader)]
     return RunPlan(
         config=config, ranks=ranks, out=out, micro_batch=micro_batch, accumulation=accumulation, ds_config=ds_config,
-        precision=precision, precision_reason=reason, reader=CheckpointReader(path) if path else None, remarks=remarks,
+        precision=precision, precision_reason=reason, reader=reader, lock=lock,
+        remarks=[*taken_over, *remarks],
     )  # fmt: skip
 
 

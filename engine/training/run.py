@@ -16,7 +16,6 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 
 from mirl.dataloaders import TrainLoader
-from mirl.engine.checkpoints.files import write_whole
 from mirl.engine.configuration.config import Config
 from mirl.engine.distributed.ds_engine import FragmentReader, TrainEngine
 from mirl.engine.distributed.launch import Ranks, is_lost_peer, join, leave, seconds_since_process_start
@@ -24,7 +23,7 @@ from mirl.engine.errors import LostRank
 from mirl.engine.training.computing import compile_where_chosen
 from mirl.engine.training.optimizer import build_optimizer
 from mirl.engine.training.plan import RunPlan, agree_on_main, make_plan
-from mirl.engine.training.run_folder import Progress, refuse_finished, restore_progress
+from mirl.engine.training.run_folder import Progress, refuse_finished, restore_progress, write_config
 from mirl.engine.training.run_log import RunLog
 from mirl.engine.training.saving import Saver
 from mirl.engine.training.schedule import Durations
@@ -117,14 +116,14 @@ def on_this_rank(body: Callable[[Ranks], T]) -> T:
 def _train(config: C, kind: RunKind[C], ranks: Ranks) -> Path:
     with ExitStack() as closing:
         # What is trained, on what, from where.
-        plan = make_plan(config, ranks, recipe_out=kind.recipe_out(config.recipe))
+        plan = make_plan(config, ranks, closing, recipe_out=kind.recipe_out(config.recipe))
         plan, loader = kind.open_data(plan, closing)
         config, out = plan.config, plan.out
         durations = Durations.resolve(config.optim, config.run, config.log, steps_per_epoch=loader.steps_per_epoch)
         model = kind.build_model(plan)
         progress = Progress()
         if plan.resumed_from is not None:
-            progress = restore_progress(plan.resumed_from, config.optim.batch_size, loader)
+            progress = restore_progress(plan.resumed_from, loader)
             refuse_finished(out, progress.step, durations.total_steps)
 
         # The engine with its fp32 state, and the task.
@@ -162,7 +161,7 @@ def _train(config: C, kind: RunKind[C], ranks: Ranks) -> Path:
         )  # fmt: skip
         trainer = Trainer(
             config, ranks=ranks, engine=engine, task=task, loader=loader, durations=durations, saver=saver, log=log,
-            progress=progress, micro_batch=plan.micro_batch, accumulation=plan.accumulation,
+            lock=plan.lock, progress=progress, micro_batch=plan.micro_batch, accumulation=plan.accumulation,
         )  # fmt: skip
         log.say(f"first step begins {seconds_since_process_start():.1f} s after the start of this process")
         trainer.run()
@@ -174,5 +173,5 @@ def _train(config: C, kind: RunKind[C], ranks: Ranks) -> Path:
 def _open_folder(plan: RunPlan[Any], log: RunLog, durations: Durations, start_step: int) -> None:
     """Make the run's folder, write its configuration and open its log; on rank 0."""
     plan.out.mkdir(parents=True, exist_ok=True)
-    write_whole(plan.out / "config.json", plan.config.to_json())
+    write_config(plan.config, plan.out, start_step)
     log.open(total_steps=durations.total_steps, start_step=start_step, tensorboard=plan.config.log.tensorboard)

@@ -60,6 +60,7 @@ def build_loader(plan: RunPlan[Any], shape: ImageShape, **options: Any) -> Train
         std=shape.std,
         index_dir=data.index_dir or None,
         bad_image_limit=data.max_bad_images,
+        resumed_fingerprint=_fingerprint(plan),
         raise_on_bad_limit=False,  # the trainer lets all ranks agree to stop
         **options,
     )
@@ -67,6 +68,11 @@ def build_loader(plan: RunPlan[Any], shape: ImageShape, **options: Any) -> Train
         seen = ", ".join(f"rank {rank} {count}" for rank, count in enumerate(ranks.gather(loader.num_images)))
         raise UserError(f"the ranks see different data sets (images: {seen}): give every host the same files")
     return loader
+
+
+def _fingerprint(plan: RunPlan[Any]) -> str | None:
+    """The data set of the checkpoint that the run goes on from; imported ones have none."""
+    return plan.resumed_from.state.get("loader", {}).get("fingerprint") if plan.resumed_from is not None else None
 
 
 def device_id(ranks: Ranks) -> int | None:

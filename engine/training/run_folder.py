@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 from mirl.dataloaders import TrainLoader
+from mirl.engine.checkpoints.files import write_whole
 from mirl.engine.checkpoints.reader import CheckpointReader, find_newest_good, locate
 from mirl.engine.configuration.config import Config
+from mirl.engine.training.folder_probe import probe_folder
+from mirl.engine.training.run_lock import NAME as LOCK_NAME
+from mirl.engine.training.run_lock import RunLock
 from mirl.errors import UserError
 
 
@@ -41,9 +48,11 @@ def choose_out(config: Config, recipe_out: str) -> Path:
         UserError: the user named a folder that holds a run, and does not resume.
     """
     out = Path(config.run.out)
-    if config.run.resume or not _holds_a_run(out):
+    named = config.run.out != recipe_out
+    begun = not named and (out / LOCK_NAME).exists()  # by another start, a moment ago
+    if config.run.resume or not (_holds_a_run(out) or begun):
         return out
-    if config.run.out != recipe_out:
+    if named:
         raise UserError(
             f"out is {out}, which holds a run already: go on with it by --resume auto, or give another --out"
         )
@@ -57,6 +66,17 @@ def choose_out(config: Config, recipe_out: str) -> Path:
 
 def _holds_a_run(out: Path) -> bool:
     return (out / "config.json").exists() or (out / "checkpoints").exists()
+
+
+def hold_folder(lock: RunLock, out: Path) -> list[str]:
+    """Take ``lock`` of ``out`` and try whether a run can be kept there; returns lines for the log.
+
+    Raises:
+        UserError: a live run holds the folder, or it cannot hold checkpoints.
+    """
+    lock.make_folder()
+    probe_folder(out)
+    return lock.acquire()
 
 
 def choose_start(config: Config, out: Path) -> tuple[Path | None, list[str]]:
@@ -83,24 +103,43 @@ def choose_start(config: Config, out: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def restore_progress(reader: CheckpointReader, batch_size: int, loader: TrainLoader) -> Progress:
+def restore_progress(reader: CheckpointReader, loader: TrainLoader) -> Progress:
     """Read how far the checkpoint of ``reader`` has come, and set ``loader`` there.
 
     Raises:
-        UserError: the checkpoint was imported, or trained with another effective batch or other data.
+        UserError: the checkpoint was imported, or trained on other data.
     """
     state = reader.state
     if "optim" not in state["config"]:
         raise UserError(
             f"{reader.path} was imported: it holds weights alone, and no run to resume; start one by --init-from"
         )
-    if state["config"]["optim"]["batch_size"] != batch_size:
-        raise UserError(
-            f"batch_size is {batch_size} and {reader.path} was trained with {state['config']['optim']['batch_size']}: "
-            "keep the effective batch when resuming (--micro-batch sets the accumulation), or use --init-from"
-        )
     loader.load_state_dict(state["loader"])
     return Progress.from_state(state)
+
+
+def write_config(config: Config, out: Path, step: int) -> None:
+    """Write config.json, the configuration of the present, into ``out``.
+
+    The one that it takes the place of, if it says something else, becomes a line of config-history.jsonl: an object
+    with the ``step`` up to which the run had it, the ``time`` of the change and the ``config``.
+    """
+    path = out / "config.json"
+    if path.exists() and (old := _as_json(path)) != json.loads(config.to_json()):
+        with (out / "config-history.jsonl").open("a") as stream:
+            stream.write(json.dumps({"step": step, "time": time.time(), "config": old}) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+    write_whole(path, config.to_json())
+
+
+def _as_json(path: Path) -> Any:
+    """What ``path`` holds; its text where that is no JSON, because it was edited."""
+    text = path.read_text(errors="replace")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def refuse_finished(out: Path, step: int, total_steps: int) -> None:

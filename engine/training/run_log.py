@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -40,10 +41,24 @@ def memory_gib(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / 2**30
 
 
+def to_json(values: Any) -> str:
+    """Write ``values`` as JSON of one line. A number that is not finite, which JSON does not have, becomes null."""
+    return json.dumps(_finite(values), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
+
+
 class RunLog:
     """Rank 0 writes, the other ranks are silent.
 
-    ``out`` holds log.txt (the lines), metrics.jsonl (a JSON object a line, full precision) and tensorboard/.
+    ``out`` holds log.txt (the lines), metrics.jsonl (a JSON object a line, full precision, null for what is not finite)
+    and tensorboard/.
     """
 
     def __init__(self, out: Path, *, is_main: bool) -> None:
@@ -57,9 +72,9 @@ class RunLog:
     def open(self, *, total_steps: int, start_step: int, tensorboard: bool) -> None:
         """Open the files, on rank 0; OSError where ``out`` cannot be written."""
         out = self.out
-        self._lines = (out / "log.txt").open("a")
+        self._lines = (out / "log.txt").open("a", encoding="utf-8", errors="backslashreplace")
         self._metrics = _open_metrics(out / "metrics.jsonl", start_step)
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, leave=False)
         if tensorboard:
             # Imported here: it takes a second, and a rank that does not write has no need of it.
@@ -77,14 +92,18 @@ class RunLog:
     def advance(self, step: int) -> None:
         """Move the progress bar to ``step``."""
         if self._bar is not None:
-            self._bar.update(step - self._bar.n)
+            try:
+                self._bar.update(step - self._bar.n)
+            except (OSError, ValueError) as error:
+                self._bar = None
+                self._complain("the terminal", error)
 
     def metrics(self, values: dict[str, Any], line: str) -> None:
         """Record ``values`` (they hold "step") and say ``line``."""
         if not self.is_main:
             return
         self.say(line)
-        self._append(self._metrics, json.dumps(values))
+        self._append(self._metrics, to_json(values))
         if self._board is not None:
             numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
             self._on_board(
@@ -94,7 +113,7 @@ class RunLog:
     def event(self, kind: str, step: int, **details: Any) -> None:
         """An occurrence that is no measurement (a skipped step, a bad image, a checkpoint) in metrics.jsonl."""
         if self.is_main:
-            self._append(self._metrics, json.dumps({"event": kind, "step": step, "time": time.time(), **details}))
+            self._append(self._metrics, to_json({"event": kind, "step": step, "time": time.time(), **details}))
 
     def picture(self, image: Image.Image, step: int) -> None:
         if self._board is not None:
@@ -123,7 +142,7 @@ class RunLog:
                 print(line, flush=True)
             else:
                 tqdm.write(line)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._complain("the terminal", error)
 
     def _append(self, stream: Any, line: str) -> None:
@@ -140,7 +159,7 @@ class RunLog:
             self._board = None
             self._complain("TensorBoard", error)
 
-    def _complain(self, what: str, error: OSError) -> None:
+    def _complain(self, what: str, error: Exception) -> None:
         """Say once what is no longer written, wherever that can still be said."""
         if what not in self._problems:
             self._problems.add(what)

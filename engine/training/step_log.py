@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from mirl.dataloaders import TrainLoader
+from mirl.dataloaders.sources.paths import shown
 from mirl.engine.distributed.ds_engine import TrainEngine
 from mirl.engine.distributed.launch import Ranks
 from mirl.engine.training.run_folder import Progress
@@ -85,7 +86,7 @@ class StepLog:
             ]
             if names:
                 bad.update(names)
-                files += self._loader.paths(item.sample_ids[:FILES_NAMED])
+                files += map(shown, self._loader.suspects(item.sample_ids)[:FILES_NAMED])
         reports = self._ranks.gather((sorted(bad), files[:FILES_NAMED]))
         where = [
             f"rank {rank}: loss of {', '.join(names)}, files {', '.join(named)}, ..."

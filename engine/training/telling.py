@@ -9,6 +9,7 @@ import torch
 
 from mirl import kernels
 from mirl.dataloaders import TrainLoader
+from mirl.dataloaders.sources.paths import shown
 from mirl.engine.distributed.ds_engine import DEEPSPEED_VERSION, TrainEngine
 from mirl.engine.training.compiling import CompileChoice
 from mirl.engine.training.plan import RunPlan
@@ -29,7 +30,7 @@ def describe_run(plan: RunPlan[Any], durations: Durations, loader: TrainLoader, 
     backends = engine.module.resolve_attention(ranks.device)
     attention = "; ".join(f"{use}: {backend.name} ({backend.reason})" for use, backend in backends.items())
     return [
-        f"data {loader.num_images} images from {', '.join(config.data.data) or 'the demo photographs'}; "
+        f"data {loader.ledger}: {', '.join(map(shown, config.data.data)) or 'the demo photographs'}; "
         f"{loader.steps_per_epoch} steps an epoch",
         f"device {ranks.world_size} x {device}; precision {plan.precision} ({plan.precision_reason}); "
         f"ZeRO stage {engine.stage} from {config.run.deepspeed_config}",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NoReturn
 
-from mirl.dataloaders import TrainLoader
+from mirl.dataloaders import StorageLost, TrainLoader
 from mirl.engine.configuration.config import Config
 from mirl.engine.distributed.ds_engine import TrainEngine
 from mirl.engine.distributed.launch import Ranks
@@ -13,6 +13,7 @@ from mirl.engine.distributed.stop_request import StopRequest
 from mirl.engine.distributed.watchdog import Watchdog
 from mirl.engine.errors import EXIT_PREEMPTED, Diverged, LostRank, Preempted
 from mirl.engine.training.run_folder import Progress
+from mirl.engine.training.run_lock import RunLock
 from mirl.engine.training.run_log import RunLog
 from mirl.engine.training.saving import Saver
 from mirl.engine.training.schedule import Durations
@@ -35,12 +36,13 @@ class Trainer:
         durations: Durations,
         saver: Saver,
         log: RunLog,
+        lock: RunLock,
         progress: Progress,
         micro_batch: int,
         accumulation: int,
     ) -> None:
         self.config, self.ranks, self.engine, self.task, self.loader = config, ranks, engine, task, loader
-        self.durations, self.saver, self.log, self.progress = durations, saver, log, progress
+        self.durations, self.saver, self.log, self.progress, self.lock = durations, saver, log, progress, lock
         self.micro_batch, self.accumulation = micro_batch, accumulation
         self.schedule = durations.schedule(config.optim)
         self.stop = StopRequest(max_minutes=config.run.max_minutes)
@@ -87,11 +89,15 @@ class Trainer:
                 time.perf_counter() - began
             )  # pictures and evaluations are no part of a step
             self.saver.report()
-            stop, too_many_bad = self.ranks.agree_max([float(self.stop.requested), float(self.loader.too_many_bad)])
+            stop, too_many_bad, lost = self.ranks.agree_max(
+                [float(self.stop.requested), float(self.loader.too_many_bad), float(self.lock.lost)]
+            )
+            if lost:
+                self._leave_to_another()
             if too_many_bad:
                 self._refuse_bad_images()
             if stop and not last:
-                self._leave_early()
+                self._leave_early(next(reason for reason in self.ranks.gather(self.stop.reason) if reason))
             self.watchdog.beat(f"step {step + 1}")
         self.saver.finish()
 
@@ -131,7 +137,8 @@ class Trainer:
     def _next_batch(self) -> Any:
         """The next micro-batch. An error of the loader on one rank ends every rank.
 
-        What a user can mend is raised everywhere; a fault of ours keeps its traceback on the rank that met it.
+        What a user can mend is raised everywhere; a fault of ours keeps its traceback on the rank that met it. Where
+        the data cannot be read at all, which may be over later, the state of the last whole step is saved.
         """
         batch, problem = None, None
         try:
@@ -144,12 +151,15 @@ class Trainer:
             failed = bool(self.ranks.agree_max([float(problem is not None)])[0])
         if not failed:
             return batch
-        to_mend = isinstance(problem, UserError | OSError)
-        reports = self.ranks.gather(None if problem is None else (to_mend, str(problem)))
+        to_mend, of_storage = isinstance(problem, UserError | OSError), isinstance(problem, StorageLost)
+        reports = self.ranks.gather(None if problem is None else (to_mend, of_storage, str(problem)))
+        told = [(rank, *report) for rank, report in enumerate(reports) if report]
+        if all(of_storage for _, _, of_storage, _ in told):
+            self._leave_early(told[0][-1] if len(reports) == 1 else f"rank {told[0][0]}: {told[0][-1]}")
+        rank, to_mend, _, text = next(report for report in told if not report[2])
         self.saver.wait()
-        if problem is not None and not to_mend:
+        if problem is not None and not isinstance(problem, UserError | OSError):
             raise problem
-        rank, (to_mend, text) = next((rank, report) for rank, report in enumerate(reports) if report)
         if to_mend:
             raise UserError(text if len(reports) == 1 else f"rank {rank}: {text}") from problem
         raise LostRank(f"rank {rank} met a fault in its loader: {text}")
@@ -168,6 +178,14 @@ class Trainer:
 
     # --- an early end
 
+    def _leave_to_another(self) -> None:
+        """End the run on every rank and write nothing more: its folder is another run's by now."""
+        self.saver.wait()
+        raise UserError(
+            f"{self.lock.path} is no longer of this run, which gave no sign of life for too long: another run took the "
+            "folder over; let that one go on, or stop it and give --resume auto"
+        )
+
     def _refuse_bad_images(self) -> None:
         """End the run on every rank, its state saved: too many images of some rank were broken."""
         self.saver.save()
@@ -175,13 +193,12 @@ class Trainer:
         messages = self.ranks.gather(str(self.loader.bad_limit_error()) if self.loader.too_many_bad else None)
         raise UserError(next(message for message in messages if message))
 
-    def _leave_early(self) -> None:
-        """End the run on every rank, its state saved, because one of them was asked to stop."""
+    def _leave_early(self, reason: str) -> NoReturn:
+        """End the run on every rank, its state saved, for ``reason``: it is to be started again, and goes on."""
         self.saver.save()
         self.saver.finish()
-        reasons = [reason for reason in self.ranks.gather(self.stop.reason) if reason]
-        self.log.event("stopped", self.progress.step, reason=reasons[0], exit_code=EXIT_PREEMPTED)
+        self.log.event("stopped", self.progress.step, reason=reason, exit_code=EXIT_PREEMPTED)
         raise Preempted(
-            f"{reasons[0]} after step {self.progress.step} of {self.durations.total_steps}; saved in "
+            f"{reason} after step {self.progress.step} of {self.durations.total_steps}; saved in "
             f"{self.saver.folder}; the same command with --resume auto goes on"
         )

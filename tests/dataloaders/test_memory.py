@@ -47,7 +47,7 @@ def test_a_million_paths_start_in_20_s_and_1_gib(tmp_path):
         file.writelines(f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG\n" for i in range(1_000_000))
     code = (
         "import json, resource, sys, time\n"
-        "from dataloaders import build_train_loader\n"
+        "from mirl.dataloaders import build_train_loader\n"
         "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "begin = time.perf_counter()\n"
         "loader = build_train_loader(sys.argv[1], image_size=(224, 224), micro_batch=64)\n"

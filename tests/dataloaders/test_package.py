@@ -30,7 +30,7 @@ def test_without_dali_the_package_imports_and_the_loader_names_the_command(jpeg_
 def test_a_process_that_forgets_to_close_still_ends(jpeg_folder):
     code = (
         "import sys\n"
-        "from dataloaders import build_train_loader\n"
+        "from mirl.dataloaders import build_train_loader\n"
         "loader = build_train_loader(sys.argv[1], image_size=(32, 32), micro_batch=4, threads=2)\n"
         "loader.next_micro_batch()\n"
         "print('done')\n"

@@ -65,6 +65,81 @@ def test_the_traceback_of_a_user_error_can_be_asked_for():
     assert ended.returncode == 1 and "Traceback" in ended.stderr and "steps is 0" in ended.stderr
 
 
+NAMES = {
+    "non-ASCII": "b'\\xc3\\xbc\\xe2\\x82\\xac.jpg'.decode()",
+    "bytes that are no text": "b'\\xff.jpg'.decode('utf-8', 'surrogateescape')",
+    "a newline": "'one\\ntwo.jpg'",
+    "U+0085": "'one\\x85two.jpg'",
+    "an escape sequence": "'\\x1b[31mred.jpg'",
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_can_be_told_in_one_line(name, encoding):
+    body = f"print('file', {NAMES[name]})\nraise UserError('file ' + {NAMES[name]} + ' is broken')"
+    ended = end_of(body, PYTHONIOENCODING=encoding)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith("error: file ") and len(ended.stderr.splitlines()) == 1
+    assert ended.stderr.endswith(" is broken\n") and "\x1b" not in ended.stderr
+    assert ended.stdout.startswith("file ")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {"RANK": "abc"},
+            "error: the environment variable RANK is 'abc': it must be a number, or unset for one process",
+        ),
+        (
+            {"RANK": "", "SLURM_PROCID": "x1"},
+            "error: the environment variable SLURM_PROCID is 'x1': it must be a number",
+        ),
+    ],
+)
+def test_a_rank_that_is_no_number_is_one_line(environment, message):
+    ended = end_of("print('it ran')", **environment)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith(message) and len(ended.stderr.splitlines()) == 1
+
+
+def test_a_rank_that_is_empty_is_none():
+    ended = end_of("print('it ran')", RANK="", SLURM_PROCID="")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "it ran\n", "")
+
+
+ENDS = {
+    0: "print('told')",
+    2: "raise UserError('steps is 0: give 1 or more')",
+    75: "print('told')\nfrom mirl.engine.errors import Preempted\nraise Preempted('after step 3')",
+}
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("code", ENDS)
+def test_a_closed_stream_changes_no_exit_code_and_no_file(code, closed, tmp_path):
+    """The file that is opened next must not become the descriptor that libraries take for stdout."""
+    body = "import os\nkept = open(os.environ['KEPT'], 'w')\nkept.write('mine')\nkept.flush()\n"
+    body += (
+        "os.write(1, b'noise')\nos.write(2, b'noise') if 'full' not in os.environ['CLOSED'] else None\n" + ENDS[code]
+    )
+    program = (
+        "import mirl.engine.version as ours\n"
+        "from mirl import UserError\n"
+        "from mirl.engine.errors import run_entry_point\n"
+        f"code = compile({body!r}, ours.__file__, 'exec')\n"
+        "run_entry_point(lambda: exec(code, ours.__dict__ | {'UserError': UserError}))\n"
+    )
+    ended = subprocess.run(
+        ["bash", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, program], cwd=CHECKOUT, check=False,
+        env=launch_environment() | {"KEPT": str(tmp_path / "kept"), "CLOSED": closed}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == code, ended.stderr
+    assert (tmp_path / "kept").read_text() == "mine"
+    assert "Traceback" not in ended.stderr
+
+
 def test_one_class_says_whose_error_it_is_and_nobody_looks_at_tracebacks():
     for folder in ("engine", "kernels", "dataloaders", "mirl"):
         for path in (CHECKOUT / folder).rglob("*.py"):

@@ -5,9 +5,11 @@ to audit hooks before it happens, and the hook ends the process then; where no h
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 
 from mirl.dataloaders import Batch, TrainLoader
+from mirl.dataloaders.sources import patience
 from mirl.engine.checkpoints import writer as checkpoint
 from mirl.errors import UserError
 
@@ -114,6 +117,39 @@ def break_loader(kind: str) -> None:
         return next_micro_batch(loader)
 
     TrainLoader.next_micro_batch = fail_at_the_second
+
+
+def refuse(call: str) -> None:
+    """A file system without ``chmod`` (EPERM), or without the ``fsync`` of a folder (EINVAL)."""
+    real = getattr(os, call)
+
+    def refused(target: object, *arguments: object, **options: object) -> object:
+        if call == "fsync" and not stat.S_ISDIR(os.fstat(target).st_mode):
+            return real(target, *arguments, **options)
+        number = errno.EPERM if call == "chmod" else errno.EINVAL
+        raise OSError(number, os.strerror(number))
+
+    setattr(os, call, refused)
+
+
+def lose_share() -> None:
+    """After the third micro-batch no image can be opened: EIO, for ever."""
+    patience.PATIENCE_S = 1.0
+    real, next_micro_batch, taken = os.open, TrainLoader.next_micro_batch, itertools.count(1)
+    lost = threading.Event()
+
+    def open_while_there(path: object, *arguments: object, **options: object) -> int:
+        if lost.is_set() and str(path).endswith(".jpg"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, *arguments, **options)
+
+    def count(loader: TrainLoader) -> Batch:
+        if next(taken) == 3:
+            lost.set()
+        return next_micro_batch(loader)
+
+    os.open = open_while_there
+    TrainLoader.next_micro_batch = count
 
 
 def hide(library: str) -> None:

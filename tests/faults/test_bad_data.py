@@ -1,8 +1,9 @@
-"""What one rank's images can do: break, or hold NaN."""
+"""What one rank's images can do: break, or hold numbers whose loss is not finite."""
 
 from __future__ import annotations
 
 import shutil
+import sys
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from mirl.engine.checkpoints.reader import find_newest_good
 from mirl.engine.errors import EXIT_USER_ERROR
 from tests.support.runs import equal_tensors, events, losses, records
 
+# Finite, so that the file is read; in float32 its square is not. NaN in a file makes it a broken image.
+TOO_LARGE = 1e30
 KEEP = ["--keep-checkpoints", "0"]
 
 
@@ -44,14 +47,35 @@ def test_broken_images_of_one_rank_are_replaced_and_too_many_end_all_ranks(serve
     assert set(losses(tmp_path / "out")) == set(range(1, 7))
 
 
-def test_nan_on_one_rank_skips_the_step_on_all_and_names_rank_and_file(server, tmp_path):
+def test_after_validate_data_as_the_message_advises_the_run_goes_on(server, run, photographs, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(photographs, data)
+    for step in (2, 4):
+        broken = data / f"{image_of(step, 1, 44):03d}.jpg"
+        broken.write_bytes(broken.read_bytes()[:300])
+    given = ["--data", data, "--steps", "8", "--checkpoint-every", "100"]
+    tolerant = server.start(tmp_path, *given, "--max-bad-images", "0.1", "--out", "tolerant")
+    assert tolerant.end() == [0, 0]
+    stopped = server.start(tmp_path, *given, "--out", "out")
+    assert stopped.end() == [EXIT_USER_ERROR] * 2
+    advice = "run mirl validate-data on the data set, which writes a manifest that leaves them out"
+    assert advice in stopped.output() and "then --resume auto goes on" in stopped.output()
+    validated = run(sys.executable, "-m", "mirl.engine.cli", "validate-data", str(data))
+    assert "2 broken" in validated.stdout, validated.stdout + validated.stderr
+    more = server.start(tmp_path, *given, "--out", "out", "--resume", "auto", "--max-bad-images", "0")
+    assert more.end() == [0, 0], more.output()[-3000:]
+    assert "2 of 44 images, called broken by the manifest, keep their places" in more.output()
+    assert losses(tmp_path / "out") == losses(tmp_path / "tolerant")
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all_and_names_rank_and_file(server, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     generator = np.random.default_rng(0)
     for number in range(44):
         np.save(data / f"{number:03d}.npy", generator.standard_normal((40, 40, 3), dtype=np.float32))
     bad = data / f"{image_of(3, 1, 44):03d}.npy"
-    np.save(bad, np.full((40, 40, 3), np.nan, dtype=np.float32))
+    np.save(bad, np.full((40, 40, 3), TOO_LARGE, dtype=np.float32))
     run = server.start(tmp_path, "--data", data, "--steps", "5", "--checkpoint-every", "1", "--out", "out", *KEEP)
     assert run.end() == [0, 0], run.output()[-3000:]
     (skipped,) = events(tmp_path / "out", "skipped_step")
@@ -60,21 +84,21 @@ def test_nan_on_one_rank_skips_the_step_on_all_and_names_rank_and_file(server, t
     assert str(bad) in skipped["detail"]
     known = {record["step"]: record for record in records(tmp_path / "out") if "loss" in record}
     assert [known[step]["skipped_steps"] for step in range(1, 6)] == [0, 0, 1, 1, 1]
-    assert all(np.isfinite(known[step]["loss"]) for step in (1, 2, 4, 5)) and not np.isfinite(known[3]["loss"])
+    assert all(np.isfinite(known[step]["loss"]) for step in (1, 2, 4, 5)) and known[3]["loss"] is None
     checkpoints = tmp_path / "out" / "checkpoints"
     steps = [checkpoints / f"step-{step:08d}" for step in range(1, 6)]
     # Every rank kept weights and moments as they were before the skipped step, and went on from them.
     assert equal_tensors(steps[1], steps[2]) and not equal_tensors(steps[2], steps[3])
 
 
-def test_nan_again_and_again_ends_all_ranks_with_the_checkpoint_intact(server, tmp_path):
+def test_not_finite_again_and_again_ends_all_ranks_with_the_checkpoint_intact(server, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     generator = np.random.default_rng(0)
     for number in range(44):
         np.save(data / f"{number:03d}.npy", generator.standard_normal((40, 40, 3), dtype=np.float32))
     for step in (3, 4):
-        np.save(data / f"{image_of(step, 1, 44):03d}.npy", np.full((40, 40, 3), np.nan, dtype=np.float32))
+        np.save(data / f"{image_of(step, 1, 44):03d}.npy", np.full((40, 40, 3), TOO_LARGE, dtype=np.float32))
     flags = ["--steps", "9", "--checkpoint-every", "2", "--max-nonfinite-steps", "2", "--out", "out"]
     run = server.start(tmp_path, "--data", data, *flags)
     assert run.end() == [3, 3], run.output()[-3000:]

@@ -60,7 +60,8 @@ def test_a_full_disk_costs_the_new_checkpoints_and_never_an_old_one(server, smal
     before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
     full = server.start(tmp_path, *flags, "--resume", "auto")
     assert full.end() == [EXIT_USER_ERROR, EXIT_USER_ERROR], full.output()[-3000:]
-    assert "error: [Errno 28] No space left on device" in full.output()
+    assert f"error: out is {out}, where a file cannot be " in full.output()
+    assert "[Errno 28] No space left on device; make room there" in full.output()
     kept = {path: path.read_bytes() for path in before}
     assert kept == before
     for file in ("filler", "more"):

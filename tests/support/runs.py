@@ -30,7 +30,12 @@ def write_photographs(folder: Path) -> Path:
 
 
 def records(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl; each is JSON as its standard has it, which knows no NaN."""
+
+    def refuse(constant: str) -> float:
+        raise ValueError(f"metrics.jsonl holds {constant}")
+
+    return [json.loads(line, parse_constant=refuse) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(out: Path) -> dict[int, float]:

@@ -97,7 +97,8 @@ def test_two_ranks_resumed_in_bf16_under_zero2(server, pretrained, folders, tmp_
     assert torch.equal(*averages)
     smaller = server.start(tmp_path, *again, "--image-size", 48, "--out", "third", ranks=1, entry="finetune")
     assert smaller.end(60) == [2]
-    assert "image_height is 48 and" in smaller.output() and "resume with the same flags" in smaller.output()
+    assert "image_height is 48 and" in smaller.output() and "; image_width is 48, it was" in smaller.output()
+    assert "as before, or accept the new value by --change image_height image_width" in smaller.output()
     # Evaluated after every epoch of three steps: weights and average, each image once on two ranks.
     found = scores(one)
     assert [record["step"] for record in found] == [3, 6, 9, 12]

@@ -15,16 +15,21 @@ from torch import Tensor
 
 from mirl.errors import UserError
 
-WRAPPERS = ("model", "state_dict")
+WRAPPERS = ("model", "state_dict", "teacher", "student")  # of DINO's pair the teacher, as in its own evaluation
 PREFIX = "module."  # of DistributedDataParallel
 
 
 def read_torch_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .pth, .pt or .safetensors file by their keys, without the prefix "module.".
 
-    A pickle may hold the state dict itself, or a dict with it under "model" or "state_dict".
+    A pickle may hold the state dict itself, or a dict with it under one of `WRAPPERS`, of which the first counts.
     UserError if the file is damaged, holds no state dict, or asks for anything but tensors and plain values.
     """
+    return read_wrapped(path)[0]
+
+
+def read_wrapped(path: str | Path) -> tuple[dict[str, Tensor], str]:
+    """As `read_torch_checkpoint`, with the wrapper that held the state dict, "" where the file is one itself."""
     path = Path(path)
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _load(path)
@@ -33,7 +38,8 @@ def read_torch_checkpoint(path: str | Path) -> dict[str, Tensor]:
     # A damaged file raises nearly anything; all of it means the same to the user.
     except Exception as error:
         raise UserError(f"{path} cannot be read as a PyTorch checkpoint: {_reason(error)}") from error
-    state = next((content[key] for key in WRAPPERS if isinstance(content, Mapping) and key in content), content)
+    wrapper = next((key for key in WRAPPERS if isinstance(content, Mapping) and key in content), "")
+    state = content[wrapper] if wrapper else content
     if not isinstance(state, Mapping) or not state:
         raise UserError(f"{path} holds a {type(state).__name__} and no state dict: give a file with named tensors")
     for key, value in state.items():
@@ -42,7 +48,7 @@ def read_torch_checkpoint(path: str | Path) -> dict[str, Tensor]:
                 f"{path} holds a {type(value).__name__} under {key!r}: give a state dict, which has tensors only"
             )
     prefixed = all(key.startswith(PREFIX) for key in state)
-    return {key.removeprefix(PREFIX) if prefixed else key: value for key, value in state.items()}
+    return {key.removeprefix(PREFIX) if prefixed else key: value for key, value in state.items()}, wrapper
 
 
 def _load(path: Path) -> Any:

@@ -85,6 +85,8 @@ def match_weights(state: Mapping[str, Tensor], layout: Layout, model: MIRL) -> M
             continue
         # A copy, because tensors of one file may share memory.
         weights[name] = value.detach().to("cpu", torch.float32, copy=True).reshape(shape).contiguous()
+        if strange := int((~weights[name].isfinite()).sum()):
+            problems.append(f"{key} holds {strange} of {value.numel()} numbers that are NaN or infinite")
     missing = [name for name in expected if name not in weights]
     return Match(weights=weights, tables=tables, missing=missing, unknown=unknown, problems=problems)
 

@@ -10,12 +10,13 @@ from mirl.engine.configuration.config import Config, section_from_dict, setting
 from mirl.engine.models.config import ATTENTION_BACKENDS, ModelConfig
 from mirl.engine.transfer.classification.rand_augment import DEFAULT as RAND_AUGMENT
 from mirl.errors import UserError
+from mirl.settings import Section
 
 OFF = "off"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneSection:
+class FinetuneSection(Section):
     """Encoder, head, augmentation and evaluation."""
 
     checkpoint: str = setting(
@@ -41,7 +42,7 @@ class FinetuneSection:
         0.9999, "largest decay of the average of the weights, evaluated beside the weights themselves; 0: off"
     )
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         for name in ("eval_every", "num_classes", "image_height", "image_width", "reinit_last"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}: give zero or more")

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mirl.dataloaders import EvalLoader
+from mirl.dataloaders.sources.class_names import CLASS_NAMES
 from mirl.errors import UserError
 
 TOP = 5
@@ -88,9 +89,17 @@ def hits(logits_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
 def require_same_classes(ours: Sequence[str] | None, theirs: Sequence[str] | None, *, train: str, val: str) -> None:
     """UserError where two sets number their classes differently: their labels would mean different things.
 
-    Class names come from folders; a list of paths has numbers alone (None), which must agree by themselves. ``train``,
-    ``val``: the sets, for the message.
+    Class names come from folders, or from beside shards; a list of paths has numbers alone (None), which must agree by
+    themselves. Names on one side alone are refused: folders called 0 ... 11 are numbered as text, 0, 1, 10, 11, 2 ...
+    ``train``, ``val``: the sets, for the message.
     """
+    if ours is not None and theirs is None or ours is None and theirs is not None:
+        named, bare = (train, val) if theirs is None else (val, train)
+        raise UserError(
+            f"the classes of {named} have names and those of {bare} are numbers alone, which cannot be compared: give "
+            "both as class folders, or both as lists with class numbers (of shards, write the names into "
+            f"{CLASS_NAMES} beside them, line n for class n)"
+        )
     if ours is None or theirs is None or list(ours) == list(theirs):
         return
     extra, missing = sorted(set(theirs) - set(ours)), sorted(set(ours) - set(theirs))

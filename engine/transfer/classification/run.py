@@ -17,6 +17,7 @@ from mirl.engine.models import ModelConfig
 from mirl.engine.training.computing import set_computation
 from mirl.engine.training.ema import ShardedEma
 from mirl.engine.training.plan import RunPlan, agree_on_main
+from mirl.engine.training.resumed_settings import differences, refuse_unnamed
 from mirl.engine.training.run import RunKind, RunParts, run_training
 from mirl.engine.training.run_data import ImageShape, build_loader, device_id, loader_threads
 from mirl.engine.transfer.classification.augmentation import BatchAugmentation
@@ -121,7 +122,7 @@ class Finetuning(RunKind[FinetuneConfig]):
 
     def opening_lines(self, plan: FinetunePlan, parameters: int) -> list[str]:
         config, model, section = plan.config, plan.config.encoder, plan.config.finetune
-        evaluated = f"evaluated on {self.val.num_images} images" if self.val is not None else "not evaluated (no --val)"
+        evaluated = f"evaluated on {self.val.ledger}" if self.val is not None else "not evaluated (no --val)"
         return [
             f"fine-tuning, recipe {config.recipe}, out {config.run.out} (resolved configuration in config.json)",
             f"encoder {model.name} from {section.checkpoint}: depth {model.depth}, width {model.width}; "
@@ -150,10 +151,8 @@ def _source_config(plan: FinetunePlan) -> ModelConfig:
 
 def _require_same_model(saved: FinetuneConfig, asked: FinetuneConfig, path: Path) -> None:
     """UserError that names what differs: fixed positions and stochastic depth show in no weight."""
-    for field in dataclasses.fields(ModelConfig):
-        ours, theirs = getattr(asked.encoder, field.name), getattr(saved.encoder, field.name)
-        if ours != theirs and field.name != "attention":
-            raise UserError(f"{field.name} is {ours} and {path} was trained with {theirs}: resume with the same flags")
+    found = differences("model", ModelConfig, asked.encoder, dataclasses.asdict(saved.encoder))
+    refuse_unnamed([item for item in found if not item.free], asked, path)
 
 
 def _with_models(config: FinetuneConfig, source: ModelConfig) -> FinetuneConfig:

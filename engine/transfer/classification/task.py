@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from mirl.dataloaders import Batch, EvalLoader
-from mirl.engine.accounting.flops import classifier_macs
+from mirl.engine.accounting.flops import classifier_flops
 from mirl.engine.distributed.ds_engine import Fragment, FragmentReader, TrainEngine
 from mirl.engine.distributed.launch import Ranks
 from mirl.engine.models.config import ModelConfig
@@ -38,8 +38,7 @@ class FinetuneTask:
     ) -> None:
         self.ranks, self.engine, self.log, self.augmentation = ranks, engine, log, augmentation
         self.ema, self.val, self.eval_every = ema, val, eval_every
-        # Forward and backward: three times the forward pass.
-        self.gflops_per_image = 3 * 2 * classifier_macs(model) / 1e9
+        self.gflops_per_image = classifier_flops(model, augmentation.num_classes).training / 1e9
         self.drop_path = model.drop_path
         self.scores: dict[str, Scores] = {}
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 from mirl.dataloaders.decoding.crops import Augmentation, evaluation_windows
+from mirl.dataloaders.decoding.resize import resize_bicubic
 
 COUNT = 20_000
 # Samples are fixed by their keys, so the tests are deterministic; p below this would be 1 in 1000 for a right program.
@@ -166,3 +170,54 @@ def test_evaluation_crop_always_fits(size):
 def test_wrong_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Augmentation(**({"image_size": (224, 224)} | change))
+
+
+@pytest.mark.parametrize("short", [37, 64, 73])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("side", [1, 3, 40, 150])
+def test_of_a_strip_only_what_the_crop_needs_is_resized(side, turned, short):
+    """Against the whole strip resized and then cut, both with the resize of the loaders; differences in 255 levels."""
+    size, length = (64, 48), 40 * side
+    strip = np.random.default_rng(side).integers(0, 256, (side, length, 3), dtype=np.uint8)
+    strip = np.ascontiguousarray(strip.transpose(1, 0, 2)) if turned else strip
+    sizes_B2 = np.array([strip.shape[:2]])
+    ((top, left, height, width),), _, (resized,), ((at, across),) = evaluation_windows(sizes_B2, short, size)
+    assert height * width < side * length / 2
+    ours = resize_bicubic(np.ascontiguousarray(strip[top : top + height, left : left + width]), tuple(resized))
+    ours = ours[at : at + size[0], across : across + size[1]]
+    least = max(short, size[1] if turned else size[0])
+    whole = resize_bicubic(strip, (40 * least, least) if turned else (least, 40 * least))
+    at, across = (round((total - cut) / 2) for total, cut in zip(whole.shape[:2], size, strict=True))
+    theirs = whole[at : at + size[0], across : across + size[1]]
+    difference = (ours.int() - theirs.int()).abs()
+    assert ours.shape == theirs.shape == (*size, 3) and difference.max() <= 1
+
+
+def test_the_memory_of_a_strip_is_bounded_by_its_crop():
+    sizes_B2 = np.array([(1, 60000), (60000, 1), (2, 10**8), (500, 375), (17, 16 * 17)])
+    for size in ((224, 224), (64, 1024), (1024, 64)):
+        windows, _, resized, offsets = evaluation_windows(sizes_B2, 256, size)
+        short = np.maximum(256, np.max(size))
+        assert (resized.astype(np.int64).prod(axis=1) <= 17 * short**2).all()
+        assert (offsets >= 0).all() and (offsets + size <= resized).all()
+        assert (windows[:, :2] + windows[:, 2:] <= sizes_B2).all()
+    assert (evaluation_windows(sizes_B2[3:], 256, (224, 224))[0] == [[0, 0, 500, 375], [0, 0, 17, 272]]).all()
+
+
+def test_a_strip_takes_no_gigabytes(tmp_path):
+    """A process of its own may use 1 GiB more than it has with the modules imported; the whole strip would take 12."""
+    strip = np.random.default_rng(0).integers(0, 255, (1, 60000, 3), dtype=np.uint8)
+    Image.fromarray(strip).save(tmp_path / "strip.png")
+    np.save(tmp_path / "strip.npy", strip.astype(np.float32))
+    code = (
+        "import resource, sys; from mirl.dataloaders import build_eval_loader, load_images\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "import torch, nvidia.dali; before = peak()\n"
+        "for path in sys.argv[1:]:\n"
+        "    assert load_images([path], image_size=(224, 224), resize_short=256).shape[0] == 1\n"
+        "print((peak() - before) / 2**20)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "strip.png"), str(tmp_path / "strip.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -111,3 +114,69 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(encoded):
 def test_pixmaps_hold_the_pixels(photo, channels):
     pixels = np.asarray(photo(1).convert("RGB" if channels == 3 else "L")).reshape(96, 128, channels)
     assert np.array_equal(decode_with_pillow(as_portable_pixmap(pixels), channels), pixels)
+
+
+def with_stray_bytes(data: bytes, stray: bytes) -> bytes:
+    """The JPEG with bytes between two of its segments, as some cameras write them."""
+    at = data.index(b"\xff\xdb")
+    return data[:at] + stray + data[at:]
+
+
+@pytest.mark.parametrize("stray", [b"\0\0", bytes(11), b"\x13\xff\xff"])
+@pytest.mark.parametrize("orientation", [None, 6])
+def test_stray_bytes_between_segments_are_for_pillow_to_judge(photo, encoded, stray, orientation):
+    whole = encoded(photo(1), orientation=orientation)
+    data = with_stray_bytes(whole, stray)
+    header, plain = read_header(data), read_header(whole)
+    assert (header.height, header.width, header.format) == (plain.height, plain.width, "JPEG")
+    assert np.array_equal(decode_with_pillow(data), decode_with_pillow(whole))
+
+
+def test_images_with_stray_bytes_are_trained_on(tmp_path, photo, encoded):
+    from mirl.dataloaders import build_train_loader
+    from mirl.dataloaders.tools.validate import validate_data
+
+    for number in range(4):
+        data = encoded(photo(number))
+        (tmp_path / f"{number}.jpg").write_bytes(with_stray_bytes(data, bytes(11)) if number < 2 else data)
+    assert not validate_data(tmp_path, progress=False).bad
+    with build_train_loader(tmp_path, image_size=(32, 32), micro_batch=4, threads=1, bad_image_limit=0) as loader:
+        assert sorted(loader.next_micro_batch().sample_ids) == [0, 1, 2, 3] and not loader.bad_images
+
+
+def large_png(height: int, width: int) -> bytes:
+    """Grey, all black: a few kilobytes whatever its size."""
+    buffer = io.BytesIO()
+    Image.new("1", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_the_limit_is_named_with_what_moves_it(tmp_path):
+    """In a process of its own, since the limit is read once and Pillow's goes with it."""
+    path = tmp_path / "large.png"
+    path.write_bytes(large_png(13000, 14000))
+    code = (
+        "import sys; from mirl.dataloaders.decoding.headers import *\n"
+        "data = open(sys.argv[1], 'rb').read()\n"
+        "try: print(read_header(data).height, decode_with_pillow(data, 1).shape)\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+
+    def run(**variables: str) -> str:
+        command = [sys.executable, "-W", "ignore", "-c", code, str(path)]
+        return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=True).stdout
+
+    refused = run()
+    assert "ImageError its header says 13000 x 14000 pixels, 182000000 in all, more than the limit of 178" in refused
+    assert refused.strip().endswith("or export MIRL_MAX_IMAGE_PIXELS=182000000")
+    assert run(MIRL_MAX_IMAGE_PIXELS="182_000_000").strip() == "13000 (13000, 14000, 1)"
+    assert "more than the limit of 1000:" in run(MIRL_MAX_IMAGE_PIXELS="1000")
+    assert "UserError MIRL_MAX_IMAGE_PIXELS is 'many': give a number" in run(MIRL_MAX_IMAGE_PIXELS="many")
+
+
+def test_a_format_that_only_pillow_knows_has_the_same_limit():
+    """Pillow refuses it when it is opened, before the size could be compared."""
+    header = b"BM" + bytes(12) + (40).to_bytes(4, "little") + (60000).to_bytes(4, "little") * 2
+    data = header + (1).to_bytes(2, "little") + (24).to_bytes(2, "little") + bytes(24)
+    with pytest.raises(ImageError, match="limit.*or export MIRL_MAX_IMAGE_PIXELS="):
+        read_header(data)

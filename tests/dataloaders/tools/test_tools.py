@@ -223,7 +223,7 @@ def test_bench_measures_every_combination(jpeg_folder):
 
 
 def test_demo_photographs_are_made_once_by_any_number_of_processes(tmp_path):
-    code = "import sys; from dataloaders import prepare_demo; print(prepare_demo(sys.argv[1]))"
+    code = "import sys; from mirl.dataloaders import prepare_demo; print(prepare_demo(sys.argv[1]))"
     workers = [
         subprocess.Popen([sys.executable, "-c", code, tmp_path / "cache"], stdout=subprocess.PIPE, text=True)
         for _ in range(2)

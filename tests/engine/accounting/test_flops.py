@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mirl.engine.accounting.flops import (
     PLAIN,
+    classifier_flops,
     classifier_macs,
     classifier_parameters,
     decoder_parameters,
@@ -20,6 +23,8 @@ from mirl.engine.accounting.flops import (
     training_flops_per_image,
 )
 from mirl.engine.models import MIRL, MODEL_NAMES, ExactSkips, ModelConfig, model_config
+from mirl.engine.transfer.classification.classifier import Classifier
+from mirl.engine.transfer.classification.task import FinetuneTask
 from tests.engine.models.helpers import make_inputs, tiny_config
 from tests.support.oracle import ReferenceMIRL
 
@@ -115,6 +120,45 @@ def test_formula_of_each_skip_equals_the_counter(overrides: dict, skip: str) -> 
     # Without the skip the engine still drops the class token before the head, and the reference behind it.
     class_token = 0 if chosen.masked_only_tail else 3 * 2 * config.segments * config.decoder_width * config.patch_pixels
     assert counts[1] - counts[0] == training_flops_per_image(config, chosen) - class_token
+
+
+@pytest.mark.parametrize("classes", [3, 1000])
+@pytest.mark.parametrize("pool", ["avg", "token"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny_config(segments=4, decoder_depth=3, mlp_ratio=2.5, channels=5),
+        tiny_config(objective="truncated", segments=1, did=False, truncated_depth=2),
+        model_config("vit_s", attention="math"),
+    ],
+    ids=["channels", "truncated", "vit_s"],
+)
+def test_fine_tuning_equals_the_counter(config: ModelConfig, pool: str, classes: int) -> None:
+    """All blocks and patches, attention's products, and the head that there is: forward and backward."""
+    model = Classifier(dataclasses.replace(config, attention="math"), num_classes=classes, pool=pool)
+    images = make_inputs(config, 1)[0]
+    model(images)  # resolves attention, which runs some
+    with FlopCounterMode(display=False) as counter:
+        model(images).square().sum().backward()
+    assert counter.get_total_flops() == classifier_flops(config, classes).training
+
+
+def test_the_task_counts_the_classes_that_it_has() -> None:
+    config = tiny_config()
+    nothing: Any = None
+    augmentation: Any = SimpleNamespace(num_classes=7)
+    task = FinetuneTask(
+        config, ranks=nothing, engine=nothing, log=nothing, augmentation=augmentation, ema=None, val=None,
+        eval_every=None,
+    )  # fmt: skip
+    assert task.gflops_per_image * 1e9 == pytest.approx(classifier_flops(config, 7).training, rel=1e-12)
+
+
+def test_fine_tuning_of_the_papers_model() -> None:
+    """Twice its multiply-adds, and attention's products."""
+    config = model_config("vit_b_48")
+    attention = config.depth * 4 * 197**2 * config.width
+    assert classifier_flops(config, 1000).total == 2 * classifier_macs(config) + attention
 
 
 def test_skips_leave_about_160_of_171() -> None:

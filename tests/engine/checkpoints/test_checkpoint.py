@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mirl.dataloaders.sources.manifest import atomic_writer
+from mirl.engine.checkpoints.files import write_weights
 from mirl.engine.checkpoints.reader import CheckpointReader, find_newest_good, locate, verify
 from mirl.engine.checkpoints.writer import CheckpointWriter, list_checkpoints
 from mirl.engine.distributed.ds_engine import Fragment
@@ -164,6 +167,55 @@ def test_a_missing_rank_file_listed_nowhere_is_an_incomplete_checkpoint(tmp_path
     assert verify(path) is None
     with pytest.raises(UserError, match="checkpoint is incomplete"):
         CheckpointReader(path).weights()
+
+
+def test_pieces_that_overlap_do_not_make_up_for_one_that_is_missing(tmp_path):
+    """Elements 0..2 and 1..3 of a parameter of seven, and 5..6: seven elements counted, six there."""
+    tensors = values(1)
+    kept = [piece for piece in fragments(tensors) if (piece.kind, piece.name) != ("weight", "b")]
+    whole = tensors["weight", "b"]
+    cut = [Fragment(name="b", kind="weight", start=start, tensor=whole[start : start + size].clone())
+           for start, size in ((0, 3), (1, 2), (5, 2))]  # fmt: skip
+    writer = CheckpointWriter(tmp_path, ranks(), keep=0)
+    writer.save(1, [*kept, *cut], state(1))
+    writer.wait()
+    reader = CheckpointReader(tmp_path / "step-00000001")
+    with pytest.raises(UserError, match="holds element 1 of weight b twice, in rank-00000-of-00001.safetensors"):
+        reader.read("b", "weight", 0, 7)
+    with pytest.raises(UserError, match="holds 2 of 4 elements of weight b: the checkpoint is incomplete"):
+        reader.read("b", "weight", 3, 4)
+    assert torch.equal(reader.read("b", "weight", 5, 2), whole[5:])
+
+
+@pytest.mark.parametrize("name", ["chmod", "fsync"])
+def test_a_file_system_without_chmod_or_without_a_sync_of_folders_holds_checkpoints(name, tmp_path, monkeypatch):
+    """EPERM of S3, blobfuse, CIFS and NTFS; EINVAL of older CIFS and some FUSE."""
+    real, refused = getattr(os, name), []
+
+    def without(target, *arguments, **options):
+        if name == "fsync" and not os.path.isdir(f"/proc/self/fd/{target}"):
+            return real(target, *arguments, **options)
+        refused.append(target)
+        raise OSError(errno.EPERM if name == "chmod" else errno.EINVAL, "refused")
+
+    monkeypatch.setattr(os, name, without)
+    save(tmp_path / "run", 3)
+    write_weights(tmp_path / "whole", {"b": torch.zeros(7)}, {"config": {}})
+    with atomic_writer(tmp_path / "list.tsv") as stream:
+        stream.write("text")
+    assert len(refused) >= 2
+    assert verify(tmp_path / "run" / "step-00000003") is None and verify(tmp_path / "whole") is None
+    assert (tmp_path / "list.tsv").read_text() == "text"
+    monkeypatch.setattr(os, name, failing(errno.EIO))
+    with pytest.raises(OSError, match="really"):
+        write_weights(tmp_path / "second", {"b": torch.zeros(7)}, {"config": {}})
+
+
+def failing(number):
+    def call(*_, **__):
+        raise OSError(number, "really")
+
+    return call
 
 
 def test_another_architecture_is_named(tmp_path):

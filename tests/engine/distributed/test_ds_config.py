@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mirl.engine.configuration.config import OptimConfig
 from mirl.engine.distributed.ds_config import NAMES, read_ds_config, resolve_batch, resolve_ds_config, resolve_precision
 from mirl.engine.pretraining.recipes import recipe
 from mirl.errors import UserError
+from tests.support.runs import ENTRY, TINY
 
 CPU = torch.device("cpu")
 
@@ -56,6 +58,52 @@ def test_a_name_a_shipped_path_and_a_file_are_read(tmp_path, monkeypatch):
 
 
 STAGE = {"zero_optimization": {"stage": 2}}
+FILES = {
+    b"\xef\xbb\xbf" + json.dumps(STAGE).encode(): None,
+    json.dumps(STAGE).encode("utf-16"): None,
+    b'{"zero_optimization": {"stage": 2},\n "note": "caf\xe9"}': "is not UTF-8 text: byte 0xe9 in line 2; save it as",
+    b'{ // zero\n "zero_optimization": {"stage": 2}}': "is not JSON: Expecting property name .*JSON has no comments",
+    b'{"zero_optimization": {"stage": 2},}': "is not JSON: Expecting property name",
+    b"": "is not JSON: Expecting value",
+    b"[" * 100_000: "is not JSON: ",
+    b'{"zero_optimization": 2}': r'has zero_optimization 2: give an object, e.g. {"stage": 2}',
+    b'{"zero_optimization": [2]}': r"has zero_optimization \[2\]: give an object",
+    b'{"zero_optimization": null}': "has zero_optimization null: give an object",
+    b'{"zero_optimization": {"stage": "2"}}': 'has zero_optimization.stage "2": give the number 1, 2 or 3',
+    b'{"zero_optimization": {"stage": true}}': "has zero_optimization.stage true: give the number",
+    b'{"bf16": true}': r'has bf16 true: give an object, e.g. {"enabled": true}',
+    b'{"bf16": {"enabled": "yes"}}': 'has bf16.enabled "yes": give true, false or "auto"',
+    b'{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}': 'offload_optimizer "cpu": give an object, e.g.',
+    b'{"zero_optimization": {"stage": 2, "offload_param": true}}': "offload_param true: give an object, or leave it",
+    b'{"data_types": "fp32"}': 'has data_types "fp32": give an object',
+    b'{"gradient_clipping": NaN}': "holds NaN: give a finite number",
+    b'{"bf16": {"enabled": true}, "bf16": {"enabled": false}}': "holds 'bf16' twice in one object",
+}
+
+
+@pytest.mark.parametrize(("content", "message"), FILES.items(), ids=[key[:50].decode("latin-1") for key in FILES])
+def test_a_file_of_another_kind_is_read_or_refused_in_one_line(content, message, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_bytes(content)
+    if message is None:
+        assert read_ds_config(str(path)) == STAGE
+        return
+    with pytest.raises(UserError, match=f"^deepspeed_config .*mine.json .*{message}") as caught:
+        read_ds_config(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_null_says_that_there_is_no_offload(tmp_path):
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": null}}')
+    assert resolve(read_ds_config(str(tmp_path / "mine.json")))["zero_optimization"]["stage"] == 2
+
+
+def test_what_only_deepspeed_refuses_is_one_line_too(photographs, tmp_path, run):
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": "large"}}')
+    flags = [*TINY, "--data", photographs, "--steps", "1", "--out", "out", "--deepspeed_config", "mine.json"]
+    ended = run(sys.executable, ENTRY, *flags)
+    assert ended.returncode == 2, ended.stderr[-2000:]
+    assert "reduce_bucket_size is 'large'" in ended.stderr and "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize(

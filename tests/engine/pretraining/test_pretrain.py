@@ -200,7 +200,8 @@ def test_another_architecture_and_a_taken_folder_are_refused_and_nothing_is_over
     assert run(*base).returncode == 0
     before = {path: path.read_bytes() for path in sorted((tmp_path / "out").rglob("*")) if path.is_file()}
     wider = run(*base, "--resume", "auto", "--width", "64", "--steps", "4")
-    assert wider.returncode == 2 and "another architecture" in wider.stderr, wider.stderr
+    assert wider.returncode == 2 and "width is 64 and" in wider.stderr, wider.stderr
+    assert "give --width 32 as before (width cannot change within a run)" in wider.stderr
     again = run(*base)
     assert again.returncode == 2 and "holds a run already" in again.stderr
     finished = run(*base, "--resume", "auto")
@@ -236,6 +237,8 @@ def test_a_run_that_diverges_stops_on_all_ranks_and_keeps_its_checkpoint(tmp_pat
         "40",
         "--lr",
         "1e30",
+        "--change",
+        "lr",
         "--max-nonfinite-steps",
         "3",
         "--checkpoint-every",

@@ -85,7 +85,11 @@ def test_hits():
 
 def test_classes_that_differ_are_named():
     require_same_classes(["a", "b"], ["a", "b"], train="T", val="V")
-    require_same_classes(None, ["a", "b"], train="T", val="V")
+    require_same_classes(None, None, train="T", val="V")
+    with pytest.raises(UserError, match="classes of V have names and those of T are numbers alone.*give both as class"):
+        require_same_classes(None, ["a", "b"], train="T", val="V")
+    with pytest.raises(UserError, match="classes of T have names and those of V are numbers alone"):
+        require_same_classes(["a", "b"], None, train="T", val="V")
     with pytest.raises(UserError, match="V has class 'c', which T lacks; V lacks class 'b'"):
         require_same_classes(["a", "b"], ["a", "c"], train="T", val="V")
     with pytest.raises(UserError, match=r"V lacks 4 classes \('b', 'c', 'd', ...\)"):

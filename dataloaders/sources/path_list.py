@@ -1,0 +1,92 @@
+"""Text lists of images: one path a line, byte for byte as on the disk, optionally a tab and a class number."""
+
+from __future__ import annotations
+
+import codecs
+import os
+from pathlib import Path
+
+from mirl.dataloaders.sources.kinds import is_text
+from mirl.dataloaders.sources.paths import shown
+from mirl.errors import UserError
+
+_BLANK = " \t\r\v\f"
+_UTF_16_OR_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+
+
+def read_path_list(list_file: Path) -> tuple[list[str], list[int] | None]:
+    """(paths, labels or None) of a list. Relative paths start at the folder of the list.
+
+    Lines end with a newline, or carriage return and newline, and with nothing else. Empty lines are skipped, lines that
+    start with # where no file has that name. White space around a path is dropped where no file has it in its name.
+    UserError names the line and what is wrong with it.
+    """
+    name = shown(list_file)
+    try:
+        data = list_file.read_bytes()
+    except OSError as error:
+        raise UserError(f"list {name} cannot be read ({error.strerror}); check its permissions") from None
+    if data.startswith(_UTF_16_OR_32):
+        raise UserError(f"list of paths {name} is UTF-16 or UTF-32 text: save it as UTF-8")
+    if not is_text(data[:4096].replace(b"\x1b", b"")):
+        raise UserError(f"list of paths {name} is no text: give one path a line, or a folder of images")
+    data = data.removeprefix(codecs.BOM_UTF8)
+    folder = list_file.parent
+    numbered = enumerate((os.fsdecode(raw.removesuffix(b"\r")) for raw in data.split(b"\n")), start=1)
+    lines = [(number, line) for number, line in numbered if line.strip(_BLANK) and not _is_comment(line, folder)]
+    if not lines:
+        raise UserError(f"list of paths {name} names no image; write one path a line")
+    first = _path(lines[0][1], folder)
+    if "\t" not in first or _exists(folder, first):
+        paths, labels = [_path(line, folder) for _, line in lines], None
+    else:
+        paths, labels = [], []
+        for number, line in lines:
+            path, _, label = line.rstrip(_BLANK).rpartition("\t")
+            if not path or not (label.strip().isascii() and label.strip().isdigit()):
+                raise UserError(
+                    f"list of paths {name}: {shown(line)!r} is not 'path<TAB>label' as the first entry is; "
+                    f"mend line {number}"
+                )
+            paths.append(_path(path, folder))
+            labels.append(int(label))
+    if not (folder / paths[0]).is_file():
+        raise UserError(f"list of paths {name}: its first entry {_first_problem(list_file, paths[0])}")
+    return paths, labels
+
+
+def _is_comment(line: str, folder: Path) -> bool:
+    return line.startswith("#") and not any(_exists(folder, text) for text in (line, line.rpartition("\t")[0]) if text)
+
+
+def _path(text: str, folder: Path) -> str:
+    """The text without white space around it, unless a file has it in its name."""
+    bare = text.strip(_BLANK)
+    return text if bare == text or _exists(folder, text) else bare
+
+
+def _exists(folder: Path, path: str) -> bool:
+    try:
+        return (folder / path).is_file()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        return False
+
+
+def _first_problem(list_file: Path, path: str) -> str:
+    """What is wrong with an entry that names no file, and the mend."""
+    folder, file = list_file.parent, shown(list_file)
+    if (folder / path).is_dir():
+        return f"{shown(folder / path)} is a folder; give the files in it, or the folder itself in place of the list"
+    for mark, kind in ((" ", "a space"), (",", "a comma"), (";", "a semicolon")):
+        head, _, tail = path.rpartition(mark)
+        if head and _exists(folder, head.strip().strip('"')):
+            mend = rf"sed -E 's/{mark} *([0-9]+)\r?$/\t\1/' {file} > NEW"
+            return f"{shown(path)!r} is a path, {kind} and {shown(tail.strip())!r}; put a tab before the label: {mend}"
+    if _exists(folder, path.strip("\"'")):
+        return f"{shown(path)!r} is a path in quotes; write it without them"
+    if "\\" in path and _exists(folder, path.replace("\\", "/")):
+        return f"{shown(path)!r} has backslashes between folders; write /"
+    return (
+        f"{shown(folder / path)} does not exist; use absolute paths or paths relative to the folder of the list, "
+        "one a line, without a heading"
+    )

@@ -1,0 +1,121 @@
+"""Which part of a sample in a tar shard is the image, and which is its label.
+
+As in WebDataset a sample is a run of members whose names agree up to the first dot, and what follows the dot names the
+part: 0001.jpg, 0001.depth.png and 0001.cls are three parts of 0001. A dot can also belong to the name, as in
+"Screenshot at 10.02.02 PM.png". The rule: what stands between the first and the last dot is the name of a part only if
+each piece is a word of ASCII letters, digits, _ and - that begins with a letter or _; pieces up to the last one that is
+no such word belong to the sample's name. Of the image parts of one sample the one whose extension has no dot is taken;
+several, or only several with dots, are refused by name, and `mirl make-index --image-part` settles it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from mirl.dataloaders.sources.index_format import Part
+from mirl.dataloaders.sources.kinds import image_extensions
+
+EACH = "each"
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+_IMAGES = image_extensions()
+
+
+class AmbiguousSample(ValueError):
+    """Several parts could be the image; `extensions` are theirs."""
+
+    def __init__(self, name: str, extensions: list[str]) -> None:
+        super().__init__(f"sample {name!r} has {len(extensions)} image parts ({', '.join(extensions)})")
+        self.name, self.extensions = name, extensions
+
+
+@dataclass
+class Chosen:
+    """The images of one run of members, each with its part and its label's, and (part, reason) of all others."""
+
+    images: list[tuple[Part, str, Part | None]] = field(default_factory=list)
+    left_out: list[tuple[Part, str]] = field(default_factory=list)
+
+
+def is_image(extension: str) -> bool:
+    """Whether a part's extension, in lower case and with any number of dots, is that of an image."""
+    return extension.rpartition(".")[2] in _IMAGES
+
+
+def choose_images(parts: list[Part], image_part: str | None = None) -> Chosen:
+    """The images among the members of one WebDataset sample.
+
+    image_part: the extension of the part to take, after the first dot of the name, or "each" for every image part;
+    None: by the rule above. AmbiguousSample where the rule does not tell.
+    """
+    chosen = Chosen()
+    label = next((part for part in parts if part.extension == "cls"), None)
+    if image_part == EACH:
+        groups = [[part] for part in parts]
+        extensions = [[part.extension] for part in parts]
+    elif image_part is not None:
+        for part in parts:
+            if part.extension == image_part:
+                chosen.images.append((part, part.extension, label))
+            else:
+                chosen.left_out.append((part, f".{part.extension} beside --image-part {image_part}"))
+        return chosen
+    else:
+        groups, extensions = _samples(parts)
+    labels = _labels(parts) if len(groups) > 1 else {}
+    for group, names in zip(groups, extensions, strict=True):
+        taken = _image_of(group, names)
+        own = next((part for part, name in zip(group, names, strict=True) if name == "cls"), None)
+        for number, (part, name) in enumerate(zip(group, names, strict=True)):
+            if number == taken:
+                stem = part.name.rpartition(".")[0]
+                chosen.images.append((part, name, own or labels.get(stem) or label))
+            else:
+                beside = " beside the image" if is_image(name) else ""
+                chosen.left_out.append((part, f".{name}{beside}"))
+    return chosen
+
+
+def _samples(parts: list[Part]) -> tuple[list[list[Part]], list[list[str]]]:
+    """Parts of one WebDataset sample by the part of the name that the first dot cut off, and their extensions."""
+    groups: list[list[Part]] = []
+    extensions: list[list[str]] = []
+    current: dict[str, int] = {}
+    for part in parts:
+        stem, extension = _split(part)
+        number = current.get(stem)
+        if number is None or extension in extensions[number]:  # a member that is there twice is an image of its own
+            number = current[stem] = len(groups)
+            groups.append([])
+            extensions.append([])
+        groups[number].append(part)
+        extensions[number].append(extension)
+    return groups, extensions
+
+
+def _split(part: Part) -> tuple[str, str]:
+    """(rest of the sample's name, extension) of what follows the first dot of a member's name."""
+    pieces = part.extension.split(".")
+    if len(pieces) == 1:
+        return "", part.extension
+    first = len(pieces) - 1
+    while first > 0 and _WORD.fullmatch(pieces[first - 1]):
+        first -= 1
+    original = part.name.rpartition("/")[2].split(".")[1:]  # the index has extensions in lower case
+    return ".".join(original[:first]), ".".join(pieces[first:])
+
+
+def _labels(parts: list[Part]) -> dict[str, Part]:
+    return {part.name.rpartition(".")[0]: part for part in parts if part.extension.rpartition(".")[2] == "cls"}
+
+
+def _image_of(group: list[Part], extensions: list[str]) -> int | None:
+    images = [number for number, name in enumerate(extensions) if is_image(name)]
+    if len(images) < 2:
+        return images[0] if images else None
+    plain = [number for number in images if "." not in extensions[number]]
+    if len(plain) == 1:
+        return plain[0]
+    folder, separator, base = group[0].name.rpartition("/")
+    name = folder + separator + base.partition(".")[0]
+    raise AmbiguousSample(name, [group[number].extension for number in images])

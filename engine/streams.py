@@ -1,0 +1,52 @@
+"""Standard output and error that can always be written to: telling something never ends what it tells about."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TextIO
+
+
+def open_streams() -> None:
+    """Put /dev/null in place of each standard stream that this process was started without, and let the others write
+    any name. Cron jobs, daemons and some schedulers start programs so, and ``>&-`` in a shell.
+
+    Without that the next file to be opened would become descriptor 1 or 2, into which libraries write, and `sys.stdout`
+    is None. A character that the stream's encoding lacks, or a byte of a file's name that is no text, is written as its
+    number.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # The lowest free number is taken, which is this one. Children get it too, as they would a real one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def say(line: str) -> None:
+    """Print ``line`` on stderr, as one line whatever names are in it. Never raises."""
+    shown = "".join(part if part.isprintable() else part.encode("unicode_escape").decode() for part in line)
+    try:
+        print(shown, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        flush(sys.stderr)
+
+
+def flush(stream: TextIO) -> None:
+    """Flush; where nobody reads any more (a closed pipe or ssh session) turn ``stream`` to nowhere, because the
+    interpreter would fail on it once more and leave with a code of its own.
+    """
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except ValueError:
+        pass  # the stream was closed, and the interpreter leaves it alone

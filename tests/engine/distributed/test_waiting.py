@@ -1,0 +1,136 @@
+"""Ranks that wait for others say so, and why that may be; done as told, the command runs."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mirl.engine.commands import doctor
+from mirl.engine.distributed.environment import who_is_missing, without_launcher
+from tests.support.launch import CHECKOUT, launch_environment
+
+PROGRAM = """
+import datetime, sys
+from mirl.engine.distributed import launch
+from mirl.engine.errors import run_entry_point
+launch.SILENCE_S, launch.RENDEZVOUS_TIMEOUT = 0.5, datetime.timedelta(seconds=float(sys.argv[1]))
+def main():
+    ranks = launch.join()
+    ranks.barrier()
+    launch.leave()
+    print("met", ranks.rank, ranks.world_size, flush=True)
+run_entry_point(main)
+"""
+SLURM = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "bash"}
+SRUN = SLURM | {"SLURM_STEP_NUM_TASKS": "2"}
+
+
+@pytest.fixture
+def port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def start(limit_s: float, **environment: str) -> subprocess.Popen[str]:
+    clean = {name: value for name, value in launch_environment().items() if not name.startswith("SLURM_")}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(limit_s)], cwd=CHECKOUT, env=clean | environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+ALONE = {
+    "a Slurm shell": (SLURM, "rank 0 of 2", "rank 1", "SLURM_NTASKS is 2 and only srun starts that many: start this"),
+    "WORLD_SIZE alone": (
+        {"WORLD_SIZE": "3"},
+        "rank 0 of 3",
+        "ranks 1 to 2, or some",
+        "WORLD_SIZE is 3, which a launch",
+    ),
+    "rank 1 alone": ({"RANK": "1", "WORLD_SIZE": "2"}, "rank 1 of 2", "rank 0", "WORLD_SIZE is 2, which a launcher"),
+    "a task of srun": (SRUN, "rank 0 of 2", "rank 1", "see what they print, if the launcher has started them"),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_rank_that_waits_says_so_once_and_gives_up_in_one_line(name, port):
+    environment, who, missing, why = ALONE[name]
+    process = start(4, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **environment)
+    _, told = process.communicate(timeout=60)
+    lines = [line for line in told.splitlines() if line.startswith(("warning: rank", "error:"))]
+    assert lines[0].startswith(f"warning: {who} waits for {missing}") and why in lines[0]
+    assert f" at 127.0.0.1:{port}: " in lines[0]
+    if not environment.get("RANK"):  # only rank 0 tells how a command ends
+        assert lines[1].startswith(f"error: {who} waited 0.0666667 minutes in vain for {missing}") and why in lines[1]
+    assert len(lines) == 2 - bool(environment.get("RANK"))
+    assert process.returncode == 2 and "Traceback" not in told
+
+
+def test_after_it_was_said_the_others_are_still_welcome(port):
+    at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    first = start(60, **at)
+    assert "waits for rank 1" in first.stderr.readline()
+    second = start(60, RANK="1", **at)
+    for process, rank in ((first, 0), (second, 1)):
+        out, _ = process.communicate(timeout=60)
+        assert (process.returncode, out) == (0, f"met {rank} 2\n")
+
+
+def test_ranks_that_meet_at_once_say_nothing(port):
+    started = time.monotonic()
+    process = start(60, MASTER_PORT=port)
+    out, told = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "met 0 1\n") and "waits" not in told, time.monotonic() - started
+
+
+@pytest.mark.parametrize("address", [{}, {"MASTER_ADDR": "127.0.0.1"}])
+def test_done_as_told_one_process_runs(address, port):
+    """Without MASTER_ADDR and with it the line tells to unset SLURM_NTASKS."""
+    process = start(4, MASTER_PORT=port, **SLURM, **address)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "unset SLURM_NTASKS" in told and "srun" in told
+    told_to_unset = {name: value for name, value in SLURM.items() if name != "SLURM_NTASKS"}
+    out, _ = start(4, MASTER_PORT=port, **told_to_unset, **address).communicate(timeout=60)
+    assert out == "met 0 1\n"
+
+
+def test_who_is_missing():
+    assert [who_is_missing(rank, 8) for rank in (0, 5)] == ["ranks 1 to 7, or some of them", "rank 0"]
+
+
+FOREIGN = {
+    "a Slurm shell": SLURM,
+    "a Slurm shell with MASTER_ADDR": SLURM | {"MASTER_ADDR": "127.0.0.1"},
+    "WORLD_SIZE alone": {"WORLD_SIZE": "2"},
+    "a rank of torchrun": {"RANK": "1", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "1"},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_doctor_checks_deepspeed_as_one_process_in_any_shell(name, monkeypatch):
+    for variable, value in FOREIGN[name].items():
+        monkeypatch.setenv(variable, value)
+    finding = doctor.check_deepspeed()
+    assert finding.level == doctor.OK, finding
+    launch = doctor.check_launch()
+    assert launch.level == doctor.WARNING and "unset" in launch.mend
+    assert ("SLURM_NTASKS is 2" if "SLURM_NTASKS" in FOREIGN[name] else "WORLD_SIZE is ") in launch.text
+
+
+def test_doctor_blames_deepspeed_for_nothing_else(monkeypatch):
+    """Here the process could not begin: what it says is passed on, and nobody is told to install DeepSpeed again."""
+    monkeypatch.setattr(doctor, "without_launcher", lambda environment: dict(environment) | {"WORLD_SIZE": "two"})
+    finding = doctor.check_deepspeed()
+    assert finding.level == doctor.ERROR and "was not tried" in finding.text
+    assert "WORLD_SIZE is 'two'" in finding.mend and "pip install" not in str(finding)
+
+
+def test_an_environment_without_a_launcher_keeps_the_rest():
+    kept = {"PATH": "/bin", "OMP_NUM_THREADS": "1", "NCCL_DEBUG": "INFO"}
+    assert without_launcher(kept | SRUN | FOREIGN["a rank of torchrun"] | {"MASTER_PORT": "1"}) == kept
