@@ -160,7 +160,7 @@ def _compare_lengths(
 ) -> tuple[list[Difference], list[Difference]]:
     """``(wrong, grown)``: what differs in length and warm-up; a longer run is welcome.
 
-    The default warm-up grows with the run: where the checkpoint is past both, it acts no more.
+    So is the warm-up that a longer run has by default, a tenth of it; and one that the checkpoint is past acts no more.
     """
     per_epoch = state["steps_per_epoch"]
     total, their_total = (optim["steps"] or math.ceil(optim["epochs"] * per_epoch) for optim in (ours, theirs))
@@ -175,8 +175,9 @@ def _compare_lengths(
     if total != their_total:
         (grown if total > their_total else wrong).append(length)
     if warmup != their_warmup:
-        past = total > their_total and state["applied_steps"] >= max(warmup, their_warmup)
-        (grown if past else wrong).append(warming)
+        past = state["applied_steps"] >= max(warmup, their_warmup)
+        tenths = abs(10 * warmup - total) < 10 and abs(10 * their_warmup - their_total) < 10
+        (grown if total > their_total and (past or tenths) else wrong).append(warming)
     return wrong, grown
 
 

@@ -101,6 +101,19 @@ def test_a_longer_run_is_told_and_a_shorter_one_refused():
     assert compare("--steps", saved["steps"] - 1, "--warmup-steps", saved["warmup_steps"], "--change", "steps")
 
 
+def test_the_warm_up_that_a_longer_run_has_by_default_is_welcome_and_another_is_not():
+    saved = READERS["pretrain"].state["config"]["optim"]
+    assert (saved["steps"], saved["warmup_steps"]) == (6, 1) and READERS["pretrain"].state["applied_steps"] == 3
+    (line,) = compare("--steps", 50, "--warmup-steps", 5)
+    assert "steps 6 -> 50, warmup_steps 1 -> 5" in line
+    (line,) = compare("--steps", 50, "--warmup-steps", 2)  # over by now
+    assert "warmup_steps 1 -> 2" in line
+    with pytest.raises(UserError, match="warmup_steps is 20 and .*: give --warmup-steps 1 as before"):
+        compare("--steps", 50, "--warmup-steps", 20)
+    with pytest.raises(UserError, match="warmup_steps is 2 and .*--change warmup_steps"):
+        compare("--warmup-steps", 2)
+
+
 def test_the_same_length_in_epochs_is_the_same_length():
     state = READERS["pretrain"].state
     saved = state["config"]["optim"]
