@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
-from typing import IO
+from functools import lru_cache
+from typing import IO, NamedTuple
 
 _VERSION = b"v1.2"
 _MARK = b"mirl"
@@ -24,8 +25,7 @@ _NUMBERS = re.compile(rb" (\d+) (\d+) ")
 _BLOCK = 512
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):  # made by the million
     """One member of a sample: extension, offset of the data in the tar, bytes, member name."""
 
     extension: str
@@ -88,15 +88,19 @@ def _escaped_parts(line: bytes) -> list[Part]:
     if len(fields) % 4:
         raise _damage(line)
     parts = []
-    for extension, offset, size, name in zip(*(fields[k::4] for k in range(4)), strict=True):
+    for at in range(0, len(fields), 4):
+        extension, offset, size, name = fields[at : at + 4]
         if not offset.isdigit() or not size.isdigit():
             raise _damage(line)
-        parts.append(Part(_unescape(extension), int(offset), int(size), _unescape(name)))
+        parts.append(Part(_extension(extension), int(offset), int(size), _unescape(name)))
     return parts
 
 
 def _plain_parts(line: bytes) -> list[Part]:
-    readings = _readings(line, 0, limit=2)
+    fields = line.split(b" ")
+    if len(fields) % 4 == 0 and (parts := _split_at_spaces(fields)) is not None:
+        return parts
+    readings = _readings(line, 0, None, limit=2)
     if not readings:
         raise _damage(line)
     if len(readings) > 1:
@@ -104,10 +108,30 @@ def _plain_parts(line: bytes) -> list[Part]:
     return readings[0]
 
 
-def _readings(line: bytes, after: int, limit: int) -> list[list[Part]]:
-    """The ways, at most `limit`, to take a line of unescaped names as parts that lie one behind the other.
+def _split_at_spaces(fields: list[bytes]) -> list[Part] | None:
+    """The parts where no name has a space in it, as nearly always."""
+    parts, common = [], None
+    for at in range(0, len(fields), 4):
+        extension, offset, size, name = fields[at : at + 4]
+        key = _key(name, extension)
+        if not offset.isdigit() or not size.isdigit() or key is None or key != (common or key):
+            return None
+        common = key
+        parts.append(Part(_text(extension), int(offset), int(size), _text(name)))
+    return parts
 
-    What keeps them few: data starts at a multiple of 512, behind the part before; a name ends with its extension.
+
+def _key(name: bytes, extension: bytes) -> bytes | None:
+    """The name up to its first dot, which all parts of a sample share, if what follows is the extension; else None."""
+    dot = name.find(b".", name.rfind(b"/") + 1)
+    return name[:dot] if dot >= 0 and name[dot + 1 :].lower() == extension.lower() else None
+
+
+def _readings(line: bytes, after: int, common: bytes | None, limit: int) -> list[list[Part]]:
+    """The ways, at most `limit`, to take a line of names with spaces as the parts of one sample.
+
+    What keeps them few: data starts at a multiple of 512, behind the part before; a name ends with its extension and
+    begins as those of the other parts do.
     """
     found: list[list[Part]] = []
     for match in _NUMBERS.finditer(line):
@@ -115,13 +139,12 @@ def _readings(line: bytes, after: int, limit: int) -> list[list[Part]]:
         if offset % _BLOCK or offset < after + _BLOCK or not extension:
             continue
         rest = line[match.end() :]
-        ending = b"." + extension.lower()
-        ends = [len(rest), *(place.start() for place in re.finditer(b" ", rest))]
-        for end in ends:
-            if not rest[:end].lower().endswith(ending):
+        for end in (len(rest), *(place.start() for place in re.finditer(b" ", rest))):
+            key = _key(rest[:end], extension)
+            if key is None or key != (common or key):
                 continue
             part = Part(_text(extension), offset, size, _text(rest[:end]))
-            tails = [[]] if end == len(rest) else _readings(rest[end + 1 :], offset + size, limit)
+            tails = [[]] if end == len(rest) else _readings(rest[end + 1 :], offset + size, key, limit)
             found += [[part, *tail] for tail in tails]
             if len(found) >= limit:
                 return found[:limit]
@@ -138,6 +161,11 @@ def _text(raw: bytes) -> str:
 
 def _escape(text: str) -> bytes:
     return _TO_ESCAPE.sub(lambda match: b"%%%02X" % match[0][0], to_bytes(text))
+
+
+@lru_cache(maxsize=4096)
+def _extension(raw: bytes) -> str:
+    return _unescape(raw)
 
 
 def _unescape(raw: bytes) -> str:

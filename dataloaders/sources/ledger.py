@@ -30,11 +30,11 @@ class Ledger:
     def total(self) -> int:
         return self.images + self.left_out
 
-    def leave_out(self, reason: str, path: str) -> None:
-        """Records one entry that is no image of this data set."""
+    def leave_out(self, reason: str, path: str, member: str | None = None) -> None:
+        """Records one entry that is no image of this data set: a file, or the member of a shard."""
         self.reasons[reason] += 1
         if self.names is not None:
-            self.names.append((path, reason))
+            self.names.append((path if member is None else f"{path}::{member}", reason))
 
     def forget(self, reason: str, count: int, paths: set[str]) -> None:
         """Takes back `count` entries, those of `paths`, that are part of the data set after all."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from mirl.dataloaders.sources.index_format import Part
 from mirl.dataloaders.sources.kinds import image_extensions
@@ -48,6 +49,8 @@ def choose_images(parts: list[Part], image_part: str | None = None) -> Chosen:
     image_part: the extension of the part to take, after the first dot of the name, or "each" for every image part;
     None: by the rule above. AmbiguousSample where the rule does not tell.
     """
+    if image_part is None and (simple := _only_plain_image(parts)) is not None:
+        return simple
     chosen = Chosen()
     label = next((part for part in parts if part.extension == "cls"), None)
     if image_part == EACH:
@@ -74,6 +77,32 @@ def choose_images(parts: list[Part], image_part: str | None = None) -> Chosen:
                 beside = " beside the image" if is_image(name) else ""
                 chosen.left_out.append((part, f".{name}{beside}"))
     return chosen
+
+
+def _only_plain_image(parts: list[Part]) -> Chosen | None:
+    """The choice for a sample whose extensions have no dots and one of which is an image's, as nearly all are."""
+    image = label = None
+    left_out = []
+    for part in parts:
+        extension = part.extension
+        if "." in extension:
+            return None
+        if extension in _IMAGES:
+            if image is not None:
+                return None
+            image = part
+            continue
+        if extension == "cls":
+            if label is not None:
+                return None
+            label = part
+        left_out.append((part, _reason(extension)))
+    return Chosen([(image, image.extension, label)] if image is not None else [], left_out)
+
+
+@lru_cache(maxsize=4096)
+def _reason(extension: str) -> str:
+    return f".{extension}"
 
 
 def _samples(parts: list[Part]) -> tuple[list[list[Part]], list[list[str]]]:

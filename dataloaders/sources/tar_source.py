@@ -98,14 +98,14 @@ class TarSource:
         """(part, extension, label's part) of every image of one shard; what is none goes into the ledger."""
         index = load_index(index_path(shard, self._index_dir), shard)
         for name, reason in index.left_out:
-            self.ledger.leave_out(reason, f"{path}::{name}")
+            self.ledger.leave_out(reason, path, name)
         for parts in index.samples:
             try:
                 chosen = choose_images(parts, index.image_part)
             except AmbiguousSample as error:
                 raise UserError(ambiguity(shard, self._index_dir, error)) from None
             for part, reason in chosen.left_out:
-                self.ledger.leave_out(reason, f"{path}::{part.name}")
+                self.ledger.leave_out(reason, path, part.name)
             yield from chosen.images
 
     def path(self, index: int) -> str:

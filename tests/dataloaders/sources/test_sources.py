@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -104,21 +106,24 @@ def test_no_data_is_a_value_error_of_one_line(tmp_path, make, message):
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/usr/bin/setpriv"), reason="root reads every folder")
-def test_a_folder_that_may_not_be_read_is_named(tmp_path):
-    folder = make_unreadable(tmp_path)
-    for path in (tmp_path, *tmp_path.parents):
-        if path.stat().st_uid == os.geteuid() and path != path.parent and "pytest" in str(path):
-            path.chmod(0o755)
+def test_a_folder_that_may_not_be_read_is_named():
     code = "import sys; from mirl.dataloaders.sources.opening import open_source; open_source(sys.argv[1])"
-    command = [sys.executable, "-c", code, str(folder)]
-    if os.geteuid() == 0:  # root may read everything: ask as nobody
-        command = ["setpriv", "--reuid=65534", "--clear-groups", *command]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=os.environ | {"HOME": "/nonexistent"}
-    )
-    (folder / "closed").chmod(0o755)
+    # Not in tmp_path: whichever pytest starts next closes the folder above it to all others.
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        folder = make_unreadable(Path(place))
+        command = [sys.executable, "-c", code, str(folder)]
+        if os.geteuid() == 0:  # root may read everything: ask as nobody
+            command = ["setpriv", "--reuid=65534", "--clear-groups", *command]
+        env = os.environ | {"HOME": "/nonexistent"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+        os.chmod(place, 0o700)
+        closed = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+        (folder / "closed").chmod(0o755)
     assert "mirl.errors.UserError: data folder" in done.stderr
     assert "secret/closed cannot be read (permission denied)" in done.stderr
+    if os.geteuid() == 0:  # the owner of a folder without search permission cannot even ask what is in it
+        assert "cannot be read (permission denied); grant read and search permission on it" in closed.stderr
 
 
 def test_labels_need_class_folders(tmp_path):
