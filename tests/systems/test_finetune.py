@@ -166,8 +166,12 @@ MISTAKES = {
         "data has label 7 and num_classes is 2: give at least 8",
     ),
     "label of a list to evaluate on": (
-        ["--checkpoint", "{run}", "--data", "{train}", "--val", "{list}"],
+        ["--checkpoint", "{run}", "--data", "{list}", "--val", "{list}", "--num-classes", "2"],
         "val has label 7 and there are 2 classes",
+    ),
+    "names and numbers": (
+        ["--checkpoint", "{run}", "--data", "{train}", "--val", "{list}"],
+        "classes of data have names and those of val are numbers alone, .*: give both as class folders",
     ),
     "resuming pre-training": (["--data", "{train}", "--resume", "{run}"], "is of pre-training: start from it by"),
     "too many fresh": (["--checkpoint", "{run}", "--data", "{train}", "--reinit-last", "9"], "reinit_last is 9"),
