@@ -47,7 +47,7 @@ class ShardIndex:
     image_part: str | None = None
 
 
-class DamagedIndex(ValueError):
+class DamagedIndex(Exception):
     """The file is no index, or not a whole one; the message says where, without the path."""
 
 

@@ -22,7 +22,7 @@ _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _IMAGES = image_extensions()
 
 
-class AmbiguousSample(ValueError):
+class AmbiguousSample(Exception):
     """Several parts could be the image; `extensions` are theirs."""
 
     def __init__(self, name: str, extensions: list[str]) -> None:
