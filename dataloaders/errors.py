@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mirl.errors import StorageLost as StorageLost
+
 
 class ImageError(Exception):
     """One image cannot be used. The message is the reason alone, without the path, in one line."""
@@ -15,10 +17,6 @@ class KnownBroken(ImageError):
 
 class StorageError(ImageError):
     """One image cannot be read, for longer than a moment, because the file system fails."""
-
-
-class StorageLost(RuntimeError):
-    """No image can be read, for longer than a moment: the fault is the file system's, and may be over later."""
 
 
 class TooManyBadImages(RuntimeError):

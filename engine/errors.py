@@ -11,9 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from mirl.dataloaders.errors import StorageLost
 from mirl.engine.streams import flush, open_streams, say
-from mirl.errors import UserError
+from mirl.errors import StorageLost, UserError
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2

@@ -1,4 +1,4 @@
-"""The one error that a user can mend. Every room may raise it; nothing else is imported here."""
+"""The one error that a user can mend, and the one that may mend itself. Every room may raise them."""
 
 from __future__ import annotations
 
@@ -10,3 +10,7 @@ class UserError(ValueError):
     prints it without a traceback and ends with exit code 2. Every other exception is a fault of ours and keeps its
     traceback.
     """
+
+
+class StorageLost(RuntimeError):
+    """No image can be read, for longer than a moment: the fault is the file system's, and may be over later."""

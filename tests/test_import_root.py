@@ -26,6 +26,13 @@ def test_importing_it_costs_no_torch():
     assert python("import mirl, sys; mirl.recipe('demo'); print('torch' in sys.modules)", cwd=CHECKOUT) == "False"
 
 
+@pytest.mark.parametrize(
+    "module", ["mirl.engine.errors", "mirl.engine.cli", "mirl.engine.pretrain", "mirl.engine.finetune"]
+)
+def test_help_and_a_wrong_flag_wait_for_no_torch(module):
+    assert python(f"import {module}, sys; print('torch' in sys.modules)", cwd=CHECKOUT) == "False"
+
+
 def test_every_name_of_the_face_is_there():
     assert set(mirl.__all__) == set(mirl._HOMES)
     assert all(getattr(mirl, name) is not None for name in mirl.__all__)

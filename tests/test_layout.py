@@ -38,7 +38,8 @@ FLOORS = (
     ("mirl.dataloaders.sources",),
     ("mirl.kernels",),
     ("mirl.keyed", "mirl.settings"),
-    ("mirl.errors", "mirl.disk", "mirl.namesake", "mirl.dataloaders.errors"),
+    ("mirl.dataloaders.errors",),
+    ("mirl.errors", "mirl.disk", "mirl.namesake"),
 )
 # Their __init__.py name what the rooms inside offer.
 FACES = ("mirl", "mirl.engine", "mirl.dataloaders")
