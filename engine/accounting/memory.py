@@ -27,7 +27,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mirl.engine.accounting.flops import pretraining_parameters
-from mirl.engine.distributed.flat_gradients import COPIED_TOGETHER
+from mirl.engine.distributed.flat_gradients import most_waiting
 from mirl.engine.models.checkpointing import CheckpointPlan
 from mirl.engine.models.config import ModelConfig
 from mirl.engine.models.objectives.objective import objective_terms
@@ -197,7 +197,7 @@ def reduction_bytes(
     if zero_stage == 3:
         return min(bucket, parameters) * (size + 4 / ranks)
     share = 4 / ranks * parameters if precision == "bf16" and accumulation == 1 else 0
-    return max(size * min(COPIED_TOGETHER, parameters), share)
+    return max(size * most_waiting(parameters), share)
 
 
 def activation_bytes(

@@ -33,6 +33,11 @@ NORM_PIECE = 2**18
 ALIGNMENT = 64
 
 
+def most_waiting(parameters: int) -> int:
+    """The most values of gradients that wait to be copied at a time, of a model with so many ``parameters``."""
+    return min(COPIED_TOGETHER, parameters)
+
+
 @dataclass(frozen=True, eq=False)
 class FlatGroup:
     """One parameter group as the optimiser holds it.
