@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import codecs
 import os
+import shlex
 from pathlib import Path
 
 from mirl.dataloaders.sources.kinds import is_text
 from mirl.dataloaders.sources.paths import shown
+from mirl.dataloaders.sources.patience import is_of_a_moment
 from mirl.errors import UserError
 
 _BLANK = " \t\r\v\f"
@@ -25,6 +27,8 @@ def read_path_list(list_file: Path) -> tuple[list[str], list[int] | None]:
     try:
         data = list_file.read_bytes()
     except OSError as error:
+        if is_of_a_moment(error):
+            raise
         raise UserError(f"list {name} cannot be read ({error.strerror}); check its permissions") from None
     if data.startswith(_UTF_16_OR_32):
         raise UserError(f"list of paths {name} is UTF-16 or UTF-32 text: save it as UTF-8")
@@ -68,19 +72,22 @@ def _path(text: str, folder: Path) -> str:
 def _exists(folder: Path, path: str) -> bool:
     try:
         return (folder / path).is_file()
-    except (OSError, ValueError):  # too long, or with a zero byte
+    except (OSError, ValueError) as error:  # too long, or with a zero byte
+        if isinstance(error, OSError) and is_of_a_moment(error):
+            raise
         return False
 
 
 def _first_problem(list_file: Path, path: str) -> str:
     """What is wrong with an entry that names no file, and the mend."""
-    folder, file = list_file.parent, shown(list_file)
+    folder = list_file.parent
     if (folder / path).is_dir():
         return f"{shown(folder / path)} is a folder; give the files in it, or the folder itself in place of the list"
     for mark, kind in ((" ", "a space"), (",", "a comma"), (";", "a semicolon")):
         head, _, tail = path.rpartition(mark)
         if head and _exists(folder, head.strip().strip('"')):
-            mend = rf"sed -E 's/{mark} *([0-9]+)\r?$/\t\1/' {file} > NEW"
+            script = rf"s/{mark}+ *([0-9]+)[[:space:]]*$/\t\1/"
+            mend = f"sed -E '{script}' {shown(shlex.quote(os.fspath(list_file)))} > NEW"
             return f"{shown(path)!r} is a path, {kind} and {shown(tail.strip())!r}; put a tab before the label: {mend}"
     if _exists(folder, path.strip("\"'")):
         return f"{shown(path)!r} is a path in quotes; write it without them"

@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
     model = load_frozen_encoder(checkpoint, device)
     options = {
         "pool": arguments.pool, "device": device, "batch_size": arguments.batch_size, "threads": arguments.threads,
+        "index_dir": arguments.index_dir,
     }  # fmt: skip
     train = extract_features(model, arguments.data, **options)
     val = extract_features(model, arguments.val, split="val", **options)
@@ -84,6 +85,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--data", type=Path, required=True, metavar="TRAIN", help="labelled images: TRAIN/CLASS/x.jpg")
     parser.add_argument("--val", type=Path, required=True, metavar="VAL", help="labelled images of the same classes")
+    parser.add_argument("--index-dir", type=Path, metavar="DIR", help="the .idx files of tar shards [beside them]")
     parser.add_argument("--pool", choices=("avg", "token"), default="avg", help="mean of patches, or class token [avg]")
     parser.add_argument("--knn-k", type=int, default=20, metavar="K", help="neighbours [20]")
     parser.add_argument("--knn-temperature", type=float, default=0.07, metavar="T", help="of their weights [0.07]")
