@@ -10,10 +10,10 @@ from pathlib import Path
 from mirl.dataloaders.sources import listing
 from mirl.dataloaders.sources.base import FileSource, JoinedSource, Source
 from mirl.dataloaders.sources.kinds import IMAGE, SHARD, is_text, kind_of_file, read_head
-from mirl.dataloaders.sources.ledger import join_ledgers
+from mirl.dataloaders.sources.ledger import Ledger, join_ledgers
 from mirl.dataloaders.sources.manifest import MANIFEST_NAME, is_manifest
 from mirl.dataloaders.sources.manifest_source import broken_names, open_manifest
-from mirl.dataloaders.sources.path_list import read_path_list
+from mirl.dataloaders.sources.path_list import existing_entries, read_path_list
 from mirl.dataloaders.sources.paths import PathTable, shown
 from mirl.dataloaders.sources.patience import find_patiently, is_of_a_moment
 from mirl.dataloaders.sources.tar_index import index_path
@@ -95,7 +95,12 @@ def _open_one(
             paths, numbers = read_path_list(root)
             if labels and numbers is None:
                 raise UserError(f"labels were asked for, but {shown(root)} has none; write 'path<TAB>label' lines")
-            return FileSource(PathTable(root.parent, paths), labels=numbers if labels else None)
+            ledger = Ledger(every_name=every_name)
+            there = existing_entries(root.parent, paths, ledger)
+            if len(there) < len(paths):
+                paths = [paths[entry] for entry in there]
+                numbers = numbers and [numbers[entry] for entry in there]
+            return FileSource(PathTable(root.parent, paths), labels=numbers if labels else None, ledger=ledger)
     return _open_folder(root, layout, labels, index_dir, use_manifest, split, every_name)
 
 
