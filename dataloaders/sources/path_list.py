@@ -5,12 +5,13 @@ from __future__ import annotations
 import codecs
 import os
 import shlex
+from functools import partial
 from pathlib import Path
 
 from mirl.dataloaders.sources.kinds import is_text
 from mirl.dataloaders.sources.ledger import Ledger
 from mirl.dataloaders.sources.paths import shown
-from mirl.dataloaders.sources.patience import is_of_a_moment
+from mirl.dataloaders.sources.patience import is_of_a_moment, patiently
 from mirl.errors import UserError
 
 _FEW = 32  # entries of one folder below which each is asked for by itself
@@ -71,7 +72,9 @@ def existing_entries(folder: Path, paths: list[str], ledger: Ledger) -> list[int
         by_parent.setdefault(os.path.dirname(path), []).append(position)
     there: list[int] = []
     for parent, positions in by_parent.items():
-        names = _names(folder / parent) if len(positions) > _FEW else None
+        names = None
+        if len(positions) > _FEW:
+            names = patiently(partial(_names, folder / parent), os.fspath(folder / parent))
         for position in positions:
             path = paths[position]
             if os.path.basename(path) in names if names is not None else _exists(folder, path):
@@ -101,11 +104,17 @@ def _path(text: str, folder: Path) -> str:
 
 
 def _exists(folder: Path, path: str) -> bool:
+    return patiently(lambda: _is_file(folder / path), os.path.join(folder, path))
+
+
+def _is_file(path: Path) -> bool:
     try:
-        return (folder / path).is_file()
-    except (OSError, ValueError) as error:  # too long, or with a zero byte
-        if isinstance(error, OSError) and is_of_a_moment(error):
+        return path.is_file()
+    except OSError as error:
+        if is_of_a_moment(error):
             raise
+        return False  # too long
+    except ValueError:  # with a zero byte
         return False
 
 
