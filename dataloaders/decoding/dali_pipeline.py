@@ -30,8 +30,8 @@ from mirl.errors import UserError
 
 _MAX_EXCHANGES = 100
 _log = logging.getLogger(__name__)
-# Buffers of the size that ImageNet's largest images need, so that none is allocated or freed during training: the values
-# of NVIDIA's own ImageNet training (DALI, docs/examples/use_cases/pytorch/resnet50/main.py).
+# Buffers of the size that ImageNet's largest images need, so that none is allocated or freed during training: the
+# values of NVIDIA's own ImageNet training (DALI, docs/examples/use_cases/pytorch/resnet50/main.py).
 _ON_GPU = {
     "device_memory_padding": 211025920,
     "host_memory_padding": 140544512,
