@@ -19,6 +19,8 @@ from mirl.engine.transfer.classification.evaluation import require_same_classes
 from mirl.engine.transfer.initialise_from import initialise_from
 from mirl.errors import UserError
 
+HEAD = "head"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledFeatures:
@@ -57,8 +59,10 @@ def features(model: Classifier, images: Tensor, *, pool: str = "avg") -> Tensor:
     """The features float32 [B, D] of a batch under a model of `load_frozen_encoder`.
 
     images: uint8 [B, H, W, C], or float [B, C, H, W] normalised. pool: "avg", the mean of the normed patch tokens, or
-    "token", the class token.
+    "token", the class token; `HEAD` for those of a fine-tuned classifier that its head sees, whatever its pool.
     """
+    if pool == HEAD:
+        return model.features(images).float()
     return pool_tokens(model.tokens(images), pool).float()
 
 
@@ -72,7 +76,7 @@ def extract_features(
     threads: int = 4,
     split: str = "train",
 ) -> LabelledFeatures:
-    """``pool`` ("avg", "token") of the normed tokens of every image of ``data``: short side resized, centre crop.
+    """`features` of every image of ``data``: short side resized, centre crop.
 
     split: "train" or "val", what a folder stands for that holds both.
 

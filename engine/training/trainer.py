@@ -84,10 +84,12 @@ class Trainer:
             if step % self.durations.checkpoint_every == 0 or last:
                 self.saver.save()
             began = time.perf_counter()
-            self.task.report(step, last=last, interrupted=self._interrupted)
+            standing = self.task.report(step, last=last, interrupted=self._interrupted)
             self.step_log.window.leave_out(
                 time.perf_counter() - began
             )  # pictures and evaluations are no part of a step
+            if standing is not None:
+                self.saver.keep_if_best(standing)
             self.saver.report()
             stop, too_many_bad, lost = self.ranks.agree_max(
                 [float(self.stop.requested), float(self.loader.too_many_bad), float(self.lock.lost)]

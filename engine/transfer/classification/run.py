@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mirl.dataloaders import Batch, EvalLoader, ImageError, TrainLoader, build_eval_loader
+from mirl.engine.checkpoints.best import read_best
 from mirl.engine.checkpoints.pretrained import load_encoder, load_weights
 from mirl.engine.distributed.ds_engine import FragmentReader
 from mirl.engine.models import ModelConfig
@@ -133,6 +134,20 @@ class Finetuning(RunKind[FinetuneConfig]):
             f"{section.cutmix:g}, label smoothing {section.label_smoothing:g}, EMA {section.ema:g}",
             *self._remarks,
         ]
+
+    def closing_lines(self, out: Path) -> list[str]:
+        return _next_commands(out, self.val is not None)
+
+
+def _next_commands(out: Path, evaluated: bool) -> list[str]:
+    taken = "the best checkpoint" if read_best(out / "checkpoints") else "the newest checkpoint"
+    val = "the set above or another one" if evaluated else "labelled images"
+    return [
+        f"these take {taken}, unless --which says otherwise:",
+        f"  mirl evaluate {out} --val VAL     {val}: accuracy by class, confusion",
+        f"  mirl predict {out} IMAGE ...      classes of images or folders",
+        f"  mirl export {out} --to timm --out DIR",
+    ]
 
 
 def _source_config(plan: FinetunePlan) -> ModelConfig:
