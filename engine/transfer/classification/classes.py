@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mirl.dataloaders.errors import ImageError
+from mirl.dataloaders.sources.base import Source
 from mirl.dataloaders.sources.class_names import CLASS_NAMES
 from mirl.errors import UserError
 
@@ -28,6 +30,17 @@ def require_same_classes(ours: Sequence[str] | None, theirs: Sequence[str] | Non
     parts = [f"{val} has {_some(extra)}, which {train} lacks"] if extra else []
     parts += [f"{val} lacks {_some(missing)}"] if missing else []
     raise UserError(f"the classes of {train} and {val} differ: {'; '.join(parts)}; give sets of the same classes")
+
+
+def require_labels(source: Source, num_classes: int) -> None:
+    """UserError that names the first sample of an evaluation set whose label is none of ``num_classes``."""
+    for index in range(source.num_images):
+        try:
+            label = source.label(index)
+        except ImageError as error:
+            raise UserError(f"val: {source.path(index)}: {error}; mend this sample or leave it out") from error
+        if not 0 <= label < num_classes:
+            raise UserError(f"val has label {label} and there are {num_classes} classes: give sets of the same classes")
 
 
 def _some(names: list[str]) -> str:

@@ -99,7 +99,7 @@ def evaluate(
     """
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     with closing(_judged(model, loader, device, interrupted)) as judged:
-        for logits, labels_B, valid_B, columns in judged:
+        for _, _, valid_B, columns in judged:
             sums += _sum_valid(columns, valid_B)
     return _scores(sums)
 

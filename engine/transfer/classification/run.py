@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mirl.dataloaders import Batch, EvalLoader, ImageError, TrainLoader, build_eval_loader
+from mirl.dataloaders import Batch, EvalLoader, TrainLoader, build_eval_loader
 from mirl.engine.checkpoints.best import read_best
 from mirl.engine.checkpoints.pretrained import load_encoder, load_weights
 from mirl.engine.distributed.ds_engine import FragmentReader
@@ -22,9 +22,9 @@ from mirl.engine.training.resumed_settings import differences, refuse_unnamed
 from mirl.engine.training.run import RunKind, RunParts, run_training
 from mirl.engine.training.run_data import ImageShape, build_loader, device_id, loader_threads
 from mirl.engine.transfer.classification.augmentation import BatchAugmentation
+from mirl.engine.transfer.classification.classes import require_labels, require_same_classes
 from mirl.engine.transfer.classification.classifier import Classifier, encoder_config
 from mirl.engine.transfer.classification.config import OFF, FinetuneConfig
-from mirl.engine.transfer.classification.evaluation import require_same_classes
 from mirl.engine.transfer.classification.rand_augment import RandAugment
 from mirl.engine.transfer.classification.recipes import finetune_recipe
 from mirl.engine.transfer.classification.task import FinetuneTask
@@ -213,13 +213,6 @@ def _num_classes(config: FinetuneConfig, loader: TrainLoader) -> int:
     return count
 
 
-def _label(val: EvalLoader, index: int) -> int:
-    try:
-        return val.source.label(index)
-    except ImageError as error:
-        raise UserError(f"val: {val.source.path(index)}: {error}; mend this sample or leave it out") from error
-
-
 def _build_val(plan: FinetunePlan, loader: TrainLoader, num_classes: int, closing: ExitStack) -> EvalLoader | None:
     """Open the evaluation data. All of its labels are looked at now: a wrong one would end the run an epoch later."""
     config, model = plan.config, plan.config.encoder
@@ -240,8 +233,5 @@ def _build_val(plan: FinetunePlan, loader: TrainLoader, num_classes: int, closin
     )
     closing.callback(val.close)
     require_same_classes(loader.source.classes, val.classes, train="data", val="val")
-    labels = [_label(val, index) for index in range(val.num_images)]
-    for label in (min(labels), max(labels)):
-        if not 0 <= label < num_classes:
-            raise UserError(f"val has label {label} and there are {num_classes} classes: give sets of the same classes")
+    require_labels(val.source, num_classes)
     return val
