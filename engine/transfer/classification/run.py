@@ -25,6 +25,7 @@ from mirl.engine.transfer.classification.augmentation import BatchAugmentation
 from mirl.engine.transfer.classification.classes import require_labels, require_same_classes
 from mirl.engine.transfer.classification.classifier import Classifier, encoder_config
 from mirl.engine.transfer.classification.config import OFF, FinetuneConfig
+from mirl.engine.transfer.classification.early import require_inputs
 from mirl.engine.transfer.classification.rand_augment import RandAugment
 from mirl.engine.transfer.classification.recipes import finetune_recipe
 from mirl.engine.transfer.classification.task import FinetuneTask
@@ -54,8 +55,7 @@ class Finetuning(RunKind[FinetuneConfig]):
 
     def open_data(self, plan: FinetunePlan, closing: ExitStack) -> tuple[FinetunePlan, TrainLoader]:
         """The plan comes back with the encoder's two configurations and the names of the classes."""
-        if not plan.config.data.data:
-            raise UserError("data is not given: name a folder with a sub-folder of images for each class")
+        require_inputs(plan.config)
         source = agree_on_main(plan.ranks, lambda: _source_config(plan))
         plan = plan.with_config(_with_models(plan.config, source))
         rand_augment = _rand_augment(plan)
@@ -159,8 +159,6 @@ def _source_config(plan: FinetunePlan) -> ModelConfig:
         saved = FinetuneConfig.from_dict(plan.reader.state["config"], source=str(plan.reader.path))
         _require_same_model(saved, _with_models(config, saved.pretrained), plan.reader.path)
         return saved.pretrained
-    if not config.finetune.checkpoint:
-        raise UserError("checkpoint is not given: name a pre-trained checkpoint, or the folder of a run")
     return load_encoder(config.finetune.checkpoint)[0]
 
 
