@@ -63,7 +63,8 @@ def build_train_loader(
     data, layout, index_dir, labels: see `open_source`; a Source is taken as it is.
     image_size: (height, width) of the images, pixels. micro_batch, accumulation: images per forward pass of a rank, and
     forward passes per optimiser step. seed: order and augmentation. device_id: CUDA device, or None for the CPU.
-    threads: decoding threads of this rank. read_threads: file reading threads; default max(4, threads).
+    threads: decoding threads of this rank. read_threads: threads that read files; default 4 on a GPU, since
+    they share Python's lock with the thread that launches kernels, else max(4, threads).
     scale, ratio, flip: see `Augmentation`. channels: 3, 1, or what array files hold; mean, std: of array files of
     floats or uint16, which come out normalised (uint8 is normalised by the model).
     bad_image_limit: distinct broken images, as a share of the data set, that this rank puts up with (at least one,
@@ -100,7 +101,7 @@ def build_train_loader(
         channels=channels,
         array_format=array_format,
         labels=labels,
-        threads=read_threads or max(4, threads),
+        threads=read_threads or (4 if device_id is not None else max(4, threads)),
     )
     decoder = None
     if array_format is None:

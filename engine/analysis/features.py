@@ -75,10 +75,12 @@ def extract_features(
     batch_size: int = 64,
     threads: int = 4,
     split: str = "train",
+    index_dir: Path | None = None,
 ) -> LabelledFeatures:
     """`features` of every image of ``data``: short side resized, centre crop.
 
-    split: "train" or "val", what a folder stands for that holds both.
+    split: "train" or "val", what a folder stands for that holds both. index_dir: the indexes of tar shards, where they
+    are not beside them.
 
     Raises:
         UserError: no images or no labels; every image broken.
@@ -95,6 +97,7 @@ def extract_features(
         mean=config.mean,
         std=config.std,
         split=split,
+        index_dir=index_dir,
     ) as loader:
         for batch in loader:
             rows = torch.from_numpy(batch.valid.nonzero()[0]).to(device)

@@ -44,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
         "depth": config.built_depth, "segments": config.segments, "seed": arguments.seed,
     }  # fmt: skip
 
+    place = {"device": device, "index_dir": arguments.index_dir}
+
     arguments.out.mkdir(parents=True)
     try:
         model = load_pretrained(checkpoint, device=device)
@@ -52,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         if config.vgg_loss:
             print("gradient norms are those of the loss without its VGG term")
-        data = depth.load_labelled(arguments.data, config, limit=arguments.images, device=device, labels=False)
+        data = depth.load_labelled(arguments.data, config, limit=arguments.images, labels=False, **place)
         print(f"data {data.account}")
         print(f"gradient norms over {len(data.images)} images ...", flush=True)
         report["gradient_norm"] = depth.gradient_norms(model, data.images, seed=arguments.seed)
@@ -60,8 +62,8 @@ def main(argv: Sequence[str]) -> int:
         _write(report, arguments.out)
 
     if arguments.val is not None:
-        train = depth.load_labelled(arguments.data, config, limit=arguments.train_images, device=device)
-        val = depth.load_labelled(arguments.val, config, limit=arguments.val_images, device=device, split="val")
+        train = depth.load_labelled(arguments.data, config, limit=arguments.train_images, **place)
+        val = depth.load_labelled(arguments.val, config, limit=arguments.val_images, split="val", **place)
         print(f"data {train.account}\nval  {val.account}")
         report |= {"train_images": len(train.images), "val_images": len(val.images)}
         print(f"linear probes of {config.built_depth} blocks on {len(train.images)} images ...", flush=True)
@@ -178,6 +180,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--val", type=Path, metavar="VAL", help="labelled images of the same classes; none: gradients only"
     )
+    parser.add_argument("--index-dir", type=Path, metavar="DIR", help="the .idx files of tar shards [beside them]")
     parser.add_argument("--out", type=Path, default=Path("depth_report"), help="folder to make [depth_report]")
     parser.add_argument("--images", type=int, default=256, help="images of the gradient [256]")
     parser.add_argument(

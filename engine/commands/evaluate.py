@@ -10,8 +10,9 @@ from mirl.dataloaders.decoding.crops import evaluation_crop
 from mirl.dataloaders.sources.opening import open_source
 from mirl.engine.checkpoints.best import NAMES as WEIGHTS
 from mirl.engine.checkpoints.kinds import CLASSIFIER, Given, given
-from mirl.engine.commands.checkpoint_flags import add_checkpoint
+from mirl.engine.commands.checkpoint_flags import add_checkpoint, add_device
 from mirl.engine.configuration.flags import Parser
+from mirl.engine.distributed.environment import hide_gpus
 from mirl.engine.transfer.classification.classes import require_labels, require_same_classes
 from mirl.errors import UserError
 
@@ -37,10 +38,11 @@ def main(argv: Sequence[str]) -> int:
     require_same_classes(classes or None, source.classes, train="the checkpoint", val=f"val ({shown})")
     require_labels(source, found.state["parameters"]["head.weight"][0])
 
+    hide_gpus(arguments.device)
     # Only now: these import torch and DALI, and a wrong path should be told at once.
     from mirl.engine.distributed.launch import join, leave
 
-    ranks = join()
+    ranks = join(arguments.device)
     try:
         report = _evaluate(found, source, kept, ranks, arguments)
         if ranks.is_main:
@@ -112,6 +114,7 @@ def _parser() -> Parser:
         "--out", type=Path, metavar="FOLDER",
         help="folder to make: evaluation.json, and tables and a picture of the confusions [nothing is written]",
     )  # fmt: skip
+    add_device(parser)
     parser.add_argument("--batch-size", type=int, default=64, help="images of a forward pass [64]")
     parser.add_argument("--threads", type=int, default=4, help="threads that decode images [4]")
     parser.add_argument("--index-dir", type=Path, metavar="DIR", help="where the indexes of shards are [beside them]")

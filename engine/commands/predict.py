@@ -14,9 +14,10 @@ from mirl.dataloaders.decoding.crops import evaluation_crop
 from mirl.engine.checkpoints.best import NAMES as WEIGHTS
 from mirl.engine.checkpoints.files import write_whole
 from mirl.engine.checkpoints.kinds import CLASSIFIER, given
-from mirl.engine.commands.checkpoint_flags import add_checkpoint
+from mirl.engine.commands.checkpoint_flags import add_checkpoint, add_device
 from mirl.engine.commands.image_inputs import open_images
 from mirl.engine.configuration.flags import Parser
+from mirl.engine.distributed.environment import hide_gpus
 from mirl.errors import UserError
 
 
@@ -38,12 +39,12 @@ def main(argv: Sequence[str]) -> int:
     source = open_images(arguments.images, index_dir=arguments.index_dir)
     print(f"checkpoint {found}", flush=True)
 
+    hide_gpus(arguments.device)
     # Only now: these import torch and DALI, and a wrong path should be told at once.
-    import torch
-
+    from mirl.engine.distributed.device import choose_device
     from mirl.engine.transfer.classification.load import load_classifier
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(arguments.device)
     weights = arguments.weights or found.weights
     model, config = load_classifier(found.checkpoint, weights=weights, device=device)
     size = (model.config.image_height, model.config.image_width)
@@ -147,6 +148,7 @@ def _parser() -> Parser:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a .csv or .json file instead of printing")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    add_device(parser)
     parser.add_argument("--batch-size", type=int, default=64, help="images of a forward pass [64]")
     parser.add_argument("--threads", type=int, default=4, help="threads that decode images [4]")
     parser.add_argument("--index-dir", type=Path, metavar="DIR", help="where the indexes of shards are [beside them]")

@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
         model, pool = load_frozen_encoder(found.checkpoint, device), arguments.pool or "avg"
     options = {
         "pool": pool, "device": device, "batch_size": arguments.batch_size, "threads": arguments.threads,
+        "index_dir": arguments.index_dir,
     }  # fmt: skip
     train = extract_features(model, arguments.data, **options)
     val = extract_features(model, arguments.val, split="val", **options)
@@ -95,6 +96,7 @@ def _parser() -> Parser:
     add_checkpoint(parser, "a pre-trained model or a fine-tuned classifier")
     parser.add_argument("--data", type=Path, required=True, metavar="TRAIN", help="labelled images: TRAIN/CLASS/x.jpg")
     parser.add_argument("--val", type=Path, required=True, metavar="VAL", help="labelled images of the same classes")
+    parser.add_argument("--index-dir", type=Path, metavar="DIR", help="the .idx files of tar shards [beside them]")
     parser.add_argument(
         "--pool", choices=("avg", "token"),
         help="features of a pre-trained encoder: the mean of the patches, or the class token [avg]",

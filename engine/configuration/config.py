@@ -127,6 +127,9 @@ class RunConfig(Section):
 
     out: str = setting("runs/pretrain", "folder of this run: log, metrics, pictures, checkpoints", metavar="DIR")
     seed: int = setting(0, "seed of the weights, the order of images, crops and masks: any whole number", any_size=True)
+    device: str = setting(
+        "auto", "auto: the GPUs of this machine, or its CPU where it has none; cpu: its CPU", choices=("auto", "cpu")
+    )
     precision: str = setting("auto", "auto: bf16 where the device computes in it, else fp32", choices=PRECISIONS)
     deepspeed_config: str = setting(
         "zero2", "JSON file for DeepSpeed, or the name of one in ds_configs/", metavar="FILE"

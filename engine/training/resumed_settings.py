@@ -24,9 +24,10 @@ FREE: Mapping[str, frozenset[str]] = {
     "data": frozenset({"data", "index_dir", "loader_threads", "max_bad_images"}),
     "optim": frozenset({"micro_batch"}),
     "run": frozenset({
-        "out", "resume", "init_from", "change", "precision", "deepspeed_config", "vgg_weights", "checkpoint_every",
-        "keep_checkpoints", "activation_checkpointing", "compile", "fused", "recompute_pointwise", "flat_gradients",
-        "max_minutes", "max_nonfinite_steps", "watchdog_minutes", "cpu_threads",
+        "out", "resume", "init_from", "change", "device", "precision", "deepspeed_config", "vgg_weights",
+        "checkpoint_every", "keep_checkpoints", "activation_checkpointing", "compile", "fused",
+        "recompute_pointwise", "flat_gradients", "max_minutes", "max_nonfinite_steps", "watchdog_minutes",
+        "cpu_threads",
     }),
     "log": frozenset({"log_every", "picture_every", "pictures", "tensorboard"}),
     "finetune": frozenset({"checkpoint", "val", "eval_every", "attention"}),

@@ -94,12 +94,12 @@ def run_training(config: C, kind: RunKind[C]) -> Path:
         mirl.engine.errors.Diverged, Preempted, NotSaved: see `Trainer.run`.
         mirl.engine.errors.LostRank: another rank is gone.
     """
-    return on_this_rank(lambda ranks: _train(config, kind, ranks))
+    return on_this_rank(lambda ranks: _train(config, kind, ranks), device=config.run.device)
 
 
-def on_this_rank(body: Callable[[Ranks], T]) -> T:
-    """``body(ranks)`` in the process group of this run; LostRank where another rank is gone."""
-    ranks = join()
+def on_this_rank(body: Callable[[Ranks], T], *, device: str = "auto") -> T:
+    """``body(ranks)`` in the process group of this run, on ``device``; LostRank where another rank is gone."""
+    ranks = join(device)
     try:
         return body(ranks)
     except RuntimeError as error:
