@@ -10,7 +10,7 @@ from pathlib import Path
 from mirl.engine.checkpoints.files import name_of, write_whole
 
 RECORD = "best.json"
-NAMES = {"last": "the weights", "ema": "the average of the weights (EMA)"}
+NAMES = {"last": "the weights as trained", "ema": "the average of the weights (EMA)"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,7 +112,7 @@ def test_two_ranks_resumed_in_bf16_under_zero2(server, pretrained, folders, tmp_
     prefix = "val_ema_" if best.weights == "ema" else "val_"
     assert best.top1_percent == max(max(r["val_top1_percent"], r["val_ema_top1_percent"]) for r in found)
     assert next(r for r in found if r["step"] == best.step)[prefix + "top1_percent"] == best.top1_percent
-    said = whole.output()
+    said = (one / "log.txt").read_text()
     assert f"best        whole/checkpoints/{best.checkpoint}: epoch {best.step // 3}" in said
     assert "mirl evaluate whole --val VAL" in said and "mirl predict whole IMAGE ..." in said
 
