@@ -44,7 +44,8 @@ class PretrainTask:
         self.config, self.ranks, self.engine, self.durations, self.log = config, ranks, engine, durations, log
         self.picture_images, self.out = picture_images, out
         self.term_names: tuple[str, ...] = engine.module.term_names
-        self.gflops_per_image = training_flops_per_image(config.model) / 1e9
+        self.plain_gflops_per_image = training_flops_per_image(config.model) / 1e9
+        self.gflops_per_image = training_flops_per_image(config.model, engine.module.skips) / 1e9
         self.teacher = teacher
         self._noise = NoiseAhead(config.run.seed, config.model.num_patches, ranks.device)
 

@@ -30,7 +30,11 @@ class Task(Protocol):
     term_names: tuple[str, ...]
     """Names of the parts of the loss, in the order of the terms that `forward` returns."""
     gflops_per_image: float
-    """Floating-point operations of forward and backward on one image, in units of 1e9, for the utilisation."""
+    """Floating-point operations of forward and backward on one image, in units of 1e9, for the utilisation; those that
+    are left after the exact skips.
+    """
+    plain_gflops_per_image: float
+    """The same of the unskipped model."""
 
     def forward(self, batch: Batch, place: Place) -> tuple[Tensor, Tensor]:
         """Loss (scalar) and its unweighted terms ([len(term_names)], detached) of one micro-batch."""

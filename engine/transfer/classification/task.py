@@ -39,7 +39,9 @@ class FinetuneTask:
     ) -> None:
         self.ranks, self.engine, self.log, self.augmentation = ranks, engine, log, augmentation
         self.ema, self.val, self.eval_every = ema, val, eval_every
+        # A classifier sees all patches: nothing is skipped.
         self.gflops_per_image = classifier_flops(model, augmentation.num_classes).training / 1e9
+        self.plain_gflops_per_image = self.gflops_per_image
         self.drop_path = model.drop_path
         self.scores: dict[str, Scores] = {}
 
