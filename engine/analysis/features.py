@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from mirl.dataloaders import build_eval_loader
+from mirl.engine.checkpoints.finding import locate, read_state
+from mirl.engine.checkpoints.kinds import ENCODER, PRETRAINED, require_kind
 from mirl.engine.checkpoints.pretrained import load_encoder
 from mirl.engine.transfer.classification.classifier import Classifier, encoder_config, pool_tokens
 from mirl.engine.transfer.classification.evaluation import require_same_classes
@@ -45,9 +47,12 @@ def load_frozen_encoder(checkpoint: Path | str, device: torch.device | str = "cp
     """The encoder of a checkpoint or run in eval mode, the blocks that it has and the last norm; its head is unused.
 
     Raises:
-        UserError: no whole encoder there.
+        UserError: no whole encoder there, or that of a classifier which pools the mean: its norm is the head's.
     """
     config, weights = load_encoder(checkpoint)
+    if "norm.weight" not in weights:
+        state = read_state(locate(Path(checkpoint)))
+        require_kind(state, checkpoint, "load_frozen_encoder", ENCODER, PRETRAINED)
     config = dataclasses.replace(encoder_config(config), depth=config.built_depth)
     model = Classifier(config, num_classes=1, pool="token")
     initialise_from(model, config, weights)

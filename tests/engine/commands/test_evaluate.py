@@ -14,14 +14,16 @@ import torch
 from PIL import Image
 
 from mirl.dataloaders import build_eval_loader
+from mirl.engine.analysis.features import load_frozen_encoder
 from mirl.engine.checkpoints.best import Best, write_best
 from mirl.engine.checkpoints.files import describe, save_tensors, write_manifest
+from mirl.engine.checkpoints.pretrained import load_pretrained
 from mirl.engine.cli import dispatch
 from mirl.engine.commands.evaluate import main as evaluate
 from mirl.engine.commands.predict import main as predict
 from mirl.engine.models import ModelConfig
 from mirl.engine.transfer.classification.classifier import Classifier
-from mirl.engine.transfer.classification.config import FinetuneConfig
+from mirl.engine.transfer.classification.config import FinetuneConfig, FinetuneSection
 from mirl.errors import UserError
 from tests.engine.conftest import write_classes
 from tests.engine.models.helpers import tiny_config
@@ -31,12 +33,14 @@ CONFIG = tiny_config(channels=3)
 CLASSES = ("blue", "green", "red")
 
 
-def write_classifier(folder: Path, *, seed: int, config: ModelConfig = CONFIG) -> dict[str, Classifier]:
+def write_classifier(
+    folder: Path, *, seed: int, config: ModelConfig = CONFIG, pool: str = "token"
+) -> dict[str, Classifier]:
     """A checkpoint of fine-tuning with weights and their average, both with heads that tell classes apart."""
     models = {}
     for kind, number in (("weight", seed), ("ema", seed + 1)):
         torch.manual_seed(number)
-        models[kind] = Classifier(config, num_classes=3, pool="token").eval()
+        models[kind] = Classifier(config, num_classes=3, pool=pool).eval()
         torch.nn.init.normal_(models[kind].head.weight)
     tensors = {
         f"{kind}/{name}@0": parameter.detach().flatten()
@@ -44,7 +48,10 @@ def write_classifier(folder: Path, *, seed: int, config: ModelConfig = CONFIG) -
         for name, parameter in model.named_parameters()
     }
     settings: dict = {name: {} for name in FinetuneConfig.sections()}
-    settings |= {"recipe": "", "finetune": {"pool": "token", "ema": 0.9, "checkpoint": "runs/fm"}}
+    settings |= {
+        "recipe": "",
+        "finetune": dataclasses.asdict(FinetuneSection(pool=pool, ema=0.9, checkpoint="runs/fm")),
+    }
     settings |= {"optim": {"epochs": 1}, "classes": list(CLASSES)}
     settings |= {"source": dataclasses.asdict(config), "model": dataclasses.asdict(config)}
     shapes = {name: list(parameter.shape) for name, parameter in models["weight"].named_parameters()}
@@ -206,6 +213,14 @@ def test_a_classifier_is_refused_by_its_kind(command, run_folder, val, tmp_path,
     with pytest.raises(UserError, match=message):
         dispatch([command, str(run_folder[0]), *rest])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("load", [load_pretrained, load_frozen_encoder])
+def test_python_says_the_same(load, tmp_path):
+    write_classifier(tmp_path / "fine", seed=0, pool="avg")
+    message = f"is a fine-tuned classifier of 3 classes.*: {load.__name__} needs .*; give runs/fm"
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "fine")
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict"])
