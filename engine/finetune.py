@@ -30,8 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     from mirl.engine.transfer.classification.command_line import FINETUNE
 
     config = parse(FINETUNE, sys.argv[1:] if argv is None else argv)
+    from mirl.engine.transfer.classification.early import refuse_early
+
+    refuse_early(config)
     hide_gpus(config.run.device)
-    # Only now, so that --help and a wrong flag answer at once: these import torch, DeepSpeed and DALI.
+    # Only now, so that --help and a wrong flag or path answer at once: these import torch, DeepSpeed and DALI.
     from mirl.engine.transfer.classification.run import finetune
 
     finetune(config)

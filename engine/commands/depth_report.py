@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mirl.engine.checkpoints.files import write_whole
+from mirl.engine.checkpoints.kinds import ENCODER, PRETRAINED, given
+from mirl.engine.commands.checkpoint_flags import add_checkpoint
 from mirl.engine.configuration.flags import Parser, seed
 from mirl.errors import UserError
 
@@ -23,6 +25,9 @@ def main(argv: Sequence[str]) -> int:
     if arguments.cuts < 0:
         raise UserError(f"cuts is {arguments.cuts}: give 0 (no fine-tuning) or more")
 
+    found = given(arguments.checkpoint, arguments.which).require("mirl depth-report", PRETRAINED, ENCODER)
+    print(f"checkpoint {found}", flush=True)
+
     # Only now: these import torch and DALI, and a wrong flag should be told at once.
     import torch
 
@@ -30,10 +35,9 @@ def main(argv: Sequence[str]) -> int:
     from mirl.engine.analysis.features import load_frozen_encoder
     from mirl.engine.analysis.in_memory import ShortFinetune
     from mirl.engine.checkpoints.pretrained import load_encoder, load_pretrained
-    from mirl.engine.checkpoints.reader import locate
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint = locate(arguments.checkpoint)
+    checkpoint = found.checkpoint
     config, weights = load_encoder(checkpoint)
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint), "model": config.name, "objective": config.objective,
@@ -171,9 +175,7 @@ def _parser() -> Parser:
         description="For each block: gradient norm, probe accuracy, and the effect of initialising it and all after it "
         "afresh before a short fine-tuning.",
     )
-    parser.add_argument(
-        "checkpoint", type=Path, help="a checkpoint, or the folder of a run (its newest good checkpoint)"
-    )
+    add_checkpoint(parser, "a pre-trained model")
     parser.add_argument("--data", type=Path, required=True, metavar="TRAIN", help="images; labelled: TRAIN/CLASS/x.jpg")
     parser.add_argument(
         "--val", type=Path, metavar="VAL", help="labelled images of the same classes; none: gradients only"

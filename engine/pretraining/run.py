@@ -77,7 +77,11 @@ class Pretraining(RunKind[PretrainConfig]):
         ]
 
     def closing_lines(self, out: Path) -> list[str]:
-        return [f"reconstruct your own images: mirl visualize {os.fspath(newest_checkpoint(out))} IMAGE ..."]
+        return [
+            f"reconstruct your own images: mirl visualize {os.fspath(newest_checkpoint(out))} IMAGE ...",
+            f"measure its features: mirl probe {out} --data TRAIN --val VAL",
+            f"make a classifier of it: mirl finetune --checkpoint {out} --data TRAIN --val VAL",
+        ]
 
 
 def _build_teacher(config: PretrainConfig, engine: TrainEngine) -> EmaTeacher | None:

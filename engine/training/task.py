@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mirl.dataloaders import Batch
+from mirl.engine.checkpoints.best import Standing
 from mirl.engine.distributed.ds_engine import Fragment, FragmentReader
 
 
@@ -43,8 +44,9 @@ class Task(Protocol):
         """After every optimiser step; ``applied`` is False where it was skipped."""
         ...
 
-    def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> None:
-        """What the task shows of itself after ``step``: pictures, an evaluation.
+    def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> Standing | None:
+        """What the task shows of itself after ``step``: pictures, an evaluation. Returns how good the weights are, the
+        same on all ranks, where it was measured; the best ones are kept.
 
         One that takes long asks ``interrupted`` now and then, on all ranks, and ends early where that is True.
         """

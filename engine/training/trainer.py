@@ -86,10 +86,12 @@ class Trainer:
             if step % self.durations.checkpoint_every == 0 or last:
                 self.saver.save()
             began = time.perf_counter()
-            self.task.report(step, last=last, interrupted=self._interrupted)
+            standing = self.task.report(step, last=last, interrupted=self._interrupted)
             self.step_log.window.leave_out(
                 time.perf_counter() - began
             )  # pictures and evaluations are no part of a step
+            if standing is not None:
+                self.saver.keep_if_best(standing)
             self.saver.report()
             self.watchdog.beat(f"step {step + 1}")
         self._agree(None, may_stop=False)
