@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mirl.dataloaders.decoding.at_exit import close_at_exit
 from mirl.errors import UserError
 
 _MAX_EXCHANGES = 100
@@ -116,6 +117,7 @@ class DaliDecoder:
         self._probe = None
         self._stream = torch.cuda.Stream(device_id) if device_id is not None else None
         self._pipe = self._build(batch_size, threads, depth)
+        close_at_exit(self)
 
     def submit(self, job: DecodeJob, exchange: Exchange) -> None:
         """Starts to decode; call `collect` first when `depth` jobs are in flight.
