@@ -18,6 +18,7 @@ from mirl.dataloaders.decoding.dali_pipeline import DaliDecoder
 from mirl.dataloaders.decoding.resize import CpuResizer
 from mirl.dataloaders.decoding.samples import SampleReader
 from mirl.dataloaders.errors import BadImage, ImageError, TooManyBadImages
+from mirl.dataloaders.greyness import all_grey
 from mirl.dataloaders.order import EpochOrder, StepPlan
 from mirl.dataloaders.sources.base import Source
 from mirl.dataloaders.sources.opening import Data, open_source
@@ -188,6 +189,15 @@ class TrainLoader:
     def too_many_bad(self) -> bool:
         """Whether more distinct images broke on this rank than the limit allows."""
         return len(self.bad_images) > self.bad_allowed
+
+    def is_grey(self) -> bool:
+        """Whether the images sampled have one value in all of their channels (see `all_grey`)."""
+        return all_grey(self.source, self._reader.channels, self._reader.array_format)
+
+    def take_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Normalise by ``mean`` and ``std`` from now on; before the first batch."""
+        assert self._stream is None, "batches with other statistics are on their way"
+        self._statistics = mean, std
 
     def next_micro_batch(self) -> Batch:
         """The images of the next forward pass of this rank. Blocks until they are there.

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
 
     from mirl.dataloaders import load_images
     from mirl.engine.checkpoints.pretrained import load_pretrained
-    from mirl.engine.pretraining.pictures import reconstruct, save_grid
+    from mirl.engine.pretraining.pictures import NORMALISED, legend, reconstruct, save_grid
     from mirl.engine.training.noise import mask_noise
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
         output = model(images, noise=noise)
     terms = ", ".join(f"{term:.4f}" for term in output.terms.tolist())
     print(f"wrote {arguments.out}: {len(images)} images, columns {', '.join(titles)}")
+    print(f"columns: {'; '.join(legend(titles))}")
     print(f"masked-patch error {output.loss.item():.4f} (terms {terms})")
     if config.norm_pix:
-        print("Predictions are of normalised patches; they are shown with the true mean and contrast of each patch.")
+        print(NORMALISED)
     return 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -271,7 +272,11 @@ class PretrainConfig(Config):
 
 
 def section_from_dict(kind: type, values: dict[str, Any], *, source: str) -> Any:
-    """One section of a configuration from JSON values (lists become tuples)."""
+    """One section of a configuration from JSON values (lists become tuples).
+
+    A field that ``values`` lacks has the value that its metadata ``before`` names, else its default.
+    """
+    values = values_before(kind, values) | dict(values)
     known = {item.name for item in dataclasses.fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
@@ -279,3 +284,11 @@ def section_from_dict(kind: type, values: dict[str, Any], *, source: str) -> Any
             f"{source}: {kind.__name__} has no field {unknown[0]!r}; it was written by another version of the engine"
         )
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def values_before(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the fields that ``values`` lacks were before they were settings, for those that say so (``before``)."""
+    fields = dataclasses.fields(kind)
+    return {
+        item.name: item.metadata["before"] for item in fields if "before" in item.metadata and item.name not in values
+    }

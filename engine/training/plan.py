@@ -15,7 +15,7 @@ from mirl.engine.checkpoints.reader import CheckpointReader
 from mirl.engine.configuration.config import Config
 from mirl.engine.distributed.ds_config import read_ds_config, resolve_batch, resolve_ds_config, resolve_precision
 from mirl.engine.distributed.launch import Ranks, cores_per_rank
-from mirl.engine.training.resumed_settings import compare_settings, require_known_changes
+from mirl.engine.training.resumed_settings import compare_settings, keep_settled, require_known_changes
 from mirl.engine.training.run_folder import choose_out, choose_start, hold_folder
 from mirl.engine.training.run_lock import RunLock
 from mirl.errors import UserError
@@ -80,6 +80,7 @@ def make_plan(config: C, ranks: Ranks, closing: ExitStack, *, recipe_out: str) -
     path, remarks = agree_on_main(ranks, lambda: choose_start(config, out))
     reader = CheckpointReader(path) if path else None
     if reader is not None and config.run.resume:
+        config = keep_settled(config, reader)
         remarks = [*remarks, *compare_settings(config, reader)]
     return RunPlan(
         config=config, ranks=ranks, out=out, micro_batch=micro_batch, accumulation=accumulation, ds_config=ds_config,
