@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mirl.dataloaders.stream import Batch
     from mirl.dataloaders.tools.demo import prepare_demo
     from mirl.dataloaders.train_loader import TrainLoader, build_train_loader
+    from mirl.dataloaders.typical import typical_image_bytes
 
 _HOMES = {
     "BadImage": "errors",
@@ -33,6 +34,7 @@ _HOMES = {
     "prepare_demo": "tools.demo",
     "TrainLoader": "train_loader",
     "build_train_loader": "train_loader",
+    "typical_image_bytes": "typical",
 }
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "load_images",
     "open_source",
     "prepare_demo",
+    "typical_image_bytes",
 ]
 
 
