@@ -207,7 +207,7 @@ class RunConfig(Section):
 class LogConfig(Section):
     """What the run tells while it goes on."""
 
-    log_every: int = setting(0, "optimiser steps between log lines; 0: two hundred in a run")
+    log_every: int = setting(0, "optimiser steps between log lines; 0: sixty in a run")
     picture_every: int = setting(0, "optimiser steps between picture grids; 0: six in a run", of="model")
     pictures: int = setting(4, "images in a picture grid; 0: no pictures", of="model")
     tensorboard: bool = setting(True, "write TensorBoard event files")
