@@ -11,6 +11,7 @@ from mirl.dataloaders.sources.opening import open_source
 from mirl.dataloaders.stream import Batch
 from mirl.dataloaders.tools.demo import prepare_demo
 from mirl.dataloaders.train_loader import TrainLoader, build_train_loader
+from mirl.dataloaders.typical import typical_image_bytes
 
 __all__ = [
     "BadImage",
@@ -26,4 +27,5 @@ __all__ = [
     "load_images",
     "open_source",
     "prepare_demo",
+    "typical_image_bytes",
 ]

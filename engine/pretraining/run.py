@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mirl.dataloaders import TrainLoader, load_images
+from mirl.engine.accounting.run_memory import Footprint, pretraining_footprint
 from mirl.engine.checkpoints.pretrained import load_weights
 from mirl.engine.configuration.config import PretrainConfig
 from mirl.engine.distributed.ds_engine import TrainEngine
@@ -37,6 +38,9 @@ class Pretraining(RunKind[PretrainConfig]):
 
     def recipe_out(self, name: str) -> str:
         return recipe(name).run.out
+
+    def footprint(self, plan: RunPlan[PretrainConfig]) -> Footprint:
+        return pretraining_footprint(plan.config, plan.precision, on_gpu=plan.ranks.device.type == "cuda")
 
     def open_data(
         self, plan: RunPlan[PretrainConfig], closing: ExitStack

@@ -62,6 +62,7 @@ class Saver:
             "steps_per_epoch": self._loader.steps_per_epoch,
             "world_size": self._ranks.world_size,
             "zero_stage": self._engine.stage,
+            "micro_batch": self._loader.plan.micro_batch,
             # An error of the loader may end a run in the middle of a step; the next one begins it again.
             "loader": self._loader.state_dict() | {"step": self._progress.step},
             "parameters": self._parameter_shapes,

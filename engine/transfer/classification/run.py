@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from mirl.dataloaders import Batch, EvalLoader, ImageError, TrainLoader, build_eval_loader
+from mirl.engine.accounting.flops import CLASSES
+from mirl.engine.accounting.run_memory import Footprint, classifier_footprint
 from mirl.engine.checkpoints.pretrained import load_encoder, load_weights
 from mirl.engine.distributed.ds_engine import FragmentReader
 from mirl.engine.models import ModelConfig
@@ -51,12 +53,23 @@ class Finetuning(RunKind[FinetuneConfig]):
     def recipe_out(self, name: str) -> str:
         return finetune_recipe(name).run.out
 
-    def open_data(self, plan: FinetunePlan, closing: ExitStack) -> tuple[FinetunePlan, TrainLoader]:
-        """The plan comes back with the encoder's two configurations and the names of the classes."""
+    def read_start(self, plan: FinetunePlan) -> FinetunePlan:
+        """The plan comes back with the encoder's two configurations."""
         if not plan.config.data.data:
             raise UserError("data is not given: name a folder with a sub-folder of images for each class")
         source = agree_on_main(plan.ranks, lambda: _source_config(plan))
-        plan = plan.with_config(_with_models(plan.config, source))
+        return plan.with_config(_with_models(plan.config, source))
+
+    def footprint(self, plan: FinetunePlan) -> Footprint:
+        config, section = plan.config, plan.config.finetune
+        return classifier_footprint(
+            _with_models(config, config.pretrained).encoder, section.num_classes or CLASSES, plan.precision,
+            on_gpu=plan.ranks.device.type == "cuda", checkpointing=config.run.activation_checkpointing,
+            averaged=bool(section.ema), paired=bool(section.mixup or section.cutmix), ranks=plan.ranks.world_size,
+        )  # fmt: skip
+
+    def open_data(self, plan: FinetunePlan, closing: ExitStack) -> tuple[FinetunePlan, TrainLoader]:
+        """The plan comes back with the names of the classes."""
         rand_augment = _rand_augment(plan)
         if rand_augment is not None:
             closing.callback(rand_augment.close)
