@@ -68,7 +68,9 @@ class OptimConfig(Section):
     """AdamW, its learning rate and how long it runs (section 4.1 of the paper; the recipe of MAE)."""
 
     batch_size: int = setting(4096, "effective batch: images of one optimiser step over all ranks")
-    micro_batch: int = setting(0, "images per rank and forward pass; 0: the effective batch shared by the ranks")
+    micro_batch: int = setting(
+        0, "images per rank and forward pass; 0: the most that fit into memory and divide the batch"
+    )
     epochs: float = setting(0.0, "passes over the data set; this or --steps", metavar="N")
     steps: int = setting(0, "optimiser steps; this or --epochs")
     warmup_epochs: float = setting(0.0, "epochs of linear warm-up; this or --warmup-steps")
