@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mirl.dataloaders.decoding.arrays import ArrayFormat
@@ -20,6 +21,7 @@ from mirl.dataloaders.sources.manifest import LEFT_OUT, MANIFEST_NAME, ManifestR
 from mirl.dataloaders.sources.opening import open_source
 from mirl.dataloaders.sources.paths import below, shown
 from mirl.dataloaders.sources.patience import read_image
+from mirl.dataloaders.tools.overview import Look, Overview, look_at, picture_mode
 from mirl.dataloaders.train_loader import first_array_format
 from mirl.errors import UserError
 
@@ -30,7 +32,7 @@ class ValidationReport:
 
     account: how many files are there and why some are no images (see `Ledger`). left_out: a row for each of them.
     manifests: all that were written, one for each split. value_range: least and greatest number of array files, before
-    uint16 is divided by 65535; None for pictures.
+    uint16 is divided by 65535; None for pictures. overviews: what the good images look like, one for each split.
     """
 
     num_images: int
@@ -42,6 +44,7 @@ class ValidationReport:
     value_range: tuple[float, float] | None
     account: str = ""
     left_out: Sequence[ManifestRow] = ()
+    overviews: Sequence[Overview] = ()
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {name}" for name, count in sorted(self.formats.items(), key=lambda item: -item[1]))
@@ -51,6 +54,7 @@ class ValidationReport:
         lines.append(f"{self.num_images} images ({kinds}), {len(self.bad)} broken, {rate:.0f} images/s; {written}")
         if self.value_range is not None:
             lines.append(f"  values of the arrays: {self.value_range[0]:g} to {self.value_range[1]:g}")
+        lines += [f"  {line}" for overview in self.overviews for line in overview.lines()]
         for rows in (self.bad, self.left_out):
             lines += [f"  {shown(row.path)}: {row.reason}" for row in rows[:20]]
             if len(rows) > 20:
@@ -94,11 +98,12 @@ def validate_data(
     left_out: list[ManifestRow] = []
     looks: list[_Look] = []
     accounts: list[str] = []
+    overviews: list[Overview] = []
     for place, target in zip(splits or [root], targets, strict=True):
-        source = open_source(place, layout=layout, index_dir=index_dir, use_manifest=False, every_name=True)
+        source, labelled = _open(place, layout, index_dir)
         # Not resolved: training names images below the folder as it is given, which may be a link.
         base = os.path.abspath(place if place.is_dir() else place.parent)
-        found = _look_at_all(source, base, channels, workers or default_workers(), progress)
+        found = _look_at_all(source, base, channels, workers or default_workers(), progress, labelled)
         passed_over = [
             ManifestRow(below(_absolute(path), base), 0, 0, 0, "", LEFT_OUT + reason)
             for path, reason in source.ledger.names or ()
@@ -107,6 +112,15 @@ def validate_data(
         prefix = f"{place.name}/" if splits else ""
         accounts.append(f"{prefix}{': ' if prefix else ''}{source.ledger}")
         looks += found
+        good = [look for look in found if look.seen is not None]
+        overviews.append(
+            Overview.of(
+                place.name if splits else "",
+                [look.seen for look in good if look.seen is not None],
+                [look.label for look in good] if labelled else None,
+                source.classes,
+            )
+        )
         rows += [dataclasses.replace(look.row, path=prefix + look.row.path) for look in found]
         left_out += [dataclasses.replace(row, path=prefix + row.path) for row in passed_over]
     values = [look.values for look in looks if look.values is not None]
@@ -120,23 +134,40 @@ def validate_data(
         value_range=(min(low for low, _ in values), max(high for _, high in values)) if values else None,
         account="; ".join(accounts),
         left_out=left_out,
+        overviews=overviews,
     )
+
+
+def _open(place: Path, layout: str, index_dir: str | Path | None) -> tuple[Source, bool]:
+    """The source, and whether it has labels: a set need not have any."""
+    opened = partial(open_source, place, layout=layout, index_dir=index_dir, use_manifest=False, every_name=True)
+    try:
+        return opened(labels=True), True
+    except (UserError, ImageError):
+        return opened(), False
 
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """What was seen of one image. values: least and greatest number of an array."""
+    """One image. values: least and greatest number of an array. seen: what it looks like; None of a broken one.
+
+    label: -1 where it has none.
+    """
 
     row: ManifestRow
     values: tuple[float, float] | None = None
+    seen: Look | None = None
+    label: int = -1
 
 
-def _look_at_all(source: Source, base: str, channels: int, workers: int, progress: Progress) -> list[_Look]:
+def _look_at_all(
+    source: Source, base: str, channels: int, workers: int, progress: Progress, labelled: bool
+) -> list[_Look]:
     try:
         array_format = first_array_format(source, channels)
         return list(
             parallel_map(
-                lambda index: _look_at(source, index, base, channels, array_format),
+                lambda index: _look_at(source, index, base, channels, array_format, labelled),
                 range(source.num_images),
                 total=source.num_images,
                 workers=workers,
@@ -148,9 +179,11 @@ def _look_at_all(source: Source, base: str, channels: int, workers: int, progres
         source.close()
 
 
-def _look_at(source: Source, index: int, base: str, channels: int, array_format: ArrayFormat | None) -> _Look:
+def _look_at(
+    source: Source, index: int, base: str, channels: int, array_format: ArrayFormat | None, labelled: bool
+) -> _Look:
     path = below(_absolute(source.path(index)), base)
-    size, height, width, kind, reason, values = 0, 0, 0, "", "", None
+    size, height, width, kind, reason, values, seen = 0, 0, 0, "", "", None, None
     try:
         data = read_image(source, index)
         size = len(data)
@@ -159,13 +192,24 @@ def _look_at(source: Source, index: int, base: str, channels: int, array_format:
             array = array_format.read(data)
             height, width, _ = array.shape
             values = float(array.min()), float(array.max())
+            seen = look_at(array, str(array.dtype))
         else:
             header = read_header(data)
             kind = header.format
-            height, width, _ = decode_with_pillow(data, channels).shape
+            pixels = decode_with_pillow(data, channels)
+            height, width, _ = pixels.shape
+            seen = look_at(pixels, picture_mode(data))
     except ImageError as error:
         reason = str(error)
-    return _Look(ManifestRow(path, size, height, width, kind, reason), values)
+    label = _label(source, index) if labelled and seen is not None else -1
+    return _Look(ManifestRow(path, size, height, width, kind, reason), values, seen, label)
+
+
+def _label(source: Source, index: int) -> int:
+    try:
+        return source.label(index)
+    except (ImageError, ValueError):
+        return -1  # training with labels says what is wrong with it
 
 
 def _absolute(path: str) -> str:
