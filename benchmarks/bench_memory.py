@@ -133,7 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", action="store_true", help="only B-48 at batch 256, against the design's target")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
-    results = Results()
+    results, started = Results(), datetime.now(UTC)
+    label = "memory-b48" if options.target else "memory"
+    results.keep(options.out, started, label)
     if options.target:
         print(target(results, 256, place))
     else:
@@ -143,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for row in activations(config, options.batch, recompute, place):
                     results.add_memory(row)
         print(results.table())
-    for path in results.write(options.out, datetime.now(UTC), label="memory-b48" if options.target else "memory"):
+    for path in results.write(options.out, started, label=label):
         print(f"wrote {path}")
     return 0
 

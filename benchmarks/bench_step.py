@@ -7,10 +7,11 @@ All contestants (benchmarks/contestants.py) of a case run in one process on one 
 step by step, so that what else happens on the machine meets all of them. Every figure is a median over rounds. Before a
 case is timed, the loss of every contestant is compared with that of the eager reference.
 
-MFU counts the FLOPs of the full, unskipped model of the variant (engine/accounting/flops.py), whatever a contestant
-leaves out, over the data-sheet peak of the GPU; on a CPU over a large matrix product in the same dtype and threads,
-timed just before. On a CPU the processor time of the process is kept beside the wall time: on a machine shared with
-others it is the steadier of the two (set OMP_WAIT_POLICY=PASSIVE, or waiting threads count as work).
+MFU counts the FLOPs that are left after the exact skips (engine/accounting/flops.py); plain MFU those of the full model
+of the variant. Both are over the data-sheet peak of the GPU; on a CPU over a large matrix product in the same dtype and
+threads, timed just before. The results are on disk after each case. On a CPU the processor time of the process is kept
+beside the wall time: on a machine shared with others it is the steadier of the two (set OMP_WAIT_POLICY=PASSIVE, or
+waiting threads count as work).
 """
 
 from __future__ import annotations
@@ -46,6 +47,14 @@ RESULTS = Path(__file__).resolve().parent / "results"
 AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2, "autocast": 2e-2}
 
 
+@dataclass(frozen=True)
+class _Step:
+    """``run`` is timed, ``prepare`` before it is not."""
+
+    prepare: Callable[[], None]
+    run: Callable[[], None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepCase:
     """``rounds`` timed steps of each contestant after ``warmup`` ones."""
@@ -71,26 +80,32 @@ def measure_case(case: StepCase, place: torch.device, peak: tuple[float, str] | 
     model, contestants, left_out = make_contestants(case.config, case.contestants, case.batch, place, case.precision)
     images, noise = _inputs(case, place)
     shared = MasterAdamW(model, OptimConfig(steps=1), place)
-    steps: dict[str, Callable[[], None]] = {}
+    steps: dict[str, _Step] = {}
     for contestant in contestants:
         theirs = getattr(contestant.loss, "model", None)
         optimizer = shared if theirs is None else MasterAdamW(theirs, OptimConfig(steps=1), place)
-        steps[contestant.name] = _step_of(contestant, optimizer, images, noise, case.precision, place)
+        run = _step_of(contestant, optimizer, images, noise, case.precision, place)
+        steps[contestant.name] = _Step(contestant.prepare, run)
     _check_losses(contestants, images, noise, case, place)
     times: dict[str, list[float]] = {name: [] for name in steps}
     processor_times: dict[str, list[float]] = {name: [] for name in steps}
     peaks = {name: _peak_gib(step, case.warmup, place) for name, step in steps.items()}
     for _ in range(case.rounds):
         for name, step in steps.items():
+            step.prepare()  # a walk over all modules, which a run makes once
             before = time.process_time()
-            times[name].append(_timed(step, place))
+            times[name].append(_timed(step.run, place))
             processor_times[name].append(1e3 * (time.process_time() - before))
     medians = {name: statistics.median(values) for name, values in times.items()}
     # A whole engine where one runs; regions are compiled where that is the default, which on a CPU it is not.
     first_choice = ("engine_compiled", "engine", *(("ours_compiled",) if place.type == "cuda" else ()), "ours")
     mine = next(name for name in first_choice if name in medians)
     images_per_s = 1e3 * case.batch / medians[mine]
-    flops = training_flops_per_image(case.config)
+    plain = training_flops_per_image(case.config)
+    flops = training_flops_per_image(case.config, model.skips)
+
+    def mfu_percent(flops: float) -> float | None:
+        return None if peak is None else round(100 * images_per_s * flops / peak[0], 2)
 
     def ratio(name: str) -> float | None:
         return round(medians[name] / medians[mine], 4) if name in medians else None
@@ -101,7 +116,8 @@ def measure_case(case: StepCase, place: torch.device, peak: tuple[float, str] | 
         "variant": case.config.variant,
         "batch": case.batch,
         "images_per_s": round(images_per_s, 3),
-        "mfu_percent": None if peak is None else round(100 * images_per_s * flops / peak[0], 2),
+        "mfu_percent": mfu_percent(flops),
+        "plain_mfu_percent": mfu_percent(plain),
         "peak_memory_gib": peaks[mine],
         "ratio_eager_math": ratio("eager_math"),
         "ratio_eager_sdpa": ratio("eager_sdpa"),
@@ -113,6 +129,7 @@ def measure_case(case: StepCase, place: torch.device, peak: tuple[float, str] | 
         "precision": case.precision,
         "measured_as": mine,
         "gflop_per_image": round(flops / 1e9, 2),
+        "plain_gflop_per_image": round(plain / 1e9, 2),
         "peak_source": None if peak is None else peak[1],
         "threads": torch.get_num_threads() if place.type == "cpu" else None,
         "all": {
@@ -128,7 +145,8 @@ def measure_case(case: StepCase, place: torch.device, peak: tuple[float, str] | 
         "left_out": left_out,
     }
     if case.profile:
-        row |= profile_step(steps[mine], place)
+        steps[mine].prepare()
+        row |= profile_step(steps[mine].run, place)
     return row
 
 
@@ -150,7 +168,6 @@ def _step_of(
         return partial(contestant.step, images, noise)
 
     def step() -> None:
-        contestant.prepare()
         with _autocast(precision, place):
             loss = contestant.loss(images, noise)
         loss.backward()
@@ -187,15 +204,16 @@ def _timed(step: Callable[[], None], place: torch.device) -> float:
     return 1e3 * (time.perf_counter() - started)
 
 
-def _peak_gib(step: Callable[[], None], warmup: int, place: torch.device) -> float | None:
+def _peak_gib(step: _Step, warmup: int, place: torch.device) -> float | None:
     """torch's peak over one step after the warm-up, parameters and optimiser included; None on a CPU."""
+    step.prepare()
     for _ in range(max(1, warmup)):
-        step()
+        step.run()
     if place.type != "cuda":
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    step()
+    step.run()
     torch.cuda.synchronize()
     return round(torch.cuda.max_memory_allocated() / 2**30, 3)
 
@@ -271,7 +289,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    place, results, started, failed = device(), Results(), time.monotonic(), 0
+    place, results, started, failed, when = device(), Results(), time.monotonic(), 0, datetime.now(UTC)
+    results.keep(options.out, when, options.label)
     for case in cases(options):
         label = f"{case.name} batch {case.batch} {case.precision}"
         if options.seconds and time.monotonic() - started > options.seconds:
@@ -288,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if place.type == "cuda":
             torch.cuda.empty_cache()
     if not results.empty:
-        for path in results.write(options.out, datetime.now(UTC), label=options.label):
+        for path in results.write(options.out, when, label=options.label):
             print(f"wrote {path}")
     return 1 if failed else 0
 

@@ -1,4 +1,4 @@
-"""Collects what the benchmarks measure and writes it when the run ends."""
+"""Collects what the benchmarks measure; the JSON is on disk after each case, table and picture when the run ends."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +11,7 @@ from benchmarks.report import Results
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _KEY = pytest.StashKey[Results]()
+_STARTED = datetime.now(UTC)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_KEY] = Results()
+    config.stash[_KEY].keep(config.getoption("--results-dir"), _STARTED)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -43,7 +45,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     results = config.stash[_KEY]
     if results.empty:
         return
-    written = results.write(config.getoption("--results-dir"), datetime.now(UTC))
+    written = results.write(config.getoption("--results-dir"), _STARTED)
     terminalreporter.section("kernel results")
     terminalreporter.write_line(results.table())
     for path in written:

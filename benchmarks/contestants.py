@@ -72,9 +72,10 @@ class MasterAdamW:
     @torch.no_grad()
     def step(self) -> None:
         if self.copies:
-            for parameter, master in zip(self.parameters, self.masters, strict=True):
-                master.grad = parameter.grad.float()
-                parameter.grad = None
+            gradients = [torch.empty_like(master) for master in self.masters]
+            torch._foreach_copy_(gradients, [parameter.grad for parameter in self.parameters])  # few launches
+            for parameter, master, gradient in zip(self.parameters, self.masters, gradients, strict=True):
+                master.grad, parameter.grad = gradient, None
         self.adamw.step()
         if self.copies:
             torch._foreach_copy_(self.parameters, self.masters)

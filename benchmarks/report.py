@@ -1,6 +1,7 @@
 """Results of one benchmark run as JSON, a Markdown table and a picture; the schema is in benchmarks/README.md."""
 
 import json
+import os
 import re
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -50,9 +51,11 @@ class _Kernel:
 
 
 class Results:
-    """Filled by the benchmarks through the `results` fixture, written once at the end."""
+    """Filled by the benchmarks, case by case; `keep` has the JSON on disk after each, whatever ends the run."""
 
     def __init__(self) -> None:
+        self._kept: tuple[Path, datetime, str] | None = None
+        self._header: dict[str, Any] | None = None
         self._kernels: dict[tuple[str, str], _Kernel] = {}
         self._attention: list[dict[str, Any]] = []
         self._steps: list[dict[str, Any]] = []
@@ -65,16 +68,19 @@ class Results:
     def add_step(self, row: dict[str, Any]) -> None:
         """A case of `bench_step`, as it stands in the results."""
         self._steps.append(row)
+        self._write_kept()
 
     def add_memory(self, row: dict[str, Any]) -> None:
         """A case of `bench_memory`, as it stands in the results."""
         self._memory.append(row)
+        self._write_kept()
 
     def add_kernel(
         self, name: str, shape: str, dtype: torch.dtype, moved: int, implementation: str, timing: Timing
     ) -> None:
         kernel = self._kernels.setdefault((name, shape), _Kernel(name, shape, _short(dtype), moved))
         kernel.timings[implementation] = timing
+        self._write_kept()
 
     def add_attention(
         self, queries: int, keys: int, head_dim: int, batch: int, dtype: torch.dtype, direction: str, backend: str,
@@ -94,17 +100,19 @@ class Results:
                 "gbps": round(gbps(moved, timing), 2),
             }
         )
+        self._write_kept()
 
     def rows(self) -> list[dict[str, Any]]:
         return [row for kernel in self._kernels.values() if (row := kernel.row()) is not None]
 
     def as_json(self, when: datetime) -> dict[str, Any]:
+        if self._header is None:
+            self._header = {"versions": versions(), "commit": commit()}
         return {
             "device": device_name(),
             "device_type": device().type,
             "date": when.strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "versions": versions(),
-            "commit": commit(),
+            **self._header,
             "cases": self.rows() + self._steps,
             "attention": self._attention,
             "memory": self._memory,
@@ -129,11 +137,13 @@ class Results:
     def _step_table(self) -> list[str]:
         if not self._steps:
             return []
-        head = "| step | batch | precision | images/s | MFU | peak GiB | eager math / ours | eager SDPA / ours | "
-        lines = [head + "compile / ours | MAE / ours | host ms | device ms | spread |", "|---" * 13 + "|"]
+        head = "| step | batch | precision | images/s | MFU | plain MFU | peak GiB | eager math / ours | "
+        head += "eager SDPA / ours | compile / ours | MAE / ours | host ms | device ms | spread |"
+        lines = [head, "|---" * 14 + "|"]
         for row in self._steps:
-            keys = ("mfu_percent", "peak_memory_gib", "ratio_eager_math", "ratio_eager_sdpa", "ratio_compile")
-            values = [row[key] for key in (*keys, "ratio_mae", "host_ms", "device_ms")]
+            ratios = ("ratio_eager_math", "ratio_eager_sdpa", "ratio_compile", "ratio_mae")
+            keys = ("mfu_percent", "plain_mfu_percent", "peak_memory_gib", *ratios, "host_ms", "device_ms")
+            values = [row[key] for key in keys]
             cells = [row["name"].removeprefix("step "), str(row["batch"]), row["precision"]]
             cells.append(f"{row['images_per_s']:.2f}")
             cells += ["-" if value is None else f"{value:.2f}" for value in values]
@@ -177,13 +187,29 @@ class Results:
             lines.append(f"| {' | '.join([*map(str, case), *cells])} |")
         return lines
 
-    def write(self, folder: Path, when: datetime, label: str = "") -> list[Path]:
-        """Write DEVICE_DATE[_LABEL].json, .md and, where matplotlib is installed, .png; returns what was written."""
+    def keep(self, folder: Path, when: datetime, label: str = "") -> None:
+        """From now on write the JSON of `write` after each case, whole or not at all."""
+        self._kept = folder, when, label
+
+    def _write_kept(self) -> None:
+        if self._kept is not None:
+            self._write_json(self.as_json(self._kept[1]), *self._kept)
+
+    @staticmethod
+    def _write_json(content: dict[str, Any], folder: Path, when: datetime, label: str) -> Path:
+        """Returns the path without a suffix."""
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{re.sub(r'[^A-Za-z0-9]+', '-', device_name()).strip('-')}_{when:%Y-%m-%d}"
         stem = folder / (f"{name}_{label}" if label else name)
+        unfinished = folder / f".{stem.name}.{os.getpid()}.tmp"
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        unfinished.replace(stem.with_suffix(".json"))
+        return stem
+
+    def write(self, folder: Path, when: datetime, label: str = "") -> list[Path]:
+        """Write DEVICE_DATE[_LABEL].json, .md and, where matplotlib is installed, .png; returns what was written."""
         content = self.as_json(when)
-        stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+        stem = self._write_json(content, folder, when, label)
         title = (
             f"{content['device']}, torch {content['versions']['torch']}, {content['date']}, commit {content['commit']}"
         )

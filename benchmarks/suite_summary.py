@@ -24,7 +24,7 @@ def read_parts(folder: Path) -> list[dict[str, Any]]:
     for line in (folder / "parts.tsv").read_text().splitlines():
         name, status, seconds, limit = line.split("\t")
         words = {"0": "passed", "5": "left out", "124": "stopped", "137": "stopped"}
-        state = words.get(status, "failed" if status.isdigit() else "left out")
+        state = words.get(status, "failed" if status.isdigit() else status.split()[0].replace("left", "left out"))
         detail = status.removeprefix("left out: ") if not status.isdigit() else f"exit status {status}"
         log = folder / f"{name}.log"
         last = [text for text in log.read_text(errors="replace").splitlines() if text.strip()] if log.exists() else []
@@ -62,6 +62,15 @@ def collect(folder: Path) -> dict[str, Any]:
 
 def summary(suite: dict[str, Any], tables: list[str]) -> str:
     lines = [f"{suite['device']}, torch {suite['versions']['torch']}, {suite['date']}, commit {suite['commit']}", ""]
+    for case in suite["cases"]:
+        if case.get("measured_as", "").startswith("engine"):
+            shares = [
+                f"{name} {case[key]:.1f} %"
+                for name, key in (("MFU", "mfu_percent"), ("plain MFU", "plain_mfu_percent"))
+                if case[key] is not None
+            ]
+            speed = f"{case['images_per_s']:.1f} images/s"
+            lines += [f"**{case['name']}, batch {case['batch']}, whole engine: {', '.join([speed, *shares])}**", ""]
     lines += ["| part | outcome | seconds | limit | |", "|---" * 5 + "|"]
     for part in suite["parts"]:
         note = part["detail"] if part["status"] == "left out" else " ".join(part["last_lines"][-1:])[:100]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mirl.dataloaders.decoding.arrays import check_statistics
-from mirl.dataloaders.decoding.crops import evaluation_windows
+from mirl.dataloaders.decoding.crops import evaluation_crop, evaluation_windows
 from mirl.dataloaders.decoding.dali_pipeline import DaliDecoder
 from mirl.dataloaders.decoding.resize import CpuResizer
 from mirl.dataloaders.decoding.samples import SampleReader
@@ -42,7 +42,8 @@ def build_eval_loader(
 ) -> EvalLoader:
     """Opens a data set for evaluation: image i of rank r's batch k is item (k * world_size + r) * batch_size + i.
 
-    resize_short: the shorter side before the centre crop, pixels; default 256 / 224 of the shorter side of image_size.
+    resize_short: the shorter side before the centre crop, pixels; default: that of
+    `mirl.dataloaders.decoding.crops.evaluation_crop`, 256 / 224 of the shorter side of image_size.
     All ranks have equally many batches of equal size; `Batch.valid` is False where the set has run out and where an
     image is broken (named in `bad_images`), so neither is ever counted as right or wrong. split: what a folder stands
     for that holds train/ beside val/ or test/. Other arguments as in `build_train_loader`.
@@ -54,7 +55,9 @@ def build_eval_loader(
         raise ValueError(f"rank is {rank}, must be in 0..{world_size - 1} (world_size {world_size})")
     if len(image_size) != 2 or min(image_size) < 1:
         raise UserError(f"image_size is {image_size}, must be (height, width), both at least 1")
-    short = resize_short if resize_short is not None else round(min(image_size) * 256 / 224)
+    size = (image_size[0], image_size[1])
+    cover = evaluation_crop(size).resized if resize_short is None else size
+    short = min(cover) if resize_short is None else resize_short
     if short < 1:
         raise UserError(f"resize_short is {short}, must be at least 1")
     check_statistics(channels, mean, std)
@@ -77,8 +80,9 @@ def build_eval_loader(
         source,
         reader,
         decoder,
-        image_size=(image_size[0], image_size[1]),
+        image_size=size,
         resize_short=short,
+        cover=cover,
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,
@@ -104,6 +108,7 @@ class EvalLoader:
         *,
         image_size: tuple[int, int],
         resize_short: int,
+        cover: tuple[int, int],
         batch_size: int,
         rank: int,
         world_size: int,
@@ -116,7 +121,7 @@ class EvalLoader:
         self.ledger = source.ledger
         self.bad_images: list[BadImage] = []
         self._reader, self._decoder = reader, decoder
-        self._image_size, self._resize_short = image_size, resize_short
+        self._image_size, self._resize_short, self._cover = image_size, resize_short, cover
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._device, self._statistics, self._prefetch = device, statistics, prefetch
         self._resizer = None if decoder is not None and decoder.finish else CpuResizer(image_size, threads)
@@ -173,4 +178,4 @@ class EvalLoader:
             yield BatchPlan(0, np.minimum(positions, self.num_images - 1), positions, positions < self.num_images)
 
     def _geometry(self, sizes_B2: np.ndarray, epoch: int, positions: np.ndarray):
-        return evaluation_windows(sizes_B2, self._resize_short, self._image_size)
+        return evaluation_windows(sizes_B2, self._resize_short, self._image_size, self._cover)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from mirl.dataloaders.decoding.arrays import as_resizable, normalise
+from mirl.dataloaders.decoding.at_exit import close_at_exit
 from mirl.dataloaders.decoding.dali_pipeline import DaliDecoder, DecodeJob
 from mirl.dataloaders.decoding.resize import CpuResizer
 from mirl.dataloaders.decoding.samples import Sample, SampleReader
@@ -92,6 +93,7 @@ class BatchStream:
         self.wait_seconds = 0.0
         self._thread = threading.Thread(target=self._work, name="mirl-data", daemon=True)
         self._thread.start()
+        close_at_exit(self)
 
     def __iter__(self) -> BatchStream:
         return self

@@ -18,6 +18,7 @@ from mirl.dataloaders.decoding.dali_pipeline import DaliDecoder
 from mirl.dataloaders.decoding.resize import CpuResizer
 from mirl.dataloaders.decoding.samples import SampleReader
 from mirl.dataloaders.errors import BadImage, ImageError, TooManyBadImages
+from mirl.dataloaders.greyness import all_grey
 from mirl.dataloaders.order import EpochOrder, StepPlan
 from mirl.dataloaders.sources.base import Source
 from mirl.dataloaders.sources.opening import Data, open_source
@@ -63,7 +64,8 @@ def build_train_loader(
     data, layout, index_dir, labels: see `open_source`; a Source is taken as it is.
     image_size: (height, width) of the images, pixels. micro_batch, accumulation: images per forward pass of a rank, and
     forward passes per optimiser step. seed: order and augmentation. device_id: CUDA device, or None for the CPU.
-    threads: decoding threads of this rank. read_threads: file reading threads; default max(4, threads).
+    threads: decoding threads of this rank. read_threads: threads that read files; default 4 on a GPU, since
+    they share Python's lock with the thread that launches kernels, else max(4, threads).
     scale, ratio, flip: see `Augmentation`. channels: 3, 1, or what array files hold; mean, std: of array files of
     floats or uint16, which come out normalised (uint8 is normalised by the model).
     bad_image_limit: distinct broken images, as a share of the data set, that this rank puts up with (at least one,
@@ -100,7 +102,7 @@ def build_train_loader(
         channels=channels,
         array_format=array_format,
         labels=labels,
-        threads=read_threads or max(4, threads),
+        threads=read_threads or (4 if device_id is not None else max(4, threads)),
     )
     decoder = None
     if array_format is None:
@@ -187,6 +189,15 @@ class TrainLoader:
     def too_many_bad(self) -> bool:
         """Whether more distinct images broke on this rank than the limit allows."""
         return len(self.bad_images) > self.bad_allowed
+
+    def is_grey(self) -> bool:
+        """Whether the images sampled have one value in all of their channels (see `all_grey`)."""
+        return all_grey(self.source, self._reader.channels, self._reader.array_format)
+
+    def take_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Normalise by ``mean`` and ``std`` from now on; before the first batch."""
+        assert self._stream is None, "batches with other statistics are on their way"
+        self._statistics = mean, std
 
     def next_micro_batch(self) -> Batch:
         """The images of the next forward pass of this rank. Blocks until they are there.

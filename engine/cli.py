@@ -62,6 +62,18 @@ def _depth_report(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def _evaluate(argv: Sequence[str]) -> int:
+    from mirl.engine.commands.evaluate import main
+
+    return main(argv)
+
+
+def _predict(argv: Sequence[str]) -> int:
+    from mirl.engine.commands.predict import main
+
+    return main(argv)
+
+
 def _import(argv: Sequence[str]) -> int:
     from mirl.engine.commands.import_weights import run
 
@@ -87,6 +99,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
         _finetune,
         "fine-tune a pre-trained encoder as a classifier (several ranks: deepspeed engine/finetune.py)",
     ),
+    "evaluate": (_evaluate, "accuracy of a fine-tuned classifier, by class and in all, and its confusions"),
+    "predict": (_predict, "classes of images, by a fine-tuned classifier"),
     "probe": (_probe, "linear probe and nearest neighbours on frozen features"),
     "depth-report": (_depth_report, "what each block does: gradient norm, probe accuracy, effect of making it fresh"),
     "import": (_import, "read a checkpoint of the MIRL release or of MAE"),

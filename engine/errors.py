@@ -6,6 +6,7 @@ with exit code 1.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -25,6 +26,8 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again to go on
 
 # What the operating system says of a path, and names it: the user knows what to do about it.
 OF_A_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Diverged(RuntimeError):
@@ -75,10 +78,20 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     except (Preempted, StorageLost) as error:
         code = EXIT_PREEMPTED
         _say(rank, f"stopped: {error}")
+    except OSError as error:
+        if error.errno not in _FULL or os.environ.get("MIRL_TRACEBACK") == "1":
+            raise
+        code = EXIT_NOT_SAVED
+        _say(rank, f"error: what was being written does not fit ({error.strerror}): free space")
+        flush(sys.stdout)
     except KeyboardInterrupt:
         code = 130
-    for stream in (sys.stdout, sys.stderr):
-        flush(stream)
+    unwritten = flush(sys.stdout)
+    if unwritten is not None and unwritten.errno in _FULL and code == EXIT_OK:
+        # A run keeps its log in its folder and writes line by line; a command has nothing but what it prints.
+        code = EXIT_NOT_SAVED
+        _say(rank, f"error: standard output cannot be written ({unwritten.strerror}): free space, or send it elsewhere")
+    flush(sys.stderr)
     sys.exit(code)
 
 

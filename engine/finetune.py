@@ -20,6 +20,7 @@ if not __package__:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see engine/pretrain.py
 
 from mirl.engine.distributed import stop_request  # noqa: E402, F401 - notes who started this process
+from mirl.engine.distributed.environment import hide_gpus  # noqa: E402
 from mirl.engine.errors import run_entry_point  # noqa: E402
 
 
@@ -29,7 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     from mirl.engine.transfer.classification.command_line import FINETUNE
 
     config = parse(FINETUNE, sys.argv[1:] if argv is None else argv)
-    # Only now, so that --help and a wrong flag answer at once: these import torch, DeepSpeed and DALI.
+    from mirl.engine.transfer.classification.early import refuse_early
+
+    refuse_early(config)
+    hide_gpus(config.run.device)
+    # Only now, so that --help and a wrong flag or path answer at once: these import torch, DeepSpeed and DALI.
     from mirl.engine.transfer.classification.run import finetune
 
     finetune(config)

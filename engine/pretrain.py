@@ -22,6 +22,7 @@ if not __package__:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from mirl.engine.distributed import stop_request  # noqa: E402, F401 - notes who started this process
+from mirl.engine.distributed.environment import hide_gpus  # noqa: E402
 from mirl.engine.errors import run_entry_point  # noqa: E402
 
 
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     from mirl.engine.pretraining.command_line import parse_pretrain
 
     config = parse_pretrain(sys.argv[1:] if argv is None else argv)
+    hide_gpus(config.run.device)
     # Only now, so that --help and a wrong flag answer at once: these import torch, DeepSpeed and DALI.
     from mirl.engine.pretraining.run import pretrain
 

@@ -40,13 +40,15 @@ def say(line: str) -> None:
         flush(sys.stderr)
 
 
-def flush(stream: TextIO) -> None:
-    """Flush; where nobody reads any more (a closed pipe or ssh session) turn ``stream`` to nowhere, because the
-    interpreter would fail on it once more and leave with a code of its own.
+def flush(stream: TextIO) -> OSError | None:
+    """Flush, and return what went wrong. A stream that fails (a closed pipe or ssh session, a full disk) is turned to
+    nowhere, because the interpreter would fail on it once more and leave with a code of its own.
     """
     try:
         stream.flush()
-    except OSError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
     except ValueError:
         pass  # the stream was closed, and the interpreter leaves it alone
+    return None

@@ -29,6 +29,7 @@ TIERS = {
     "tests/dataloaders/test_package.py": "process",
     "tests/engine/accounting/test_memory.py": "process",
     "tests/engine/pretraining": "process",
+    "tests/engine/test_devices.py": "process",
     "tests/engine/test_errors.py": "process",
     "tests/engine/distributed/test_deepspeed_patches.py": "process",
     "tests/engine/distributed/test_launch.py": "process",

@@ -90,15 +90,47 @@ def random_windows(
     return np.stack([top_B, left_B, h_B, w_B], axis=1).astype(np.int32)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationCrop:
+    """What evaluation sees of an image, the same here and in the configurations of exported models.
+
+    The image is resized, its proportions kept, until it just covers ``resized`` (height, width) pixels, and its centre
+    of ``image_size`` is taken. share: of each side of ``resized`` that is taken; timm's crop_pct.
+    """
+
+    image_size: tuple[int, int]
+    resized: tuple[int, int]
+    share: float
+
+    def __str__(self) -> str:
+        height, width = self.image_size
+        reached = (
+            f"the short side is {min(self.resized)} pixels"
+            if height == width
+            else f"it covers {self.resized[0]}x{self.resized[1]} pixels"
+        )
+        return f"resized until {reached} (bicubic), of which the central {height}x{width} are seen"
+
+
+def evaluation_crop(image_size: tuple[int, int]) -> EvaluationCrop:
+    """The convention: 224 of 256 pixels of the shorter side, rounded to whole pixels."""
+    shorter = min(image_size)
+    short, share = round(shorter * 256 / 224), 224 / 256
+    if int(shorter / share) != short:  # timm rounds down: a share that gives it the same whole pixels
+        share = shorter / (short + 0.5)
+    height, width = image_size
+    return EvaluationCrop(image_size=image_size, resized=(int(height / share), int(width / share)), share=share)
+
+
 def evaluation_windows(
-    sizes_B2: np.ndarray, resize_short: int, image_size: tuple[int, int]
+    sizes_B2: np.ndarray, resize_short: int, image_size: tuple[int, int], cover: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The image, then Resize(short side) and CenterCrop as torchvision does them.
 
     Returns windows int32 [B, 4], mirrored (never) bool [B], resized sizes int32 [B, 2], (top, left) of the crop in
     the resized image int32 [B, 2]. The long side is floor(resize_short * long / short); offsets are rounded half to
-    even. Where the crop would reach over the edge (a wide crop of a tall image) the short side grows until it fits;
-    torchvision would pad with black.
+    even. Where the resized image would not cover ``cover`` (height, width; default: the crop) the short side grows
+    until it does: torchvision would pad a wide crop of a tall image with black.
 
     The window is the whole image, except of strips: resized as a whole, one of 60000 x 1 pixels would take gigabytes
     for a crop of its centre. Of an image more than 16 times as long as wide only the squares (of its short side) around
@@ -106,7 +138,8 @@ def evaluation_windows(
     """
     height_B, width_B = sizes_B2[:, 0].astype(np.int64), sizes_B2[:, 1].astype(np.int64)
     lesser_B, greater_B = np.minimum(height_B, width_B), np.maximum(height_B, width_B)
-    covering_B = np.maximum(-(-image_size[0] * lesser_B // height_B), -(-image_size[1] * lesser_B // width_B))
+    cover = cover or image_size
+    covering_B = np.maximum(-(-cover[0] * lesser_B // height_B), -(-cover[1] * lesser_B // width_B))
     short_B = np.maximum(resize_short, covering_B)
     long_B = short_B * greater_B // lesser_B
     portrait_B1 = (height_B > width_B)[:, None]

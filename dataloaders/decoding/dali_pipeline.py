@@ -26,10 +26,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mirl.dataloaders.decoding.at_exit import close_at_exit
 from mirl.errors import UserError
 
 _MAX_EXCHANGES = 100
 _log = logging.getLogger(__name__)
+# Buffers of the size that ImageNet's largest images need, so that none is allocated or freed during training: the
+# values of NVIDIA's own ImageNet training (DALI, docs/examples/use_cases/pytorch/resnet50/main.py).
+_ON_GPU = {
+    "device_memory_padding": 211025920,
+    "host_memory_padding": 140544512,
+    "preallocate_width_hint": 5980,
+    "preallocate_height_hint": 6430,
+    "jpeg_fancy_upsampling": True,
+}
 _INSTALL = "pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120 with a CUDA 12 driver)"
 # A pixmap of 2 x 2 grey pixels: what fills the pipeline when it is built.
 _BLANK = np.frombuffer(b"P6 2 2 255\n" + bytes([128]) * 12, np.uint8)
@@ -107,6 +117,7 @@ class DaliDecoder:
         self._probe = None
         self._stream = torch.cuda.Stream(device_id) if device_id is not None else None
         self._pipe = self._build(batch_size, threads, depth)
+        close_at_exit(self)
 
     def submit(self, job: DecodeJob, exchange: Exchange) -> None:
         """Starts to decode; call `collect` first when `depth` jobs are in flight.
@@ -260,7 +271,7 @@ class DaliDecoder:
                 device="mixed" if on_gpu else "cpu",
                 output_type=types.RGB if self.channels == 3 else types.GRAY,
                 adjust_orientation=True,
-                **({"hw_decoder_load": self.hw_decoder_load, "jpeg_fancy_upsampling": True} if on_gpu else {}),
+                **(_ON_GPU | {"hw_decoder_load": self.hw_decoder_load} if on_gpu else {}),
             )
             if self.finish:
                 size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)

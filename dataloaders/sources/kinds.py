@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import re
 
+from mirl.dataloaders.sources.patience import is_of_a_moment
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".gif")
 ARRAY_SUFFIXES = (".npy",)
 IMAGE, SHARD = "image", "shard"
@@ -85,13 +87,18 @@ def kind_by_content(head: bytes, name: str) -> str:
 
 
 def kind_of_file(path: str | os.PathLike[str], name: str) -> str:
-    """IMAGE, SHARD or the reason to leave the file out; the file is opened where its suffix does not tell."""
+    """IMAGE, SHARD or the reason to leave the file out; the file is opened where its suffix does not tell.
+
+    OSError if the file system fails for a moment: that says nothing of the file.
+    """
     known = kind_by_name(name)
     if known is not None:
         return known
     try:
         return kind_by_content(read_head(path), name)
     except OSError as error:
+        if is_of_a_moment(error):
+            raise
         return f"unreadable ({error.strerror})"
 
 

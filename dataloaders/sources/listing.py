@@ -11,9 +11,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from mirl.dataloaders.errors import StorageError
 from mirl.dataloaders.sources.kinds import ARRAY_SUFFIXES, IMAGE, IMAGE_SUFFIXES, SHARD, kind_of_file
 from mirl.dataloaders.sources.ledger import Ledger
 from mirl.dataloaders.sources.paths import shown
+from mirl.dataloaders.sources.patience import find_patiently, is_of_a_moment, patiently
 from mirl.errors import UserError
 
 LIST_SUFFIXES = (".txt", ".lst", ".list", ".csv", ".tsv")
@@ -32,8 +34,10 @@ class Found:
 def find_files(root: Path, *, every_name: bool = False) -> Found:
     """Everything below the folder `root`.
 
-    Links are followed, also out of `root`; a folder that is inside itself by a link is entered once. Hidden entries (a
-    leading dot, such as macOS's ._x.jpg companions) are left out; a hidden folder counts as one entry.
+    A file system that fails for a moment is asked again; StorageLost if it goes on. One file that goes on failing
+    where its folder can be read is left out. Links are followed, also out of `root`; a folder that is inside itself by
+    a link is entered once. Hidden entries (a leading dot, such as macOS's ._x.jpg companions) are left out; a hidden
+    folder counts as one entry.
     every_name: the ledger keeps the path of all that is left out.
     """
     if not root.exists():
@@ -47,20 +51,18 @@ def find_files(root: Path, *, every_name: bool = False) -> Found:
     while pending:
         folder, above = pending.pop()
         try:
-            with os.scandir(root / folder if folder else root) as entries:
-                for entry in entries:
-                    name = f"{folder}/{entry.name}" if folder else entry.name
-                    kind = _kind(entry)
-                    if kind == IMAGE:
-                        found.images.append(name)
-                    elif kind == SHARD:
-                        found.shards.append(name)
-                    elif kind is not None:
-                        found.ledger.leave_out(kind, entry.path)
-                    elif (identity := _identity(entry.path)) in above:
-                        found.ledger.leave_out("links to a folder above them", entry.path)
-                    else:
-                        pending.append((name, above | {identity}))
+            for base, path, kind in _entries(os.fspath(root / folder if folder else root)):
+                name = f"{folder}/{base}" if folder else base
+                if kind == IMAGE:
+                    found.images.append(name)
+                elif kind == SHARD:
+                    found.shards.append(name)
+                elif isinstance(kind, str):
+                    found.ledger.leave_out(kind, path)
+                elif kind in above:
+                    found.ledger.leave_out("links to a folder above them", path)
+                else:
+                    pending.append((name, above | {kind}))
         except PermissionError:
             raise UserError(
                 f"data folder {shown(root / folder)} cannot be read (permission denied); "
@@ -72,16 +74,34 @@ def find_files(root: Path, *, every_name: bool = False) -> Found:
     return found
 
 
-def _kind(entry: os.DirEntry[str]) -> str | None:
-    """IMAGE, SHARD, the reason to leave the entry out, or None for a folder to enter."""
+def _entries(folder: str) -> list[tuple[str, str, str | tuple[int, int]]]:
+    """(name, path, kind) of each entry of `folder`; see `_kind`."""
+    try:
+        return patiently(lambda: _scan(folder, patient=False), folder)
+    except StorageError:  # one file, or the whole file system?
+        return find_patiently(lambda: _scan(folder, patient=True), folder)
+
+
+def _scan(folder: str, *, patient: bool) -> list[tuple[str, str, str | tuple[int, int]]]:
+    with os.scandir(folder) as entries:
+        return [(entry.name, entry.path, _kind(entry, patient)) for entry in entries]
+
+
+def _kind(entry: os.DirEntry[str], patient: bool) -> str | tuple[int, int]:
+    """IMAGE, SHARD, the reason to leave the entry out, or the identity of a folder to enter.
+
+    patient: the file system's moment has passed, so that a fault is the entry's own; otherwise it is raised.
+    """
     if entry.name.startswith("."):
         return "hidden"
     try:
         if entry.is_dir():
-            return None
+            return _identity(entry.path)
         if entry.is_file():
             return kind_of_file(entry.path, entry.name)
-    except OSError as error:  # a chain of links without end, a stale handle
+    except OSError as error:  # a chain of links without end, a bad sector
+        if is_of_a_moment(error) and not patient:
+            raise
         return f"unreachable ({error.strerror})"
     return "links to nowhere" if entry.is_symlink() else "pipes, sockets or devices"
 

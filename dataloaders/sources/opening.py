@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from mirl.dataloaders.sources import listing
 from mirl.dataloaders.sources.base import FileSource, JoinedSource, Source
 from mirl.dataloaders.sources.kinds import IMAGE, SHARD, is_text, kind_of_file, read_head
-from mirl.dataloaders.sources.ledger import join_ledgers
+from mirl.dataloaders.sources.ledger import Ledger, join_ledgers
 from mirl.dataloaders.sources.manifest import MANIFEST_NAME, is_manifest
 from mirl.dataloaders.sources.manifest_source import broken_names, open_manifest
-from mirl.dataloaders.sources.path_list import read_path_list
+from mirl.dataloaders.sources.path_list import existing_entries, read_path_list
 from mirl.dataloaders.sources.paths import PathTable, shown
+from mirl.dataloaders.sources.patience import find_patiently, is_of_a_moment
 from mirl.dataloaders.sources.tar_index import index_path
 from mirl.dataloaders.sources.tar_source import TarSource
 from mirl.errors import UserError
@@ -56,14 +58,28 @@ def open_source(
     for root in roots:
         root = root.expanduser()
         try:
-            parts.append(_open_one(root, layout, labels, index_folder, use_manifest, split, every_name))
+            one = partial(_open_one, root, layout, labels, index_folder, use_manifest, split, every_name)
+            parts.append(find_patiently(one, shown(root)))
         except PermissionError as error:
             place = shown(os.fsdecode(error.filename or root))
             raise UserError(
-                f"data {place} cannot be read (permission denied); grant read and search permission on it and on the "
-                "folders above it"
+                f"data {place} cannot be read (permission denied); grant read and search permission on it "
+                "(chmod -R u+rX) and on the folders above it"
             ) from None
+    if labels:
+        _refuse_names_beside_numbers(roots, parts)
     return parts[0] if len(parts) == 1 else JoinedSource(parts)
+
+
+def _refuse_names_beside_numbers(roots: Sequence[Path], parts: Sequence[Source]) -> None:
+    """The numbers of a list cannot be told to mean the folders of another part, in whatever order those are."""
+    named = [root for root, part in zip(roots, parts, strict=True) if part.classes is not None]
+    numbered = [root for root, part in zip(roots, parts, strict=True) if part.classes is None]
+    if named and numbered:
+        raise UserError(
+            f"data has class names in {shown(named[0])} and class numbers alone in {shown(numbered[0])}: give all "
+            "parts as class folders, or all as lists with numbers"
+        )
 
 
 def _open_one(
@@ -79,7 +95,12 @@ def _open_one(
             paths, numbers = read_path_list(root)
             if labels and numbers is None:
                 raise UserError(f"labels were asked for, but {shown(root)} has none; write 'path<TAB>label' lines")
-            return FileSource(PathTable(root.parent, paths), labels=numbers if labels else None)
+            ledger = Ledger(every_name=every_name)
+            there = existing_entries(root.parent, paths, ledger)
+            if len(there) < len(paths):
+                paths = [paths[entry] for entry in there]
+                numbers = numbers and [numbers[entry] for entry in there]
+            return FileSource(PathTable(root.parent, paths), labels=numbers if labels else None, ledger=ledger)
     return _open_folder(root, layout, labels, index_dir, use_manifest, split, every_name)
 
 
@@ -90,6 +111,8 @@ def _kind_of_root(root: Path) -> str:
             return "manifest"
         kind, head = kind_of_file(root, root.name), read_head(root)
     except OSError as error:
+        if is_of_a_moment(error):
+            raise
         raise UserError(f"{shown(root)} cannot be read ({error.strerror}); check its permissions") from None
     if kind == IMAGE:
         raise UserError(f"{shown(root)} is one image, not a data set: give its folder, or a text list of paths")

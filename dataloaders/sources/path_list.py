@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import codecs
 import os
+import shlex
+from functools import partial
 from pathlib import Path
 
 from mirl.dataloaders.sources.kinds import is_text
+from mirl.dataloaders.sources.ledger import Ledger
 from mirl.dataloaders.sources.paths import shown
+from mirl.dataloaders.sources.patience import is_of_a_moment, patiently
 from mirl.errors import UserError
 
+_FEW = 32  # entries of one folder below which each is asked for by itself
 _BLANK = " \t\r\v\f"
 _UTF_16_OR_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
@@ -25,6 +30,8 @@ def read_path_list(list_file: Path) -> tuple[list[str], list[int] | None]:
     try:
         data = list_file.read_bytes()
     except OSError as error:
+        if is_of_a_moment(error):
+            raise
         raise UserError(f"list {name} cannot be read ({error.strerror}); check its permissions") from None
     if data.startswith(_UTF_16_OR_32):
         raise UserError(f"list of paths {name} is UTF-16 or UTF-32 text: save it as UTF-8")
@@ -55,6 +62,37 @@ def read_path_list(list_file: Path) -> tuple[list[str], list[int] | None]:
     return paths, labels
 
 
+def existing_entries(folder: Path, paths: list[str], ledger: Ledger) -> list[int]:
+    """Positions of the `paths` that are there; the others go into the ledger.
+
+    A folder of which many entries are listed is read once, which costs a network disk less than a question for each.
+    """
+    by_parent: dict[str, list[int]] = {}
+    for position, path in enumerate(paths):
+        by_parent.setdefault(os.path.dirname(path), []).append(position)
+    there: list[int] = []
+    for parent, positions in by_parent.items():
+        names = None
+        if len(positions) > _FEW:
+            names = patiently(partial(_names, folder / parent), os.fspath(folder / parent))
+        for position in positions:
+            path = paths[position]
+            if os.path.basename(path) in names if names is not None else _exists(folder, path):
+                there.append(position)
+            else:
+                ledger.leave_out("listed but not there", os.path.join(folder, path))
+    return sorted(there)
+
+
+def _names(folder: Path) -> set[str]:
+    """Names of the files in `folder`; none if it does not exist."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+
+
 def _is_comment(line: str, folder: Path) -> bool:
     return line.startswith("#") and not any(_exists(folder, text) for text in (line, line.rpartition("\t")[0]) if text)
 
@@ -66,21 +104,30 @@ def _path(text: str, folder: Path) -> str:
 
 
 def _exists(folder: Path, path: str) -> bool:
+    return patiently(lambda: _is_file(folder / path), os.path.join(folder, path))
+
+
+def _is_file(path: Path) -> bool:
     try:
-        return (folder / path).is_file()
-    except (OSError, ValueError):  # too long, or with a zero byte
+        return path.is_file()
+    except OSError as error:
+        if is_of_a_moment(error):
+            raise
+        return False  # too long
+    except ValueError:  # with a zero byte
         return False
 
 
 def _first_problem(list_file: Path, path: str) -> str:
     """What is wrong with an entry that names no file, and the mend."""
-    folder, file = list_file.parent, shown(list_file)
+    folder = list_file.parent
     if (folder / path).is_dir():
         return f"{shown(folder / path)} is a folder; give the files in it, or the folder itself in place of the list"
     for mark, kind in ((" ", "a space"), (",", "a comma"), (";", "a semicolon")):
         head, _, tail = path.rpartition(mark)
         if head and _exists(folder, head.strip().strip('"')):
-            mend = rf"sed -E 's/{mark} *([0-9]+)\r?$/\t\1/' {file} > NEW"
+            script = rf"s/{mark}+ *([0-9]+)[[:space:]]*$/\t\1/"
+            mend = f"sed -E '{script}' {shown(shlex.quote(os.fspath(list_file)))} > NEW"
             return f"{shown(path)!r} is a path, {kind} and {shown(tail.strip())!r}; put a tab before the label: {mend}"
     if _exists(folder, path.strip("\"'")):
         return f"{shown(path)!r} is a path in quotes; write it without them"

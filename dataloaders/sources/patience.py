@@ -34,6 +34,11 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
+def is_of_a_moment(error: OSError) -> bool:
+    """Whether `error` says something of the file system rather than of the file."""
+    return error.errno in OF_A_MOMENT
+
+
 class _Outage:
     """Since when nothing could be read, over all threads: the second file of an outage has no patience of its own."""
 
@@ -78,7 +83,7 @@ def patiently(read: Callable[[], T], name: str, *, afresh: Callable[[], None] | 
         try:
             result = read()
         except OSError as error:
-            if error.errno not in OF_A_MOMENT:
+            if not is_of_a_moment(error):
                 raise
             left = _outage.failed(name, since, error)
             if left <= 0:
@@ -90,6 +95,16 @@ def patiently(read: Callable[[], T], name: str, *, afresh: Callable[[], None] | 
         else:
             _outage.answered(name)
             return result
+
+
+def find_patiently(find: Callable[[], T], place: str) -> T:
+    """The result of `find`, which lists files or reads what says where images are; StorageLost if nothing answers."""
+    try:
+        return patiently(find, place)
+    except StorageError as error:
+        raise StorageLost(
+            f"the file system of the data does not answer ({place} {error}, after {PATIENCE_S:.0f} s of trying)"
+        ) from error
 
 
 def read_image(source: Source, index: int) -> bytes:

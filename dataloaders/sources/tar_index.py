@@ -10,6 +10,7 @@ import shlex
 import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,6 +20,7 @@ from mirl.dataloaders.sources.kinds import HEAD_BYTES, IMAGE, image_format, kind
 from mirl.dataloaders.sources.listing import find_files
 from mirl.dataloaders.sources.manifest import atomic_writer
 from mirl.dataloaders.sources.paths import shown
+from mirl.dataloaders.sources.patience import find_patiently, is_of_a_moment
 from mirl.dataloaders.sources.tar_samples import AmbiguousSample, choose_images, is_image
 from mirl.errors import UserError
 
@@ -61,7 +63,8 @@ def make_index(
         fresh = target.exists() and target.stat().st_mtime >= shard.stat().st_mtime
         if force or not fresh or (wanted is not None and not _has_choice(target, wanted)):
             try:
-                index = scan_shard(shard, allow_cut=allow_cut, image_part=wanted)
+                scan = partial(scan_shard, shard, allow_cut=allow_cut, image_part=wanted)
+                index = find_patiently(scan, shown(shard))
                 for parts in index.samples:
                     choose_images(parts, wanted)
                 with atomic_writer(target, "wb") as file:
@@ -89,6 +92,10 @@ def make_index(
 
 def find_shards(data: Path) -> list[Path]:
     """Sorted tar shards: `data` itself, or all below the folder `data`."""
+    return find_patiently(partial(_find_shards, data), shown(data))
+
+
+def _find_shards(data: Path) -> list[Path]:
     if data.is_file():
         return [data]
     if not data.is_dir():
@@ -134,6 +141,8 @@ def scan_shard(shard: Path, *, allow_cut: bool = False, image_part: str | None =
         if not allow_cut or not index.samples:
             raise UserError(f"tar shard {shown(shard)} is cut or damaged ({error}); {mend}") from None
     except OSError as error:
+        if is_of_a_moment(error):
+            raise
         raise UserError(f"tar shard {shown(shard)} cannot be read ({error.strerror}); check it") from None
     if not index.samples:
         raise UserError(f"tar shard {shown(shard)} holds no samples; remove it or write it again")
@@ -181,6 +190,8 @@ def load_index(index: Path, shard: Path | None = None) -> ShardIndex:
     except FileNotFoundError:
         raise UserError(f"index {shown(index)} is missing; make it with: {index_command(index, shard)}") from None
     except OSError as error:
+        if is_of_a_moment(error):
+            raise
         raise UserError(f"index {shown(index)} cannot be read ({error.strerror}); check it") from None
     except DamagedIndex as error:
         command = index_command(index, shard, "--force")

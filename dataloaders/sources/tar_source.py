@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mirl.dataloaders.errors import ImageError
+from mirl.dataloaders.errors import ImageError, StorageError, StorageLost
 from mirl.dataloaders.sources.class_names import CLASS_NAMES, class_names_beside
 from mirl.dataloaders.sources.handles import POOL, TOO_MANY
 from mirl.dataloaders.sources.index_format import Part
@@ -127,7 +127,10 @@ class TarSource:
         if self._label_parts is None:
             raise ValueError("this data set was opened without labels; open it with labels=True")
         offset, size = self._label_parts[index]
-        text = self._pread(self._shard(index), int(offset), int(size))
+        try:
+            text = self._pread(self._shard(index), int(offset), int(size))
+        except OSError as error:
+            raise ImageError(f"its cls part cannot be read: {error.strerror}") from error
         try:
             number = int(text)
         except ValueError:
@@ -162,6 +165,10 @@ class TarSource:
             for index in sorted({first, (first + end) // 2, end - 1}) if end > first else ():
                 try:
                     self.read(index)
+                except StorageError as error:
+                    raise StorageLost(
+                        f"the file system of the data does not answer ({self.path(index)} {error})"
+                    ) from error
                 except ImageError as error:
                     raise self._refusal(Path(shard), index, error) from None
 

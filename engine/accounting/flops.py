@@ -53,7 +53,10 @@ class ForwardFlops:
 
 
 def forward_flops(config: ModelConfig, skips: ExactSkips = PLAIN) -> ForwardFlops:
-    """Of the plain form by default: utilisation is always quoted on that, whatever a faster form leaves out."""
+    """Count one image's forward pass, of the plain form by default.
+
+    Utilisation is quoted on what is left after the exact skips, and beside it on the plain form.
+    """
     width, dec = config.width, config.decoder_width
     kept_tokens = 1 + config.num_kept
     projected = config.num_kept if skips.visible_only_projection else config.num_patches

@@ -47,16 +47,18 @@ def load_labelled(
     device: torch.device,
     labels: bool = True,
     split: str = "train",
+    index_dir: Path | None = None,
     batch_size: int = 64,
 ) -> LabelledImages:
     """At most ``limit`` images of ``data``, spread evenly over it, centre-cropped to the size of ``config``.
 
-    split: "train" or "val", what a folder stands for that holds both.
+    split: "train" or "val", what a folder stands for that holds both. index_dir: the indexes of tar shards, where they
+    are not beside them.
 
     Raises:
         UserError: no images or, where they are wanted, no labels.
     """
-    source = open_source(data, labels=labels, split=split)
+    source = open_source(data, labels=labels, split=split, index_dir=index_dir)
     count = min(limit, source.num_images)
     chosen = SubsetSource(source, [number * source.num_images // count for number in range(count)])
     images, found = [], []

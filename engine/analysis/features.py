@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 
 from mirl.dataloaders import build_eval_loader
+from mirl.engine.checkpoints.finding import locate, read_state
+from mirl.engine.checkpoints.kinds import ENCODER, PRETRAINED, require_kind
 from mirl.engine.checkpoints.pretrained import load_encoder
 from mirl.engine.transfer.classification.classifier import Classifier, encoder_config, pool_tokens
 from mirl.engine.transfer.classification.evaluation import require_same_classes
 from mirl.engine.transfer.initialise_from import initialise_from
 from mirl.errors import UserError
+
+HEAD = "head"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +47,12 @@ def load_frozen_encoder(checkpoint: Path | str, device: torch.device | str = "cp
     """The encoder of a checkpoint or run in eval mode, the blocks that it has and the last norm; its head is unused.
 
     Raises:
-        UserError: no whole encoder there.
+        UserError: no whole encoder there, or that of a classifier which pools the mean: its norm is the head's.
     """
     config, weights = load_encoder(checkpoint)
+    if "norm.weight" not in weights:
+        state = read_state(locate(Path(checkpoint)))
+        require_kind(state, checkpoint, "load_frozen_encoder", ENCODER, PRETRAINED)
     config = dataclasses.replace(encoder_config(config), depth=config.built_depth)
     model = Classifier(config, num_classes=1, pool="token")
     initialise_from(model, config, weights)
@@ -57,8 +64,10 @@ def features(model: Classifier, images: Tensor, *, pool: str = "avg") -> Tensor:
     """The features float32 [B, D] of a batch under a model of `load_frozen_encoder`.
 
     images: uint8 [B, H, W, C], or float [B, C, H, W] normalised. pool: "avg", the mean of the normed patch tokens, or
-    "token", the class token.
+    "token", the class token; `HEAD` for those of a fine-tuned classifier that its head sees, whatever its pool.
     """
+    if pool == HEAD:
+        return model.features(images).float()
     return pool_tokens(model.tokens(images), pool).float()
 
 
@@ -71,10 +80,12 @@ def extract_features(
     batch_size: int = 64,
     threads: int = 4,
     split: str = "train",
+    index_dir: Path | None = None,
 ) -> LabelledFeatures:
-    """``pool`` ("avg", "token") of the normed tokens of every image of ``data``: short side resized, centre crop.
+    """`features` of every image of ``data``: short side resized, centre crop.
 
-    split: "train" or "val", what a folder stands for that holds both.
+    split: "train" or "val", what a folder stands for that holds both. index_dir: the indexes of tar shards, where they
+    are not beside them.
 
     Raises:
         UserError: no images or no labels; every image broken.
@@ -91,6 +102,7 @@ def extract_features(
         mean=config.mean,
         std=config.std,
         split=split,
+        index_dir=index_dir,
     ) as loader:
         for batch in loader:
             rows = torch.from_numpy(batch.valid.nonzero()[0]).to(device)

@@ -10,13 +10,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from mirl.disk import set_mode, sync
 from mirl.errors import UserError
+
+if TYPE_CHECKING:  # commands look for a checkpoint before they import torch, and a wrong one is told at once
+    from torch import Tensor
 
 FORMAT = 1
 POINTER = "latest"
@@ -66,6 +66,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     """A safetensors file that whoever may read other files of this process may read: safetensors makes its files for
     their owner alone.
     """
+    from safetensors.torch import save_file
+
     path.touch()
     mode = path.stat().st_mode & 0o777
     save_file(dict(tensors), path, metadata=metadata)
@@ -83,6 +85,11 @@ def write_manifest(folder: Path, state: dict[str, Any], files: dict[str, Any], *
         "files": files | {"state.json": describe(folder / "state.json")},
     }
     write_json(folder / "manifest.json", manifest)
+
+
+def name_of(step: int) -> str:
+    """The name of the folder of a checkpoint, which sorts by step."""
+    return f"step-{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

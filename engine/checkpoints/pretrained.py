@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mirl.engine.checkpoints.kinds import CLASSIFIER, ENCODER, PRETRAINED, kind_of, require_kind
 from mirl.engine.checkpoints.reader import CheckpointReader, locate
 from mirl.engine.configuration.config import section_from_dict
 from mirl.engine.models import MIRL, ModelConfig
@@ -28,7 +29,10 @@ def load_pretrained(path: Path | str, *, device: torch.device | str = "cpu") -> 
     >>> output = model(images, noise=torch.rand(len(images), 144), full=True)    # doctest: +SKIP
     """
     reader = CheckpointReader(locate(Path(path)))
-    if all(name.startswith(_ENCODER) for name in reader.shapes):
+    kind = kind_of(reader.state)
+    if kind == CLASSIFIER:
+        require_kind(reader.state, path, "load_pretrained", PRETRAINED)
+    if kind == ENCODER:
         raise UserError(
             f"{reader.path} holds an encoder alone: without decoders there is nothing to reconstruct with; "
             "give a complete checkpoint, or use this one where an encoder is enough (fine-tuning, export)"

@@ -1,8 +1,7 @@
-"""Reading checkpoints: finding the newest good one, checking it whole, and assembling any part of any parameter."""
+"""Reading checkpoints: assembling any part of any parameter from the files of any number of ranks."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mirl.engine.checkpoints.files import FORMAT, POINTER, list_checkpoints, sha256_of
+from mirl.engine.checkpoints.finding import find_newest_good, locate, read_state, verify
 from mirl.errors import UserError
+
+__all__ = ["CheckpointReader", "find_newest_good", "locate", "verify"]
 
 
 class CheckpointReader:
@@ -19,7 +20,7 @@ class CheckpointReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.state: dict[str, Any] = _read_json(path / "state.json")
+        self.state: dict[str, Any] = read_state(path)
         self._files: dict[Path, Any] = {}
         # (kind, name) -> [(start, numel, key, file)]
         self._index: dict[tuple[str, str], list[tuple[int, int, str, Path]]] = defaultdict(list)
@@ -86,78 +87,6 @@ class CheckpointReader:
                     f"give the model flags it was made with (its model is {self.state['config']['model']['name']}, "
                     "see state.json)"
                 )
-
-
-def verify(path: Path) -> str | None:
-    """None when every file of ``path`` is as its manifest says, else what is wrong."""
-    manifest_path = path / "manifest.json"
-    if not manifest_path.is_file():
-        return "manifest.json is missing"
-    try:
-        manifest = json.loads(manifest_path.read_text())
-        files = manifest["files"].items()
-    except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError):
-        return "manifest.json is damaged"
-    if manifest.get("format") != FORMAT:
-        return f"its format is {manifest.get('format')} and this engine reads {FORMAT}"
-    for name, expected in files:
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        if sha256_of(file) != expected["sha256"]:
-            return f"{name} was changed after it was written (sha256 differs)"
-    return None
-
-
-def find_newest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """``(path, remarks)``: the newest checkpoint in ``folder`` that verifies, and why newer ones were passed over."""
-    remarks: list[str] = []
-    candidates = list_checkpoints(folder)[::-1] if folder.is_dir() else []
-    pointer = folder / POINTER
-    pointed = pointer.read_text(errors="replace").strip() if pointer.is_file() else None
-    if candidates and pointed != candidates[0].name:
-        remarks.append(
-            f"{pointer} {f'names {pointed!r}' if pointed else 'is missing or empty'}, the newest checkpoint is "
-            f"{candidates[0].name}"
-        )
-    for candidate in candidates:
-        problem = verify(candidate)
-        if problem is None:
-            return candidate, remarks
-        remarks.append(f"{candidate.name} is passed over: {problem}")
-    return None, remarks
-
-
-def locate(path: Path) -> Path:
-    """The checkpoint that a user means by ``path``: a checkpoint folder, or a run, whose newest good one is taken.
-
-    Raises:
-        UserError: there is none, or the named one is damaged. A named checkpoint is never replaced by another.
-    """
-    if (path / "manifest.json").is_file() or (path / "state.json").is_file():
-        problem = verify(path)
-        if problem:
-            raise UserError(
-                f"checkpoint {path} is damaged: {problem}; give another one, or --resume auto for the newest good one"
-            )
-        return path
-    for folder in (path, path / "checkpoints"):
-        found, remarks = find_newest_good(folder)
-        if found:
-            return found
-        if remarks:
-            raise UserError(f"no checkpoint in {folder} is whole: {'; '.join(remarks)}")
-    state = "has no checkpoint" if path.is_dir() else "does not exist"
-    raise UserError(f"{path} {state}: give a folder like RUN/checkpoints/step-00000100, or the run's own folder")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -1,6 +1,7 @@
 """Checkpoints that are whole or absent: written aside, described by a manifest, renamed into place, pointed to last.
 
     OUT/checkpoints/latest                          name of the newest whole checkpoint
+    OUT/checkpoints/best.json                       which one is the best by validation, and by what (see best.py)
     OUT/checkpoints/step-00000300/manifest.json     size and sha256 of every other file
     OUT/checkpoints/step-00000300/state.json        step counters, loader position, configuration, parameter shapes
     OUT/checkpoints/step-00000300/rank-00000-of-00002.safetensors
@@ -30,6 +31,7 @@ from mirl.engine.checkpoints.files import (
     POINTER,
     describe,
     list_checkpoints,
+    name_of,
     save_tensors,
     write_json,
     write_manifest,
@@ -54,6 +56,9 @@ class CheckpointWriter:
     def __init__(self, folder: Path, ranks: Ranks, *, keep: int) -> None:
         self.folder, self.ranks, self.keep = folder, ranks, keep
         self.stall_seconds = 0.0
+        # Names of checkpoints that are not pruned, and of those that this writer has published.
+        self.spared: frozenset[str] = frozenset()
+        self.published: set[str] = set()
         # Names the unfinished folders of this run, so that the leftovers of a killed one cannot be taken for ours.
         self._token = ranks.broadcast(secrets.token_hex(4))
         self._thread: threading.Thread | None = None
@@ -76,7 +81,7 @@ class CheckpointWriter:
         self._thread.start()
         stall_seconds = time.perf_counter() - started
         self.stall_seconds += stall_seconds
-        self._stalls_ms[_name(step)] = 1000 * stall_seconds
+        self._stalls_ms[name_of(step)] = 1000 * stall_seconds
 
     def wait(self) -> None:
         """Until this rank's part of the last save is written (on rank 0: until it is published)."""
@@ -100,7 +105,7 @@ class CheckpointWriter:
         return result
 
     def _write(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-        name = _name(step)
+        name = name_of(step)
         partial = self.folder / f".{name}.{self._token}.partial"
         path = partial / f"rank-{self.ranks.rank:05d}-of-{self.ranks.world_size:05d}.safetensors"
         try:
@@ -130,7 +135,8 @@ class CheckpointWriter:
         write_whole(self.folder / POINTER, final.name + "\n")
         sync(self.folder)
         self._published = final
-        self._prune()
+        self.published.add(final.name)
+        self.prune()
 
     def _await_all(self, partial: Path) -> dict[str, Any]:
         """Descriptions of all ranks' files, once all are there."""
@@ -151,9 +157,12 @@ class CheckpointWriter:
                 )
             time.sleep(0.02)
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
+        """Remove all but the newest checkpoints and those that are spared; on rank 0."""
         if self.keep:
             for old in list_checkpoints(self.folder)[: -self.keep]:
+                if old.name in self.spared:
+                    continue
                 shutil.rmtree(old, ignore_errors=True)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mirl.engine.checkpoints.files import write_whole
+from mirl.engine.checkpoints.kinds import ENCODER, PRETRAINED, given
+from mirl.engine.commands.checkpoint_flags import add_checkpoint
 from mirl.engine.configuration.flags import Parser, seed
 from mirl.errors import UserError
 
@@ -23,6 +25,9 @@ def main(argv: Sequence[str]) -> int:
     if arguments.cuts < 0:
         raise UserError(f"cuts is {arguments.cuts}: give 0 (no fine-tuning) or more")
 
+    found = given(arguments.checkpoint, arguments.which).require("mirl depth-report", PRETRAINED, ENCODER)
+    print(f"checkpoint {found}", flush=True)
+
     # Only now: these import torch and DALI, and a wrong flag should be told at once.
     import torch
 
@@ -30,15 +35,16 @@ def main(argv: Sequence[str]) -> int:
     from mirl.engine.analysis.features import load_frozen_encoder
     from mirl.engine.analysis.in_memory import ShortFinetune
     from mirl.engine.checkpoints.pretrained import load_encoder, load_pretrained
-    from mirl.engine.checkpoints.reader import locate
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint = locate(arguments.checkpoint)
+    checkpoint = found.checkpoint
     config, weights = load_encoder(checkpoint)
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint), "model": config.name, "objective": config.objective,
         "depth": config.built_depth, "segments": config.segments, "seed": arguments.seed,
     }  # fmt: skip
+
+    place = {"device": device, "index_dir": arguments.index_dir}
 
     arguments.out.mkdir(parents=True)
     try:
@@ -48,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         if config.vgg_loss:
             print("gradient norms are those of the loss without its VGG term")
-        data = depth.load_labelled(arguments.data, config, limit=arguments.images, device=device, labels=False)
+        data = depth.load_labelled(arguments.data, config, limit=arguments.images, labels=False, **place)
         print(f"data {data.account}")
         print(f"gradient norms over {len(data.images)} images ...", flush=True)
         report["gradient_norm"] = depth.gradient_norms(model, data.images, seed=arguments.seed)
@@ -56,8 +62,8 @@ def main(argv: Sequence[str]) -> int:
         _write(report, arguments.out)
 
     if arguments.val is not None:
-        train = depth.load_labelled(arguments.data, config, limit=arguments.train_images, device=device)
-        val = depth.load_labelled(arguments.val, config, limit=arguments.val_images, device=device, split="val")
+        train = depth.load_labelled(arguments.data, config, limit=arguments.train_images, **place)
+        val = depth.load_labelled(arguments.val, config, limit=arguments.val_images, split="val", **place)
         print(f"data {train.account}\nval  {val.account}")
         report |= {"train_images": len(train.images), "val_images": len(val.images)}
         print(f"linear probes of {config.built_depth} blocks on {len(train.images)} images ...", flush=True)
@@ -169,13 +175,12 @@ def _parser() -> Parser:
         description="For each block: gradient norm, probe accuracy, and the effect of initialising it and all after it "
         "afresh before a short fine-tuning.",
     )
-    parser.add_argument(
-        "checkpoint", type=Path, help="a checkpoint, or the folder of a run (its newest good checkpoint)"
-    )
+    add_checkpoint(parser, "a pre-trained model")
     parser.add_argument("--data", type=Path, required=True, metavar="TRAIN", help="images; labelled: TRAIN/CLASS/x.jpg")
     parser.add_argument(
         "--val", type=Path, metavar="VAL", help="labelled images of the same classes; none: gradients only"
     )
+    parser.add_argument("--index-dir", type=Path, metavar="DIR", help="the .idx files of tar shards [beside them]")
     parser.add_argument("--out", type=Path, default=Path("depth_report"), help="folder to make [depth_report]")
     parser.add_argument("--images", type=int, default=256, help="images of the gradient [256]")
     parser.add_argument(

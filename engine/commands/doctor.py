@@ -62,17 +62,14 @@ def check_gpu() -> Finding:
     """Driver and GPU, and a matrix product with its gradient on it."""
     import torch
 
+    from mirl.engine.distributed.device import why_no_gpu
+
     if not torch.cuda.is_available():
-        driver = shutil.which("nvidia-smi")
-        if driver is None:
+        reason = why_no_gpu()
+        if reason is None:
             return Finding(OK, "gpu", "none: everything runs on the CPU, which is slow")
-        built = torch.version.cuda
-        mend = (
-            "install a CUDA build of torch (pip install torch)"
-            if built is None
-            else f"the driver must support CUDA {built}"
-        )
-        return Finding(ERROR, "gpu", f"a driver is installed but torch {torch.__version__} sees no GPU", mend)
+        text, _, mend = reason.partition(": ")
+        return Finding(ERROR, "gpu", text, mend)
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],

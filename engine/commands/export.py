@@ -4,47 +4,22 @@ classifier.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from mirl.engine.checkpoints.files import aside, save_tensors, write_json
-from mirl.engine.checkpoints.pretrained import load_encoder
+from mirl.dataloaders.decoding.crops import evaluation_crop
+from mirl.engine.checkpoints.best import NAMES as WEIGHTS
+from mirl.engine.checkpoints.kinds import CLASSIFIER, given
+from mirl.engine.commands.checkpoint_flags import add_checkpoint
 from mirl.engine.configuration.flags import Parser, image_size
-from mirl.engine.models import ModelConfig
-from mirl.engine.models.interop.huggingface import hf_config, hf_preprocessor, hf_state_dict
-from mirl.engine.models.interop.timm_keys import grid_of, timm_config, timm_state_dict
-from mirl.engine.models.layers import NORM_EPS
-from mirl.engine.transfer.classification.load import WEIGHTS as CLASSIFIER_WEIGHTS
-from mirl.engine.transfer.classification.load import is_classifier, load_classifier
 from mirl.errors import UserError
 
-WEIGHTS = "model.safetensors"
-HEADER = {"format": "pt"}  # transformers before 5 refuses a file without it
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Exported:
-    """What is written: the encoder by timm's names, its model, the size of the images it is for, and a classifier's
-    head with its pooling and the names of its classes, if there are any. A head of ``fc_norm.*`` alone is that of an
-    encoder whose norm comes after the pooling.
-    """
-
-    encoder: Mapping[str, Tensor]
-    config: ModelConfig
-    image_size: tuple[int, int]
-    pool: str = "avg"
-    head: Mapping[str, Tensor] | None = None
-    classes: tuple[str, ...] = ()
-
-    @property
-    def is_classifier(self) -> bool:
-        return "head.weight" in (self.head or {})
+LOADING = {
+    "timm": 'timm.create_model("local-dir:{out}", pretrained=True)',
+    "hf": 'transformers.ViTModel.from_pretrained("{out}", add_pooling_layer=False)',
+    "safetensors": 'safetensors.torch.load_file("{out}")',
+}
+LOADING_CLASSIFIER = LOADING | {"hf": 'transformers.ViTForImageClassification.from_pretrained("{out}")'}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -56,7 +31,25 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"out is {arguments.out}: give a file name that ends in .safetensors")
     if arguments.pool and arguments.to != "timm":
         raise UserError(f"pool is {arguments.pool!r} and to is {arguments.to!r}: only timm's model pools an encoder")
-    exported = _read(arguments.checkpoint, arguments)
+    found = given(arguments.checkpoint, arguments.which)
+    if found.kind != CLASSIFIER and arguments.weights:
+        raise UserError(
+            f"weights is {arguments.weights!r} and {arguments.checkpoint} is no fine-tuned classifier: leave it out"
+        )
+    print(f"checkpoint {found}", flush=True)
+
+    # Only now: these import torch, and a wrong flag should be told at once.
+    from mirl.engine.commands.export_formats import EXPORTS, read_classifier, read_encoder
+    from mirl.engine.models.interop.huggingface import crops_as_evaluation
+    from mirl.engine.models.interop.timm_keys import grid_of
+
+    common = {"image_size": arguments.image_size, "pool": arguments.pool}
+    if found.kind == CLASSIFIER:
+        weights = arguments.weights or found.weights
+        exported = read_classifier(found.checkpoint, weights=weights, encoder_only=arguments.encoder_only, **common)
+        print(f"weights {weights}: {WEIGHTS[weights]}")
+    else:
+        exported = read_encoder(found.checkpoint, **common)
     config, encoder, size = exported.config, exported.encoder, exported.image_size
     grid = grid_of(config, size)
     EXPORTS[arguments.to](arguments.out, exported)
@@ -69,93 +62,23 @@ def run(argv: Sequence[str]) -> int:
         f"{config.width}, image {size[0]}x{size[1]}x{config.channels}; {positions}"
     )
     print(f"images: values in [0, 1], mean {_numbers(config.mean)}, std {_numbers(config.std)}")
+    if arguments.to == "hf" and not crops_as_evaluation(size):
+        print(
+            "crop: the whole image squeezed into its size; transformers has no processor that takes the crop of our "
+            f"evaluation where images are not square ({evaluation_crop(size)})"
+        )
+    else:
+        print(f"crop: {evaluation_crop(size)}, as in our evaluation")
     loading = LOADING_CLASSIFIER if exported.is_classifier else LOADING
     print("load it: " + loading[arguments.to].format(out=arguments.out))
     return 0
 
 
-def _read(checkpoint: Path, arguments: argparse.Namespace) -> Exported:
-    """A pre-trained encoder, or a fine-tuned classifier."""
-    if not is_classifier(checkpoint):
-        if arguments.weights:
-            raise UserError(
-                f"weights is {arguments.weights!r} and {checkpoint} is no fine-tuned classifier: leave it out"
-            )
-        config, encoder = load_encoder(checkpoint)
-        size = arguments.image_size or (config.image_height, config.image_width)
-        return Exported(encoder=encoder, config=config, image_size=size, pool=arguments.pool or "avg")
-    model, run_config = load_classifier(checkpoint, weights=arguments.weights or "last")
-    if arguments.pool not in (None, model.pool):
-        raise UserError(f"pool is {arguments.pool!r} and the classifier was trained with {model.pool!r}: leave it out")
-    state = model.state_dict()
-    encoder = {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
-    # As fine-tuned: resampled from the grid of pre-training, or trained.
-    encoder["pos_embed"] = model.encoder.pos_embed.detach()
-    head = {key: value for key, value in state.items() if not key.startswith("encoder.")}
-    size = arguments.image_size or (model.config.image_height, model.config.image_width)
-    classes = run_config.classes
-    if arguments.encoder_only:
-        head, classes = {key: value for key, value in head.items() if key.startswith("fc_norm.")} or None, ()
-    return Exported(
-        encoder=encoder, config=run_config.model, image_size=size, pool=model.pool, head=head, classes=classes
-    )
-
-
-def export_timm(out: Path, exported: Exported) -> None:
-    """A folder for timm's "local-dir:" models; UserError if ``out`` exists."""
-    common = {"image_size": exported.image_size, "head": exported.head}
-    state = timm_state_dict(exported.encoder, exported.config, **common)
-    with aside(out) as folder:
-        folder.mkdir()
-        save_tensors(state, folder / WEIGHTS, metadata=HEADER)
-        described = timm_config(exported.config, pool=exported.pool, classes=exported.classes, **common)
-        write_json(folder / "config.json", described)
-
-
-def export_hf(out: Path, exported: Exported) -> None:
-    """A folder for transformers' from_pretrained; UserError if ``out`` exists or the encoder is mean-pooled."""
-    config, size = exported.config, exported.image_size
-    state = hf_state_dict(exported.encoder, config, image_size=size, pool=exported.pool, head=exported.head)
-    with aside(out) as folder:
-        folder.mkdir()
-        save_tensors(state, folder / WEIGHTS, metadata=HEADER)
-        described = hf_config(config, image_size=size, head=exported.head, classes=exported.classes)
-        write_json(folder / "config.json", described)
-        write_json(folder / "preprocessor_config.json", hf_preprocessor(config, image_size=size))
-
-
-def export_safetensors(out: Path, exported: Exported) -> None:
-    """One file with timm's key names, everything else in its header, as text; UserError if ``out`` exists."""
-    config, size = exported.config, exported.image_size
-    state = timm_state_dict(exported.encoder, config, image_size=size, head=exported.head)
-    described: dict[str, Any] = {
-        "keys": "timm VisionTransformer",
-        "norm_eps": NORM_EPS,
-        "image_size": size,
-        "pool": exported.pool if exported.head is not None else None,
-        "classes": exported.classes,
-        "model": dataclasses.asdict(config),
-    }
-    with aside(out) as file:
-        save_tensors(state, file, metadata=HEADER | {name: json.dumps(value) for name, value in described.items()})
-
-
-EXPORTS = {"timm": export_timm, "hf": export_hf, "safetensors": export_safetensors}
-LOADING = {
-    "timm": 'timm.create_model("local-dir:{out}", pretrained=True)',
-    "hf": 'transformers.ViTModel.from_pretrained("{out}", add_pooling_layer=False)',
-    "safetensors": 'safetensors.torch.load_file("{out}")',
-}
-LOADING_CLASSIFIER = LOADING | {"hf": 'transformers.ViTForImageClassification.from_pretrained("{out}")'}
-
-
 def _parser() -> Parser:
     parser = Parser(prog="mirl export", description="Write the encoder of a checkpoint in another library's format.")
+    add_checkpoint(parser, "a pre-trained model, an encoder or a fine-tuned classifier")
     parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or the folder of a run (its newest good one)"
-    )
-    parser.add_argument(
-        "--to", required=True, choices=sorted(EXPORTS),
+        "--to", required=True, choices=sorted(LOADING),
         help="timm: a folder for timm.create_model; hf: a folder for transformers' ViTModel; safetensors: one file",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="what to write; must not exist")
@@ -171,8 +94,8 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--weights",
-        choices=sorted(CLASSIFIER_WEIGHTS),
-        help="of a classifier: last, or their average [last]",
+        choices=sorted(WEIGHTS),
+        help="of a classifier: as training left them, or their average [those that made it the best, else last]",
     )
     return parser
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mirl.engine.checkpoints.kinds import CLASSIFIER, given
+from mirl.engine.commands.checkpoint_flags import add_checkpoint
 from mirl.engine.configuration.flags import Parser, seed
 from mirl.errors import UserError
 
@@ -22,20 +24,31 @@ def main(argv: Sequence[str]) -> int:
     if arguments.knn_temperature <= 0:
         raise UserError(f"knn_temperature is {arguments.knn_temperature}: give a number above 0, e.g. 0.07")
 
+    found = given(arguments.checkpoint, arguments.which)
+    print(f"checkpoint {found}", flush=True)
+    if found.kind == CLASSIFIER and arguments.pool:
+        raise UserError(
+            f"pool is {arguments.pool!r} and {arguments.checkpoint} is a fine-tuned classifier: leave it out"
+        )
+
     # Only now: these import torch and DALI, and a wrong flag should be told at once.
     import torch
 
     from mirl.dataloaders.sources.paths import shown
-    from mirl.engine.analysis.features import count_classes, extract_features, load_frozen_encoder
+    from mirl.engine.analysis.features import HEAD, count_classes, extract_features, load_frozen_encoder
     from mirl.engine.analysis.linear_probe import train_linear_probe
     from mirl.engine.analysis.nearest_neighbours import knn_votes
-    from mirl.engine.checkpoints.reader import locate
+    from mirl.engine.transfer.classification.load import load_classifier
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    checkpoint = locate(arguments.checkpoint)
-    model = load_frozen_encoder(checkpoint, device)
+    if found.kind == CLASSIFIER:
+        model, pool = load_classifier(found.checkpoint, weights=found.weights, device=device)[0], HEAD
+        print(f"features are those that its head sees (pool {model.pool}), not those of the pre-trained encoder")
+    else:
+        model, pool = load_frozen_encoder(found.checkpoint, device), arguments.pool or "avg"
     options = {
-        "pool": arguments.pool, "device": device, "batch_size": arguments.batch_size, "threads": arguments.threads,
+        "pool": pool, "device": device, "batch_size": arguments.batch_size, "threads": arguments.threads,
+        "index_dir": arguments.index_dir,
     }  # fmt: skip
     train = extract_features(model, arguments.data, **options)
     val = extract_features(model, arguments.val, split="val", **options)
@@ -49,8 +62,9 @@ def main(argv: Sequence[str]) -> int:
     votes = knn_votes(train, val.features, num_classes=classes, k=k, temperature=temperature)
     probe = train_linear_probe(train, num_classes=classes, epochs=arguments.epochs, seed=arguments.seed)
     results = {
-        "checkpoint": str(checkpoint),
-        "pool": arguments.pool,
+        "checkpoint": str(found.checkpoint),
+        "kind": found.kind,
+        "pool": pool,
         "train_images": len(train),
         "val_images": len(val),
         "classes": classes,
@@ -79,12 +93,14 @@ def _scores(logits: Any, labels: Any) -> dict[str, float]:
 
 def _parser() -> Parser:
     parser = Parser(prog="mirl probe", description="Linear probe and weighted nearest neighbours on frozen features.")
-    parser.add_argument(
-        "checkpoint", type=Path, help="a checkpoint, or the folder of a run (its newest good checkpoint)"
-    )
+    add_checkpoint(parser, "a pre-trained model or a fine-tuned classifier")
     parser.add_argument("--data", type=Path, required=True, metavar="TRAIN", help="labelled images: TRAIN/CLASS/x.jpg")
     parser.add_argument("--val", type=Path, required=True, metavar="VAL", help="labelled images of the same classes")
-    parser.add_argument("--pool", choices=("avg", "token"), default="avg", help="mean of patches, or class token [avg]")
+    parser.add_argument("--index-dir", type=Path, metavar="DIR", help="the .idx files of tar shards [beside them]")
+    parser.add_argument(
+        "--pool", choices=("avg", "token"),
+        help="features of a pre-trained encoder: the mean of the patches, or the class token [avg]",
+    )  # fmt: skip
     parser.add_argument("--knn-k", type=int, default=20, metavar="K", help="neighbours [20]")
     parser.add_argument("--knn-temperature", type=float, default=0.07, metavar="T", help="of their weights [0.07]")
     parser.add_argument("--epochs", type=int, default=100, help="of the linear probe [100]")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from mirl.engine.checkpoints.kinds import PRETRAINED, given
+from mirl.engine.commands.checkpoint_flags import add_checkpoint
 from mirl.engine.configuration.flags import Parser, seed
-from mirl.engine.training.noise import mask_noise
 from mirl.errors import UserError
 
 
@@ -17,9 +16,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="mirl visualize", description="Reconstruct images with a pre-trained model and write a picture grid."
     )
-    parser.add_argument(
-        "checkpoint", type=Path, help="a checkpoint, or the folder of a run (its newest good checkpoint)"
-    )
+    add_checkpoint(parser, "a pre-trained model with its decoders")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument(
         "--out", type=Path, default=Path("reconstructions.png"), help="the PNG file to write [reconstructions.png]"
@@ -35,13 +32,19 @@ def main(argv: Sequence[str]) -> int:
     if missing:
         raise UserError(f"image {missing[0]} does not exist: give paths of image files")
 
+    found = given(arguments.checkpoint, arguments.which).require("mirl visualize", PRETRAINED)
+    print(f"checkpoint {found}", flush=True)
+
     # Only now: these import torch and DALI, and a wrong path should be told at once.
+    import torch
+
     from mirl.dataloaders import load_images
     from mirl.engine.checkpoints.pretrained import load_pretrained
-    from mirl.engine.pretraining.pictures import reconstruct, save_grid
+    from mirl.engine.pretraining.pictures import NORMALISED, legend, reconstruct, save_grid
+    from mirl.engine.training.noise import mask_noise
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_pretrained(arguments.checkpoint, device=device)
+    model = load_pretrained(found.checkpoint, device=device)
     config = model.config
     images = load_images(
         [str(path) for path in arguments.images],
@@ -57,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
         output = model(images, noise=noise)
     terms = ", ".join(f"{term:.4f}" for term in output.terms.tolist())
     print(f"wrote {arguments.out}: {len(images)} images, columns {', '.join(titles)}")
+    print(f"columns: {'; '.join(legend(titles))}")
     print(f"masked-patch error {output.loss.item():.4f} (terms {terms})")
     if config.norm_pix:
-        print("Predictions are of normalised patches; they are shown with the true mean and contrast of each patch.")
+        print(NORMALISED)
     return 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -127,6 +128,9 @@ class RunConfig(Section):
 
     out: str = setting("runs/pretrain", "folder of this run: log, metrics, pictures, checkpoints", metavar="DIR")
     seed: int = setting(0, "seed of the weights, the order of images, crops and masks: any whole number", any_size=True)
+    device: str = setting(
+        "auto", "auto: the GPUs of this machine, or its CPU where it has none; cpu: its CPU", choices=("auto", "cpu")
+    )
     precision: str = setting("auto", "auto: bf16 where the device computes in it, else fp32", choices=PRECISIONS)
     deepspeed_config: str = setting(
         "zero2", "JSON file for DeepSpeed, or the name of one in ds_configs/", metavar="FILE"
@@ -268,7 +272,11 @@ class PretrainConfig(Config):
 
 
 def section_from_dict(kind: type, values: dict[str, Any], *, source: str) -> Any:
-    """One section of a configuration from JSON values (lists become tuples)."""
+    """One section of a configuration from JSON values (lists become tuples).
+
+    A field that ``values`` lacks has the value that its metadata ``before`` names, else its default.
+    """
+    values = values_before(kind, values) | dict(values)
     known = {item.name for item in dataclasses.fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
@@ -276,3 +284,11 @@ def section_from_dict(kind: type, values: dict[str, Any], *, source: str) -> Any
             f"{source}: {kind.__name__} has no field {unknown[0]!r}; it was written by another version of the engine"
         )
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def values_before(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the fields that ``values`` lacks were before they were settings, for those that say so (``before``)."""
+    fields = dataclasses.fields(kind)
+    return {
+        item.name: item.metadata["before"] for item in fields if "before" in item.metadata and item.name not in values
+    }

@@ -73,11 +73,15 @@ def _override(section: Any, kind: type, given: Mapping[str, Any], name: str) -> 
             changes[key] = tuple(value)
     if "image_size" in changes:
         changes["image_height"], changes["image_width"] = changes.pop("image_size")
+    if kind is ModelConfig and {"mean", "std"} & set(changes):
+        changes = {"statistics": "given"} | changes
     if kind is ModelConfig and "name" in changes:
         return model_config(changes.pop("name"), **changes)
     if kind is ModelConfig and changes.get("objective") in SINGLE_DECODER and section.objective not in SINGLE_DECODER:
         # The recipe's decoders belong to another objective; what was asked for by name still holds.
         changes = {"segments": 1, "did": False, "decoder_depth": None} | changes
+    if kind is ModelConfig and "variant" in changes:
+        changes = {"head_init": None} | changes  # each variant has a default of its own
     if kind is OptimConfig:
         _drop_the_other(changes, "epochs", "steps")
         _drop_the_other(changes, "warmup_epochs", "warmup_steps")

@@ -71,6 +71,8 @@ class TrainEngine:
             patches.take_gradients(
                 self._optimizer, model.named_parameters(), accumulation=self._engine.gradient_accumulation_steps()
             )
+            if not patches.spare_walks_over_parameters(self._optimizer):
+                self.remarks.append("parameters do not lie in the flat weights: each step walks over all of them")
         patches.make_moments(self._optimizer, self.stage)
 
     @property

@@ -14,6 +14,12 @@ _NAMES = {
 _PREFIXES = ("SLURM_", "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_")
 
 
+def hide_gpus(device: str) -> None:
+    """Hide the GPUs from this process where ``device`` is "cpu"; to be called before torch looks for them."""
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def integer(name: str, default: int) -> int:
     """The number in an environment variable; ``default`` where it is not set, or empty.
 

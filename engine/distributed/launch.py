@@ -21,6 +21,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from mirl.engine.distributed.device import choose_device
 from mirl.engine.distributed.environment import adopt_slurm, integer, who_is_missing, why_alone
 from mirl.engine.streams import say
 from mirl.errors import UserError
@@ -79,12 +80,14 @@ class Ranks:
             dist.barrier(group=self.control)
 
 
-def join() -> Ranks:
+def join(device: str = "auto") -> Ranks:
     """Read the launcher's environment, pick the device and join the process group.
 
+    device: see `choose_device`.
+
     Raises:
-        UserError: the environment of the launcher is incomplete or contradicts itself, or more ranks than GPUs were
-        started.
+        UserError: the environment of the launcher is incomplete or contradicts itself, more ranks than GPUs were
+        started, or torch cannot use the GPU of this machine.
     """
     adopt_slurm()
     rank, world_size = integer("RANK", 0), integer("WORLD_SIZE", 1)
@@ -95,8 +98,8 @@ def join() -> Ranks:
             f"RANK is {rank} and WORLD_SIZE is {world_size}: start the ranks with one launcher, or unset both for "
             "one process"
         )
-    device = _device(local_rank)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    chosen = choose_device(device, local_rank)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
     # DeepSpeed and torch both read these; one process without a launcher has none of them.
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank), LOCAL_SIZE=str(local_world_size)
@@ -106,7 +109,7 @@ def join() -> Ranks:
     control = None
     with _told_if_long(rank, world_size, local_world_size):
         if not dist.is_initialized():
-            _meet(rank, world_size, local_world_size, device, backend)
+            _meet(rank, world_size, local_world_size, chosen, backend)
         if world_size > 1:
             control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     return Ranks(
@@ -114,7 +117,7 @@ def join() -> Ranks:
         world_size=world_size,
         local_rank=local_rank,
         local_world_size=local_world_size,
-        device=device,
+        device=chosen,
         control=control,
     )
 
@@ -233,18 +236,6 @@ def _choose_interface() -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = addresses[ours]
     elif outside and not _one_host():
         os.environ["GLOO_SOCKET_IFNAME"] = outside[0]  # MASTER_ADDR is the name of this host, mapped to 127.0.1.1
-
-
-def _device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"local rank {local_rank} has no GPU: this host shows {torch.cuda.device_count()}; start at most that "
-            "many ranks on it"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
 
 
 def _one_host() -> bool:

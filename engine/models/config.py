@@ -15,6 +15,10 @@ from mirl.errors import UserError
 from mirl.settings import Section
 
 VARIANTS = ("paper", "release")
+STATISTICS = ("auto", "given", "grey")
+HEAD_INITS = ("zero", "xavier")
+# The release's head is a direction and a length, of which neither can be zero.
+DEFAULT_HEAD_INIT = {"paper": "zero", "release": "xavier"}
 OBJECTIVES = ("mirl", "mae", "truncated", "multi_decoder", "coarse_to_fine", "fine_to_coarse")
 SINGLE_DECODER = ("mae", "truncated")
 FREQUENCY = ("coarse_to_fine", "fine_to_coarse")
@@ -33,7 +37,9 @@ class ModelConfig(Section):
     """A MIRL model and its pre-training objective (design of the paper, Eq. 1-8).
 
     Fields left None are filled in when the object is made: ``decoder_depth`` (2; 1 for vit_s_54 in the
-    release; 8 for MAE, as published), ``mean`` and ``std`` (of ImageNet for three channels, 0.5 for any other number).
+    release; 8 for MAE, as published), ``mean`` and ``std`` (of ImageNet for three channels, 0.5 for any other number),
+    ``statistics`` ("given" where mean or std is), ``head_init`` (`DEFAULT_HEAD_INIT`). The metadata ``before`` of a
+    field is its value in configurations that were written before there was such a field.
     Raises UserError naming the field, its value and the mend.
     """
 
@@ -81,6 +87,18 @@ class ModelConfig(Section):
     norm_pix: bool = _setting(True, "reconstruct pixels normalised patch by patch, rather than raw ones")
     mean: tuple[float, ...] = _setting(None, "mean of each channel, of values in [0, 1]")
     std: tuple[float, ...] = _setting(None, "standard deviation of each channel, of values in [0, 1]")
+    statistics: str = _setting(
+        None,
+        "given: mean and std as they are; grey: their averages in all channels; auto: grey where the data set is grey",
+        choices=STATISTICS,
+        before="given",
+    )
+    head_init: str = _setting(
+        None,
+        "what the weights of the prediction heads begin as; zero: the first prediction is the mean of the target",
+        choices=HEAD_INITS,
+        before="xavier",
+    )
     attention: str = _setting("auto", "attention backend", choices=ATTENTION_BACKENDS)
     drop_path: float = _setting(0.0, "largest rate of stochastic depth, rising linearly over the encoder's blocks")
 
@@ -97,12 +115,21 @@ class ModelConfig(Section):
         if self.decoder_depth is None:
             shallow = (self.variant, self.name) == ("release", "vit_s_54")
             fill("decoder_depth", 8 if self.objective in SINGLE_DECODER else 1 if shallow else 2)
+        if self.head_init is None:
+            fill("head_init", DEFAULT_HEAD_INIT[self.variant] if self.variant in VARIANTS else "xavier")
         known = self.channels == len(IMAGENET_MEAN)
-        for name, imagenet in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-            values = getattr(self, name)
-            if values is None:
-                values = imagenet if known else (0.5,) * self.channels
+        default = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        default = {name: values if known else (0.5,) * self.channels for name, values in default.items()}
+        if self.statistics is None:
+            fill("statistics", "auto" if self.mean is None and self.std is None else "given")
+        for name in default:
+            values = default[name] if getattr(self, name) is None else getattr(self, name)
             fill(name, tuple(float(value) for value in values))
+        if self.statistics == "auto" and {"mean": self.mean, "std": self.std} != default:
+            fill("statistics", "given")
+        if self.statistics == "grey":
+            fill("mean", _one_for_all(self.mean))
+            fill("std", _one_for_all(self.std))
 
     def _check_sizes(self) -> None:
         for name in (
@@ -169,10 +196,17 @@ class ModelConfig(Section):
             raise UserError(f"std is {self.std}: give positive values")
 
     def _check_objective(self) -> None:
-        for name, choices in (("variant", VARIANTS), ("objective", OBJECTIVES), ("attention", ATTENTION_BACKENDS)):
+        for name, choices in (
+            ("variant", VARIANTS), ("objective", OBJECTIVES), ("attention", ATTENTION_BACKENDS),
+            ("head_init", HEAD_INITS), ("statistics", STATISTICS),
+        ):  # fmt: skip
             value = getattr(self, name)
             if value not in choices:
                 raise UserError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
+        if (self.variant, self.head_init) == ("release", "zero"):
+            raise UserError(
+                "head_init is 'zero' and variant is 'release', whose weight-normed head cannot be zero: give xavier"
+            )
         if self.objective in SINGLE_DECODER and (self.segments != 1 or self.did):
             raise UserError(
                 f"objective is {self.objective!r}, segments is {self.segments} and did is {self.did}: "
@@ -245,6 +279,11 @@ class ModelConfig(Section):
         if not self.did:
             return 0
         return 1 if self.variant == "paper" else self.decoder_depth
+
+
+def _one_for_all(values: tuple[float, ...]) -> tuple[float, ...]:
+    """The average of ``values`` in the place of each."""
+    return values if len(set(values)) == 1 else (round(sum(values) / len(values), 6),) * len(values)
 
 
 # Table 1 and Table 3 of the paper.

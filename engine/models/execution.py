@@ -17,12 +17,13 @@ Method = Callable[..., Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """Outside compiled regions; inside them the compiler makes these choices itself.
+    """Fusion is meant for outside compiled regions; inside them the compiler fuses as it sees fit.
 
     fused_norm: residual add and the LayerNorm after it as one kernel (`mirl.kernels.residual_layer_norm`).
     fused_gelu: bias of a hidden layer and GELU as one kernel (`mirl.kernels.bias_gelu`).
     recompute: keep the inputs of LayerNorm and GELU for the backward pass, not their outputs as well, which are made
-    again there: 6 of 16 values per token and width of an encoder block, for one more pass over each. Same bits.
+    again there: 6 of 16 values per token and width of an encoder block, for one more pass over each. Same bits. In
+    compiled regions it is the partitioner's budget (`mirl.engine.training.compiling`).
     """
 
     fused_norm: bool = False
@@ -69,7 +70,7 @@ def apply_keeping_input(
     """``consumer(y)`` of y = cheap(x), where the consumer's graph keeps x in place of y and calls ``cheap`` again.
 
     ``consumer`` is a linear layer: it keeps y, or a view of all of it. ``cheap`` is deterministic, so the bits are
-    those of keeping y. Under torch.compile this is ``consumer(y)``: its partitioner makes the same trade.
+    those of keeping y. Under torch.compile this is ``consumer(y)``: its partitioner makes the same trade, by a budget.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return consumer(y)

@@ -18,6 +18,7 @@ def initialise(model: nn.Module) -> None:
     |-----------------------------------------------|------------------------------------------------------------------|
     | Linear weights (qkv, kv: the whole matrix)    | Xavier uniform                                                   |
     | patch_embed.proj.weight                       | Xavier uniform as the Linear Q -> D that it is, not as a conv    |
+    | prediction heads under head_init zero         | 0; drawn all the same, so that the others begin alike            |
     | weight-normed head: direction, magnitude      | Xavier uniform, 1                                                |
     | biases                                        | 0                                                                |
     | cls_token, mask_token                         | normal, std 0.02                                                 |

@@ -60,6 +60,9 @@ class MIRL(ComputeChoices):
         self.register_buffer("decoder_pos_embed", positions, persistent=False)
         self._perceptual: tuple[PerceptualLoss, ...] = ()
         initialise(self)
+        if config.head_init == "zero":
+            for decoder in self.decoders.values():
+                nn.init.zeros_(decoder.head.weight)
 
     @property
     def term_names(self) -> tuple[str, ...]:

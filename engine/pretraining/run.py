@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mirl.dataloaders import TrainLoader, load_images
+from mirl.engine.accounting.run_memory import Footprint, pretraining_footprint
 from mirl.engine.checkpoints.pretrained import load_weights
 from mirl.engine.configuration.config import PretrainConfig
 from mirl.engine.distributed.ds_engine import TrainEngine
@@ -17,12 +18,13 @@ from mirl.engine.distributed.launch import Ranks
 from mirl.engine.models import MIRL
 from mirl.engine.models.objectives.perceptual import PerceptualLoss, read_vgg
 from mirl.engine.models.teacher import EmaTeacher
+from mirl.engine.pretraining.pictures import NORMALISED, column_titles, legend
 from mirl.engine.pretraining.recipes import recipe
 from mirl.engine.pretraining.task import PretrainTask
 from mirl.engine.training.computing import set_computation
 from mirl.engine.training.plan import RunPlan
 from mirl.engine.training.run import RunKind, RunParts, run_training
-from mirl.engine.training.run_data import ImageShape, build_loader
+from mirl.engine.training.run_data import ImageShape, build_loader, settle_statistics
 from mirl.engine.training.telling import newest_checkpoint
 from mirl.errors import UserError
 
@@ -38,11 +40,16 @@ class Pretraining(RunKind[PretrainConfig]):
     def recipe_out(self, name: str) -> str:
         return recipe(name).run.out
 
+    def footprint(self, plan: RunPlan[PretrainConfig]) -> Footprint:
+        return pretraining_footprint(plan.config, plan.precision, on_gpu=plan.ranks.device.type == "cuda")
+
     def open_data(
         self, plan: RunPlan[PretrainConfig], closing: ExitStack
     ) -> tuple[RunPlan[PretrainConfig], TrainLoader]:
         loader = build_loader(plan, ImageShape.of(plan.config.model))
         closing.callback(loader.close)
+        plan = settle_statistics(plan, loader)
+        self._config = plan.config
         return plan, loader
 
     def build_model(self, plan: RunPlan[PretrainConfig]) -> MIRL:
@@ -77,7 +84,16 @@ class Pretraining(RunKind[PretrainConfig]):
         ]
 
     def closing_lines(self, out: Path) -> list[str]:
-        return [f"reconstruct your own images: mirl visualize {os.fspath(newest_checkpoint(out))} IMAGE ..."]
+        config, lines = self._config, []
+        if config.log.pictures:
+            lines = [f"columns of the pictures: {'; '.join(legend(column_titles(config.model)))}"]
+            lines += [NORMALISED] if config.model.norm_pix else []
+        return [
+            *lines,
+            f"reconstruct your own images: mirl visualize {os.fspath(newest_checkpoint(out))} IMAGE ...",
+            f"measure its features: mirl probe {out} --data TRAIN --val VAL",
+            f"make a classifier of it: mirl finetune --checkpoint {out} --data TRAIN --val VAL",
+        ]
 
 
 def _build_teacher(config: PretrainConfig, engine: TrainEngine) -> EmaTeacher | None:

@@ -15,7 +15,7 @@ from mirl.engine.distributed.ds_engine import Fragment, FragmentReader, TrainEng
 from mirl.engine.distributed.launch import Ranks
 from mirl.engine.models.teacher import EmaTeacher
 from mirl.engine.pretraining.pictures import reconstruct, save_grid
-from mirl.engine.training.noise import mask_noise, seed_stochastic_depth
+from mirl.engine.training.noise import NoiseAhead, mask_noise, seed_stochastic_depth
 from mirl.engine.training.run_log import RunLog
 from mirl.engine.training.schedule import Durations
 from mirl.engine.training.task import Place
@@ -44,12 +44,14 @@ class PretrainTask:
         self.config, self.ranks, self.engine, self.durations, self.log = config, ranks, engine, durations, log
         self.picture_images, self.out = picture_images, out
         self.term_names: tuple[str, ...] = engine.module.term_names
-        self.gflops_per_image = training_flops_per_image(config.model) / 1e9
+        self.plain_gflops_per_image = training_flops_per_image(config.model) / 1e9
+        self.gflops_per_image = training_flops_per_image(config.model, engine.module.skips) / 1e9
         self.teacher = teacher
+        self._noise = NoiseAhead(config.run.seed, config.model.num_patches, ranks.device)
 
     def forward(self, batch: Batch, place: Place) -> tuple[Tensor, Tensor]:
         """Loss and terms of `mirl.engine.models.MIRL`."""
-        noise = self._noise(self.config.run.seed, place.step, place.first, len(batch.images))
+        noise = self._noise.take(place.step, place.first, len(batch.images))
         if self.config.model.drop_path:
             seed_stochastic_depth(self.config.run.seed, place.step, place.first)
         output = self.engine.forward(batch.images, noise=noise, **self._features(batch.images))
@@ -87,16 +89,12 @@ class PretrainTask:
             for name, parameter in self.teacher.named_parameters():
                 parameter.copy_(read(name, TEACHER, 0, parameter.numel()).reshape(parameter.shape))
 
-    def _noise(self, seed: int, step: int, first: int, batch: int) -> Tensor:
-        noise = mask_noise(seed, step, first, batch, self.config.model.num_patches)
-        return noise.to(self.ranks.device, non_blocking=True)
-
     def _picture(self, step: int) -> None:
         """Under ZeRO-3 every rank takes part, because each holds a part of the weights."""
         if self.picture_images is None or not (self.ranks.is_main or self.engine.stage == 3):
             return
-        noise = self._noise(self.config.run.seed + 1, 0, 0, len(self.picture_images))
-        titles, columns = reconstruct(self.engine.module, self.picture_images, noise)
+        noise = mask_noise(self.config.run.seed + 1, 0, 0, len(self.picture_images), self.config.model.num_patches)
+        titles, columns = reconstruct(self.engine.module, self.picture_images, noise.to(self.ranks.device))
         if self.ranks.is_main:
             path = self.out / "pictures" / f"step-{step:08d}.png"
             try:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor
 
 from mirl.engine.models import MIRL
@@ -27,6 +28,9 @@ COMPILE = ("auto", "on", "off")
 # Of loss and gradients, relative. In bfloat16 the compiler rounds at fewer places than eager (two parts in a hundred
 # after 48 blocks); float32 differs by the order of sums. A wrong graph is off by the size of the gradient itself.
 TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-3, torch.float64: 1e-6}
+# Share of the activations of a region that may be kept, for ``Execution.recompute``: where the compiler's partitioner
+# keeps what `apply_keeping_input` keeps, the inputs of LayerNorm and GELU. Without it a region keeps what eager keeps.
+RECOMPUTE_BUDGET = 0.8
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def compile_regions(
 
     The step is a forward and a backward pass on random pixels; no parameter and no ``.grad`` is changed. Whatever goes
     wrong (no compiler, a graph break, a result that differs) leaves the model eager and comes back as the reason.
+    ``model.execution.recompute`` holds inside the regions too.
     """
     model.set_regions(None)
     expected = _trial(model, batch, device)
@@ -87,8 +92,10 @@ def compile_regions(
     model.set_regions(
         Regions(lambda method: torch.compile(method, backend=backend, dynamic=False, fullgraph=True), batch)
     )
+    budget = RECOMPUTE_BUDGET if model.execution is not None and model.execution.recompute else 1.0
     try:
-        problem = _difference(_trial(model, batch, device), expected, model.weight_dtype)
+        with functorch_config.patch(activation_memory_budget=budget):
+            problem = _difference(_trial(model, batch, device), expected, model.weight_dtype)
     except Exception as error:  # noqa: BLE001 - anything from a missing g++ to an internal assertion of the compiler
         first_line = (str(error).strip() or "no message").splitlines()[0]
         problem = f"{type(error).__name__}: {first_line[:200]}"

@@ -6,6 +6,8 @@ So an image is masked alike however many ranks share the batch, and a resumed ru
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import numpy as np
 import torch
 
@@ -25,6 +27,31 @@ def mask_noise(seed: int, step: int, first: int, batch: int, patches: int) -> to
     stream = np.random.Philox(key=[fold_seed(seed), 0x4D495251], counter=[first * counts, 0, step, 0])
     words = stream.random_raw(batch * counts * _WORDS).reshape(batch, counts * _WORDS)[:, :patches]
     return torch.from_numpy((words >> np.uint64(40)).astype(np.float32) * np.float32(2**-24))
+
+
+class NoiseAhead:
+    """`mask_noise` on a device, made one step ahead by a thread of its own.
+
+    Philox would cost the launching thread 0.4 ms for 256 images. The copy to a GPU starts from pinned memory: from
+    pageable memory the host would wait for what the GPU still does of the step before.
+    """
+
+    def __init__(self, seed: int, patches: int, device: torch.device) -> None:
+        self._seed, self._patches, self._device = seed, patches, device
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mirl-noise")
+        self._made: dict[tuple[int, int, int], Future[torch.Tensor]] = {}
+
+    def take(self, step: int, first: int, batch: int) -> torch.Tensor:
+        """The noise of this micro-batch, float32 [batch, patches]; that of the same place in the next step is begun."""
+        begun = self._made.pop((step, first, batch), None)
+        noise = self._make(step, first, batch) if begun is None else begun.result()
+        self._made = {place: made for place, made in self._made.items() if place[0] in (step, step + 1)}
+        self._made[step + 1, first, batch] = self._thread.submit(self._make, step + 1, first, batch)
+        return noise.to(self._device, non_blocking=True)
+
+    def _make(self, step: int, first: int, batch: int) -> torch.Tensor:
+        noise = mask_noise(self._seed, step, first, batch, self._patches)
+        return noise.pin_memory() if self._device.type == "cuda" else noise
 
 
 def seed_stochastic_depth(seed: int, step: int, first: int) -> None:

@@ -15,12 +15,13 @@ from mirl.engine.checkpoints.reader import CheckpointReader
 from mirl.engine.configuration.config import Config
 from mirl.engine.distributed.ds_config import read_ds_config, resolve_batch, resolve_ds_config, resolve_precision
 from mirl.engine.distributed.launch import Ranks, cores_per_rank
-from mirl.engine.training.resumed_settings import compare_settings, require_known_changes
+from mirl.engine.training.resumed_settings import compare_settings, keep_settled, require_known_changes
 from mirl.engine.training.run_folder import choose_out, choose_start, hold_folder
 from mirl.engine.training.run_lock import RunLock
 from mirl.errors import UserError
 
 T = TypeVar("T")
+BATCH_KEYS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")  # of DeepSpeed's configuration
 C = TypeVar("C", bound=Config)
 
 
@@ -29,6 +30,7 @@ class RunPlan(Generic[C]):
     """The settled configuration of a run and what follows from it on this machine.
 
     reader: the checkpoint that the weights come from, None where they are fresh.
+    micro_batch_given: the micro-batch was asked for, by a flag or in DeepSpeed's file, and is not ours to choose.
     lock: of the run's folder; rank 0 holds it.
     remarks: lines for the log that say which checkpoint was taken and why.
     """
@@ -38,6 +40,7 @@ class RunPlan(Generic[C]):
     out: Path
     micro_batch: int
     accumulation: int
+    micro_batch_given: bool
     ds_config: dict[str, Any]
     precision: str
     precision_reason: str
@@ -71,6 +74,7 @@ def make_plan(config: C, ranks: Ranks, closing: ExitStack, *, recipe_out: str) -
     ds_config = resolve_ds_config(
         raw, config, micro_batch=micro_batch, accumulation=accumulation, precision=precision, device=ranks.device
     )
+    of_file = any(raw.get(key, "auto") != "auto" for key in BATCH_KEYS)
     out = agree_on_main(ranks, lambda: choose_out(config, recipe_out))
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(out)))
     require_known_changes(config)
@@ -80,9 +84,11 @@ def make_plan(config: C, ranks: Ranks, closing: ExitStack, *, recipe_out: str) -
     path, remarks = agree_on_main(ranks, lambda: choose_start(config, out))
     reader = CheckpointReader(path) if path else None
     if reader is not None and config.run.resume:
+        config = keep_settled(config, reader)
         remarks = [*remarks, *compare_settings(config, reader)]
     return RunPlan(
-        config=config, ranks=ranks, out=out, micro_batch=micro_batch, accumulation=accumulation, ds_config=ds_config,
+        config=config, ranks=ranks, out=out, micro_batch=micro_batch, accumulation=accumulation,
+        micro_batch_given=bool(config.optim.micro_batch) or of_file, ds_config=ds_config,
         precision=precision, precision_reason=reason, reader=reader, lock=lock,
         remarks=[*taken_over, *remarks],
     )  # fmt: skip

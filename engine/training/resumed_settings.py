@@ -11,22 +11,26 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from mirl.engine.checkpoints.reader import CheckpointReader
-from mirl.engine.configuration.config import Config
+from mirl.engine.configuration.config import Config, values_before
 from mirl.errors import UserError
 
-# Where the run goes on, how fast it computes and what it tells. The data set is compared by the names of its images and
+C = TypeVar("C", bound=Config)
+
+# Where the run goes on, how fast it computes and what it tells; of `statistics` the mean and std that it led to are
+# compared. The data set is compared by the names of its images and
 # the loader does that; paths to it may be others on another machine.
 FREE: Mapping[str, frozenset[str]] = {
-    "model": frozenset({"name", "attention"}),
+    "model": frozenset({"name", "attention", "statistics"}),
     "data": frozenset({"data", "index_dir", "loader_threads", "max_bad_images"}),
     "optim": frozenset({"micro_batch"}),
     "run": frozenset({
-        "out", "resume", "init_from", "change", "precision", "deepspeed_config", "vgg_weights", "checkpoint_every",
-        "keep_checkpoints", "activation_checkpointing", "compile", "fused", "recompute_pointwise", "flat_gradients",
-        "max_minutes", "max_nonfinite_steps", "watchdog_minutes", "cpu_threads",
+        "out", "resume", "init_from", "change", "device", "precision", "deepspeed_config", "vgg_weights",
+        "checkpoint_every", "keep_checkpoints", "activation_checkpointing", "compile", "fused",
+        "recompute_pointwise", "flat_gradients", "max_minutes", "max_nonfinite_steps", "watchdog_minutes",
+        "cpu_threads",
     }),
     "log": frozenset({"log_every", "picture_every", "pictures", "tensorboard"}),
     "finetune": frozenset({"checkpoint", "val", "eval_every", "attention"}),
@@ -37,7 +41,7 @@ FIXED = frozenset({
     "decoder_depth", "variant", "truncated_depth",
 })  # fmt: skip
 # Not told where they differ: each start has its own.
-_OF_A_START = frozenset({"out", "resume", "init_from", "change", "checkpoint"})
+_OF_A_START = frozenset({"out", "resume", "init_from", "change", "checkpoint", "statistics"})
 # One of them is as good as the other in --change.
 _TOGETHER = (
     {"image_size", "image_height", "image_width"}, {"lr", "base_lr"}, {"steps", "epochs"},
@@ -59,6 +63,25 @@ class Difference:
     def free(self) -> bool:
         """Whether the setting may differ without being named."""
         return self.name in FREE.get(self.section, frozenset())
+
+
+def keep_settled(config: C, reader: CheckpointReader) -> C:
+    """Return ``config`` with what the first start of the run settled and no flag of this one decides.
+
+    That is mean and std where the data set was found to be grey, and the value that a setting had in the version which
+    wrote the checkpoint, if that version had no such setting.
+    """
+    saved = reader.state["config"]
+    made = {}
+    for section, kind in config.sections().items():
+        ours, theirs = getattr(config, section), saved.get(section)
+        if not isinstance(theirs, Mapping):
+            continue  # of another kind of run
+        changes = values_before(kind, theirs)
+        if getattr(ours, "statistics", None) == "auto" and theirs.get("statistics") == "grey":
+            changes |= {name: _plain(theirs[name]) for name in ("mean", "std", "statistics")}
+        made[section] = dataclasses.replace(ours, **changes)
+    return dataclasses.replace(config, **made)
 
 
 def compare_settings(config: Config, reader: CheckpointReader) -> list[str]:
@@ -88,13 +111,17 @@ def compare_settings(config: Config, reader: CheckpointReader) -> list[str]:
 def differences(section: str, kind: type, ours: Any, saved: Mapping[str, Any]) -> list[Difference]:
     """Fields of ``ours``, of dataclass ``kind``, whose values are not those that ``saved`` holds.
 
-    A field that the version which wrote ``saved`` did not have counts as having its default.
+    A field that the version which wrote ``saved`` did not have counts as having `values_before`, or its default.
     """
     result = []
+    saved = values_before(kind, saved) | dict(saved)
     for field in dataclasses.fields(kind):
         if section == "optim" and field.name in _LENGTHS:
             continue
-        here, there = _plain(getattr(ours, field.name)), _plain(saved.get(field.name, field.default))
+        here, there = (
+            _plain(getattr(ours, field.name)),
+            _plain(saved.get(field.name, field.metadata.get("before", field.default))),
+        )
         if here != there:
             result.append(Difference(section, field.name, here, there))
     return result

@@ -16,11 +16,13 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 
 from mirl.dataloaders import TrainLoader
+from mirl.engine.accounting.run_memory import Footprint
 from mirl.engine.configuration.config import Config
 from mirl.engine.distributed.ds_engine import FragmentReader, TrainEngine
 from mirl.engine.distributed.launch import Ranks, is_lost_peer, join, leave, seconds_since_process_start
 from mirl.engine.errors import LostRank
 from mirl.engine.training.computing import compile_where_chosen
+from mirl.engine.training.fitting import fit_to_memory
 from mirl.engine.training.optimizer import build_optimizer
 from mirl.engine.training.plan import RunPlan, agree_on_main, make_plan
 from mirl.engine.training.run_folder import Progress, refuse_finished, restore_progress, write_config
@@ -54,9 +56,17 @@ class RunKind(ABC, Generic[C]):
     def recipe_out(self, recipe: str) -> str:
         """The folder that ``recipe`` writes to by default."""
 
+    def read_start(self, plan: RunPlan[C]) -> RunPlan[C]:
+        """The plan with what only the checkpoint could tell that the run starts from; nothing is built yet."""
+        return plan
+
+    @abstractmethod
+    def footprint(self, plan: RunPlan[C]) -> Footprint:
+        """What a run of ``plan``, after `read_start`, holds in memory; asked for before anything is built."""
+
     @abstractmethod
     def open_data(self, plan: RunPlan[C], closing: ExitStack) -> tuple[RunPlan[C], TrainLoader]:
-        """Open the training data; the plan comes back with what only the data or a checkpoint could tell.
+        """Open the training data; the plan comes back with what only the data could tell.
 
         Whatever has threads or processes is registered with ``closing`` as soon as it exists.
         """
@@ -94,12 +104,12 @@ def run_training(config: C, kind: RunKind[C]) -> Path:
         mirl.engine.errors.Diverged, Preempted, NotSaved: see `Trainer.run`.
         mirl.engine.errors.LostRank: another rank is gone.
     """
-    return on_this_rank(lambda ranks: _train(config, kind, ranks))
+    return on_this_rank(lambda ranks: _train(config, kind, ranks), device=config.run.device)
 
 
-def on_this_rank(body: Callable[[Ranks], T]) -> T:
-    """``body(ranks)`` in the process group of this run; LostRank where another rank is gone."""
-    ranks = join()
+def on_this_rank(body: Callable[[Ranks], T], *, device: str = "auto") -> T:
+    """``body(ranks)`` in the process group of this run, on ``device``; LostRank where another rank is gone."""
+    ranks = join(device)
     try:
         return body(ranks)
     except RuntimeError as error:
@@ -117,6 +127,7 @@ def _train(config: C, kind: RunKind[C], ranks: Ranks) -> Path:
     with ExitStack() as closing:
         # What is trained, on what, from where.
         plan = make_plan(config, ranks, closing, recipe_out=kind.recipe_out(config.recipe))
+        plan = fit_to_memory(kind.read_start(plan), kind.footprint)
         plan, loader = kind.open_data(plan, closing)
         config, out = plan.config, plan.out
         durations = Durations.resolve(config.optim, config.run, config.log, steps_per_epoch=loader.steps_per_epoch)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mirl.dataloaders import TrainLoader, build_train_loader, prepare_demo
-from mirl.engine.configuration.config import Config
+from mirl.engine.configuration.config import Config, PretrainConfig
 from mirl.engine.distributed.launch import Ranks, cores_per_rank
 from mirl.engine.models import ModelConfig
-from mirl.engine.training.plan import RunPlan
+from mirl.engine.training.plan import RunPlan, agree_on_main
 from mirl.errors import UserError
 
 
@@ -68,6 +69,28 @@ def build_loader(plan: RunPlan[Any], shape: ImageShape, **options: Any) -> Train
         seen = ", ".join(f"rank {rank} {count}" for rank, count in enumerate(ranks.gather(loader.num_images)))
         raise UserError(f"the ranks see different data sets (images: {seen}): give every host the same files")
     return loader
+
+
+def settle_statistics(plan: RunPlan[PretrainConfig], loader: TrainLoader) -> RunPlan[PretrainConfig]:
+    """Return ``plan`` with one mean and std for all channels where the data set is grey, with a remark that says so.
+
+    Statistics that differ by channel would colour the target of a grey image: normalised patch by patch, a flat patch
+    is nothing but the differences between them. Rank 0 looks and all ranks agree. A resumed run keeps what it has.
+    """
+    model = plan.config.model
+    equal = len(set(model.mean)) == len(set(model.std)) == 1
+    if model.statistics != "auto" or equal or plan.resumed_from is not None:
+        return plan
+    if not agree_on_main(plan.ranks, loader.is_grey):
+        return plan
+    grey = dataclasses.replace(model, statistics="grey")
+    loader.take_statistics(grey.mean, grey.std)
+    remark = (
+        f"the images are grey: mean {grey.mean[0]:g} and std {grey.std[0]:g} in all {grey.channels} channels "
+        "(--mean and --std give others)"
+    )
+    config = dataclasses.replace(plan.config, model=grey)
+    return dataclasses.replace(plan, config=config, remarks=[*plan.remarks, remark])
 
 
 def _fingerprint(plan: RunPlan[Any]) -> str | None:

@@ -7,6 +7,8 @@ whose run is gone is taken over.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -14,6 +16,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -145,10 +148,11 @@ class RunLock:
         out.mkdir(parents=True, exist_ok=True)
 
     def _create(self, me: Holder) -> bool:
-        try:
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError:
-            return False
+        with _alone_in(self.path.parent):
+            try:
+                descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            except FileExistsError:
+                return False
         try:
             os.write(descriptor, me.to_bytes())
             os.fsync(descriptor)
@@ -160,17 +164,22 @@ class RunLock:
         return True
 
     def _remove_stale(self, held: bytes) -> bool:
-        """Remove the lock if it is still the one that was judged: of two starts at once one is the first."""
-        aside = self.path.with_name(f".{NAME}.{secrets.token_hex(4)}")
-        try:
-            os.rename(self.path, aside)
-        except FileNotFoundError:
+        """Remove the lock if it is still the one that was judged: of two starts at once one is the first.
+
+        Nobody else makes or removes it meanwhile. On a share without such guards a newer lock can be out of the way for
+        a moment, in which a third start makes its own; one of the two runs then finds at its next beat that it is lost.
+        """
+        with _alone_in(self.path.parent):
+            aside = self.path.with_name(f".{NAME}.{secrets.token_hex(4)}")
+            try:
+                os.rename(self.path, aside)
+            except FileNotFoundError:
+                return False
+            if _bytes_of(aside) == held:
+                aside.unlink()
+                return True
+            os.rename(aside, self.path)  # a newer one
             return False
-        if _bytes_of(aside) == held:
-            aside.unlink()
-            return True
-        os.rename(aside, self.path)  # a newer one
-        return False
 
     def _beat(self) -> None:
         count = 0
@@ -200,6 +209,18 @@ class RunLock:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other starts that do so out of ``folder`` for some system calls, where its file system can lock a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # NFS, some FUSE
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _wait_until_gone(path: Path, holder: Holder | None, held: bytes) -> bool:

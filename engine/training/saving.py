@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mirl.dataloaders import TrainLoader
+from mirl.engine.checkpoints.best import Best, Standing, read_best, remove_best, write_best
 from mirl.engine.checkpoints.writer import CheckpointWriter
 from mirl.engine.configuration.config import Config
 from mirl.engine.distributed.ds_engine import Fragment, TrainEngine
@@ -39,6 +41,10 @@ class Saver:
         self._started = time.perf_counter()
         self._saved_step = progress.step
         self._parameter_shapes: dict[str, list[int]] = {}
+        # On rank 0: what is recorded, and what will be once its checkpoint is on disk.
+        self._best: Best | None = self._restored_best() if ranks.is_main else None
+        self._candidate: Best | None = None
+        self._spare()
 
     @property
     def folder(self) -> Path:
@@ -51,6 +57,69 @@ class Saver:
             self._writer.save(self._progress.step, self._fragments(), self.state())
             self._saved_step = self._progress.step
 
+    def keep_if_best(self, standing: Standing) -> None:
+        """Keep the weights of this step as the best of the run, if they are: save them and spare their checkpoint.
+
+        It is recorded once it is on disk, so that the record never names what is not there.
+        """
+        found = Best(
+            **dataclasses.asdict(standing), step=self._progress.step,
+            epoch=round(self._progress.step / self._loader.steps_per_epoch, 3),
+        )  # fmt: skip
+        before = self._candidate or self._best
+        if self._ranks.broadcast(before is None or found.top1_percent > before.top1_percent):
+            # The one before may have reached the disk, and be all that is left if this one does not.
+            began = time.perf_counter()
+            self._writer.wait()
+            self._writer.stall_seconds += time.perf_counter() - began
+            self.report()
+            failed = self._saved_step == found.step and found.checkpoint not in self._writer.published
+            self._candidate = found if self._ranks.is_main and not failed else None
+            self._spare()
+            self.save()
+            self._settle_best()
+
+    def _restored_best(self) -> Best | None:
+        """What an earlier part of this run recorded. A record of a later step than the resumed one is taken away: that
+        step will be done again, and its checkpoint written over.
+        """
+        best = read_best(self.folder)
+        if best is None:
+            return None
+        if best.step <= self._progress.step and (self.folder / best.checkpoint).is_dir():
+            self._log.say(f"best so far: {best}")
+            return best
+        self._log.say(
+            f"the best so far, of step {best.step}, is later than the resumed step or gone; it is sought afresh"
+        )
+        remove_best(self.folder)
+        return None
+
+    def _spare(self) -> None:
+        self._writer.spared = frozenset(best.checkpoint for best in (self._best, self._candidate) if best)
+
+    def _settle_best(self, failure: str | None = None) -> None:
+        """Record the candidate once its checkpoint is on disk; forget it where that failed."""
+        candidate = self._candidate
+        if candidate is None:
+            return
+        recorded = False
+        if candidate.checkpoint in self._writer.published:
+            try:
+                write_best(self.folder, candidate)
+                self._best = candidate
+                recorded = True
+                details = {name: value for name, value in dataclasses.asdict(candidate).items() if name != "step"}
+                self._log.event("best", candidate.step, **details)
+            except OSError as error:
+                self._log.say(f"warning: step {candidate.step} could not be recorded as the best: {error}")
+        elif failure is None:
+            return
+        self._candidate = None
+        self._spare()
+        if recorded:
+            self._writer.prune()  # the best before it
+
     def state(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON values."""
         if not self._parameter_shapes:
@@ -62,6 +131,7 @@ class Saver:
             "steps_per_epoch": self._loader.steps_per_epoch,
             "world_size": self._ranks.world_size,
             "zero_stage": self._engine.stage,
+            "micro_batch": self._loader.plan.micro_batch,
             # An error of the loader may end a run in the middle of a step; the next one begins it again.
             "loader": self._loader.state_dict() | {"step": self._progress.step},
             "parameters": self._parameter_shapes,
@@ -112,3 +182,4 @@ class Saver:
         if failure is not None:
             self._log.say(f"warning: {failure}; training goes on, earlier checkpoints are intact")
             self._log.event("checkpoint_failed", self._progress.step, reason=failure)
+        self._settle_best(failure)

@@ -69,8 +69,12 @@ class StepLog:
             "skipped_steps": step - self._progress.applied_steps,
         }
         if self._peak_flops:
-            flops = values["images_per_s"] / self._ranks.world_size * self._task.gflops_per_image * 1e9
-            values["mfu_percent"] = 100 * flops / self._peak_flops
+            images_per_s = values["images_per_s"] / self._ranks.world_size
+            for key, gflops in (
+                ("mfu_percent", self._task.gflops_per_image),
+                ("plain_mfu_percent", self._task.plain_gflops_per_image),
+            ):
+                values[key] = 100 * images_per_s * gflops * 1e9 / self._peak_flops
         self._log.metrics(values, line_of(values, self._durations.total_steps))
         self.window = self._new_window()
 

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mirl.dataloaders import Batch
+from mirl.engine.checkpoints.best import Standing
 from mirl.engine.distributed.ds_engine import Fragment, FragmentReader
 
 
@@ -29,7 +30,11 @@ class Task(Protocol):
     term_names: tuple[str, ...]
     """Names of the parts of the loss, in the order of the terms that `forward` returns."""
     gflops_per_image: float
-    """Floating-point operations of forward and backward on one image, in units of 1e9, for the utilisation."""
+    """Floating-point operations of forward and backward on one image, in units of 1e9, for the utilisation; those that
+    are left after the exact skips.
+    """
+    plain_gflops_per_image: float
+    """The same of the unskipped model."""
 
     def forward(self, batch: Batch, place: Place) -> tuple[Tensor, Tensor]:
         """Loss (scalar) and its unweighted terms ([len(term_names)], detached) of one micro-batch."""
@@ -39,8 +44,9 @@ class Task(Protocol):
         """After every optimiser step; ``applied`` is False where it was skipped."""
         ...
 
-    def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> None:
-        """What the task shows of itself after ``step``: pictures, an evaluation.
+    def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> Standing | None:
+        """What the task shows of itself after ``step``: pictures, an evaluation. Returns how good the weights are, the
+        same on all ranks, where it was measured; the best ones are kept.
 
         One that takes long asks ``interrupted`` now and then, on all ranks, and ends early where that is True.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from mirl import kernels
 from mirl.dataloaders import TrainLoader
 from mirl.dataloaders.sources.paths import shown
+from mirl.engine.checkpoints.best import read_best
 from mirl.engine.distributed.ds_engine import DEEPSPEED_VERSION, TrainEngine
+from mirl.engine.distributed.launch import seconds_since_process_start
 from mirl.engine.training.compiling import CompileChoice
 from mirl.engine.training.plan import RunPlan
 from mirl.engine.training.schedule import Durations
@@ -63,6 +66,9 @@ def describe_computation(plan: RunPlan[Any], model: Any, compiled: CompileChoice
 def closing_lines(out: Path) -> list[str]:
     """Say where to find what the run wrote."""
     lines = [f"finished: {out}"]
+    lines.append(
+        f"  time        {datetime.timedelta(seconds=round(seconds_since_process_start()))} since this process began"
+    )
     pictures = sorted((out / "pictures").glob("*.png"))
     if pictures:
         lines.append(f"  pictures    {pictures[-1]}")
@@ -70,6 +76,8 @@ def closing_lines(out: Path) -> list[str]:
     if (out / "tensorboard").is_dir():
         lines.append(f"  tensorboard tensorboard --logdir {out / 'tensorboard'}")
     lines.append(f"  checkpoint  {newest_checkpoint(out)}")
+    if best := read_best(out / "checkpoints"):
+        lines.append(f"  best        {out / 'checkpoints' / best.checkpoint}: {best}")
     return lines
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from mirl.dataloaders import StorageLost, TrainLoader
+from mirl.dataloaders import Batch, StorageLost, TrainLoader
 from mirl.engine.configuration.config import Config
 from mirl.engine.distributed.ds_engine import TrainEngine
 from mirl.engine.distributed.launch import Ranks
@@ -70,9 +70,11 @@ class Trainer:
             raise
 
     def _run(self) -> None:
-        total_steps = self.durations.total_steps
+        first_step, total_steps = self.progress.step, self.durations.total_steps
         while self.progress.step < total_steps:
-            applied = self._step()
+            # Whatever was asked, a start makes a step: a run that is queued again and again goes on.
+            batch = self._begin_step(may_stop=self.progress.step > first_step)
+            applied = self._step(batch)
             step = self.progress.step
             self.log.advance(step)
             if not applied:
@@ -84,21 +86,15 @@ class Trainer:
             if step % self.durations.checkpoint_every == 0 or last:
                 self.saver.save()
             began = time.perf_counter()
-            self.task.report(step, last=last, interrupted=self._interrupted)
+            standing = self.task.report(step, last=last, interrupted=self._interrupted)
             self.step_log.window.leave_out(
                 time.perf_counter() - began
             )  # pictures and evaluations are no part of a step
+            if standing is not None:
+                self.saver.keep_if_best(standing)
             self.saver.report()
-            stop, too_many_bad, lost = self.ranks.agree_max(
-                [float(self.stop.requested), float(self.loader.too_many_bad), float(self.lock.lost)]
-            )
-            if lost:
-                self._leave_to_another()
-            if too_many_bad:
-                self._refuse_bad_images()
-            if stop and not last:
-                self._leave_early(next(reason for reason in self.ranks.gather(self.stop.reason) if reason))
             self.watchdog.beat(f"step {step + 1}")
+        self._agree(None, may_stop=False)
         self.saver.finish()
 
     def _interrupted(self) -> bool:
@@ -108,13 +104,39 @@ class Trainer:
 
     # --- one step
 
-    def _step(self) -> bool:
-        """One optimiser step over all micro-batches of the effective batch; False when it was skipped."""
+    def _begin_step(self, *, may_stop: bool) -> Batch:
+        """The first micro-batch of the next step, once all ranks agree to make it."""
+        batch, problem = self._fetch()
+        self._agree(problem, may_stop=may_stop)
+        assert batch is not None
+        return batch
+
+    def _agree(self, problem: Exception | None, *, may_stop: bool) -> None:
+        """Go on, or end the run on all ranks alike. It is the one agreement of a step whose batch is not divided.
+
+        problem: an error of this rank's loader. may_stop: whether a request to stop is heeded now.
+        """
+        flags = [may_stop and self.stop.requested, self.loader.too_many_bad, self.lock.lost, problem is not None]
+        stop, too_many_bad, lost, failed = self.ranks.agree_max([float(flag) for flag in flags])
+        if lost:
+            self._leave_to_another()
+        if too_many_bad:
+            self._refuse_bad_images()
+        if stop:
+            self._leave_early(next(reason for reason in self.ranks.gather(self.stop.reason) if reason))
+        if failed:
+            self._leave_for_loader(problem)
+
+    def _step(self, batch: Batch) -> bool:
+        """One optimiser step over all micro-batches of the effective batch, of which ``batch`` is the first of this
+        rank; False when it was skipped.
+        """
         lr = self.schedule.lr(self.progress.applied_steps)
         seen: list[SeenMicroBatch] = []
         applied = None
         for part in range(self.accumulation):
-            batch = self._next_batch()
+            if part:
+                batch = self._next_batch()
             # The place of this micro-batch in the effective batch, as dataloaders.order.StepPlan divides it.
             first = (part * self.ranks.world_size + self.ranks.rank) * self.micro_batch
             loss, terms = self.task.forward(batch, Place(step=self.progress.step, first=first))
@@ -134,23 +156,27 @@ class Trainer:
             self.progress.nonfinite_in_a_row += 1
         return applied
 
-    def _next_batch(self) -> Any:
-        """The next micro-batch. An error of the loader on one rank ends every rank.
+    def _fetch(self) -> tuple[Batch | None, Exception | None]:
+        """The next micro-batch, or why this rank has none."""
+        try:
+            return self.loader.next_micro_batch(), None
+        except (ValueError, OSError, RuntimeError) as error:
+            return None, error
+
+    def _next_batch(self) -> Batch:
+        """A further micro-batch of the step."""
+        batch, problem = self._fetch()
+        if self.ranks.agree_max([float(problem is not None)])[0]:
+            self._leave_for_loader(problem)
+        assert batch is not None
+        return batch
+
+    def _leave_for_loader(self, problem: Exception | None) -> NoReturn:
+        """End every rank, for an error of the loader of one or more: ``problem`` is this rank's.
 
         What a user can mend is raised everywhere; a fault of ours keeps its traceback on the rank that met it. Where
         the data cannot be read at all, which may be over later, the state of the last whole step is saved.
         """
-        batch, problem = None, None
-        try:
-            batch = self.loader.next_micro_batch()
-        except (ValueError, OSError, RuntimeError) as error:
-            problem = error
-        if self.ranks.world_size == 1:
-            failed = problem is not None
-        else:
-            failed = bool(self.ranks.agree_max([float(problem is not None)])[0])
-        if not failed:
-            return batch
         to_mend, of_storage = isinstance(problem, UserError | OSError), isinstance(problem, StorageLost)
         reports = self.ranks.gather(None if problem is None else (to_mend, of_storage, str(problem)))
         told = [(rank, *report) for rank, report in enumerate(reports) if report]

@@ -68,7 +68,7 @@ def line_of(values: dict[str, Any], total_steps: int) -> str:
         f"mem {values['memory_gib']:.1f}GiB",
     ]
     if "mfu_percent" in values:
-        parts.append(f"mfu {values['mfu_percent']:.1f}%")
+        parts.append(f"mfu {values['mfu_percent']:.1f}% (plain {values['plain_mfu_percent']:.1f}%)")
     parts.append(f"left {_clock((total_steps - step) * values['step_ms'] / 1000)}")
     return "  ".join(parts)
 

@@ -116,6 +116,18 @@ ENDS = {
 }
 
 
+@pytest.mark.parametrize("amount", [10, 10**6])  # fits the buffer of the stream, or does not
+def test_an_output_that_does_not_fit_is_told(amount):
+    program = f"from mirl.engine.errors import run_entry_point\nrun_entry_point(lambda: print('x' * {amount}))\n"
+    ended = subprocess.run(
+        ["bash", "-c", 'exec "$0" -c "$1" > /dev/full', sys.executable, program], cwd=CHECKOUT, check=False,
+        env=launch_environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 74
+    assert ended.stderr.startswith("error: ") and "No space left on device" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full"])
 @pytest.mark.parametrize("code", ENDS)
 def test_a_closed_stream_changes_no_exit_code_and_no_file(code, closed, tmp_path):

@@ -31,14 +31,14 @@ def test_broken_images_of_one_rank_are_replaced_and_too_many_end_all_ranks(serve
     run = server.start(tmp_path, "--data", data, "--steps", "6", "--checkpoint-every", "100", "--out", "out")
     codes = run.end()
     assert codes[0] == codes[1] == EXIT_USER_ERROR, run.output()[-3000:] + run.output(1)[-3000:]
-    # Reading runs ahead of training; what a step shows is counted when it is shown.
+    # Reading runs ahead of training; what a step would show is counted before it, and the one too many is not shown.
     logged = [record["bad_images"] for record in records(tmp_path / "out") if "bad_images" in record]
-    assert logged == [0, 1, 1, 2]
+    assert logged == [0, 1, 1]
     assert f"broken image {data}/{image_of(2, 1, 44):03d}.jpg" in run.output(1)
     assert "error: 2 of 44 images are broken, more than the 1 that bad_image_limit 0.001 allows" in run.output()
     assert "mirl validate-data" in run.output()
     found, remarks = find_newest_good(tmp_path / "out" / "checkpoints")
-    assert (found.name, remarks) == ("step-00000004", [])
+    assert (found.name, remarks) == ("step-00000003", [])
     # With them allowed the same run goes on.
     more = server.start(
         tmp_path, "--data", data, "--steps", "6", "--out", "out", "--resume", "auto", "--max-bad-images", "0.1"

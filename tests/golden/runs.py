@@ -24,10 +24,12 @@ from tests.support.started_ranks import RankServer
 STEPS = 30
 THREADS = ["--cpu-threads", "1", "--loader-threads", "1"]
 # The recipe of `make pretrain` as it is, but for the precision, which depends on the machine.
-DEMO = [*THREADS, "--precision", "fp32", "--log-every", "1", "--pictures", "0", "--no-tensorboard"]
+# The record is older than heads that begin at zero.
+HEADS = ["--head-init", "xavier"]
+DEMO = [*THREADS, *HEADS, "--precision", "fp32", "--log-every", "1", "--pictures", "0", "--no-tensorboard"]
 COMMON = [
-    *TINY, "--cpu-threads", "1", "--pictures", "0", "--steps", str(STEPS), "--lr", "1e-3", "--warmup-steps", "5",
-    "--checkpoint-every", str(STEPS),
+    *TINY, *HEADS, "--cpu-threads", "1", "--pictures", "0", "--steps", str(STEPS), "--lr", "1e-3",
+    "--warmup-steps", "5", "--checkpoint-every", str(STEPS),
 ]  # fmt: skip
 SYSTEMS = {
     "mirl": [],

@@ -12,6 +12,7 @@ import timm
 import torch
 from PIL import Image
 
+from mirl.engine.checkpoints.best import read_best
 from mirl.engine.checkpoints.pretrained import load_encoder
 from mirl.engine.checkpoints.reader import CheckpointReader
 from mirl.engine.cli import dispatch
@@ -105,6 +106,15 @@ def test_two_ranks_resumed_in_bf16_under_zero2(server, pretrained, folders, tmp_
     assert all(record["val_images"] == 14 and "val_ema_top1_percent" in record for record in found)
     assert found[-1]["val_top1_percent"] == 100.0
     assert scores(other)[-1] == found[-1]
+    # The best of them, of either weights, is kept and named at the end.
+    best = read_best(one / "checkpoints")
+    assert best is not None and (one / "checkpoints" / best.checkpoint).is_dir()
+    prefix = "val_ema_" if best.weights == "ema" else "val_"
+    assert best.top1_percent == max(max(r["val_top1_percent"], r["val_ema_top1_percent"]) for r in found)
+    assert next(r for r in found if r["step"] == best.step)[prefix + "top1_percent"] == best.top1_percent
+    said = (one / "log.txt").read_text()
+    assert f"best        whole/checkpoints/{best.checkpoint}: epoch {best.step // 3}" in said
+    assert "mirl evaluate whole --val VAL" in said and "mirl predict whole IMAGE ..." in said
 
 
 @pytest.mark.parametrize("size", [None, "48"], ids=["same size", "other size"])

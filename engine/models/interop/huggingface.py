@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mirl.dataloaders.decoding.crops import evaluation_crop
 from mirl.engine.models.config import ModelConfig
 from mirl.engine.models.interop.timm_keys import timm_state_dict
 from mirl.engine.models.layers import NORM_EPS
@@ -111,12 +112,24 @@ def hf_config(
 
 
 def hf_preprocessor(config: ModelConfig, *, image_size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """preprocessor_config.json of transformers' ViTImageProcessor."""
+    """preprocessor_config.json that gives what evaluation sees here: resized by the short side, centre cropped.
+
+    ViTImageProcessor cannot crop, so it is of BitImageProcessor. It cannot cover a crop that is not square: there
+    ViTImageProcessor takes the whole image, its proportions changed (see `crops_as_evaluation`).
+    """
     height, width = image_size or (config.image_height, config.image_width)
-    return {
-        "image_processor_type": "ViTImageProcessor",
+    if crops_as_evaluation((height, width)):
+        geometry: dict[str, Any] = {
+            "image_processor_type": "BitImageProcessor",
+            "size": {"shortest_edge": min(evaluation_crop((height, width)).resized)},
+            "do_center_crop": True,
+            "crop_size": {"height": height, "width": width},
+            "do_convert_rgb": config.channels == 3,
+        }
+    else:
+        geometry = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
+    return geometry | {
         "do_resize": True,
-        "size": {"height": height, "width": width},
         "resample": BICUBIC,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -124,6 +137,11 @@ def hf_preprocessor(config: ModelConfig, *, image_size: tuple[int, int] | None =
         "image_mean": list(config.mean),
         "image_std": list(config.std),
     }
+
+
+def crops_as_evaluation(image_size: tuple[int, int]) -> bool:
+    """Whether transformers' processor of images of this size takes the crop of our evaluation."""
+    return image_size[0] == image_size[1]
 
 
 def _rename(key: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mirl.dataloaders.decoding.crops import evaluation_crop
 from mirl.engine.models.config import ModelConfig
 from mirl.engine.models.layers import NORM_EPS
 from mirl.engine.models.positions import resample_positions, sincos_positions
@@ -82,7 +83,8 @@ def timm_config(
 ) -> dict[str, Any]:
     """config.json of a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` takes.
 
-    ``model_args`` are those of `timm_arguments`; ``mean`` and ``std`` are of values in [0, 1]. classes: names by label,
+    ``model_args`` are those of `timm_arguments`; ``mean`` and ``std`` are of values in [0, 1]; the crop is that of our
+    evaluation. classes: names by label,
     none where they have none.
     """
     arguments = timm_arguments(config, image_size=image_size, pool=pool, head=head)
@@ -97,6 +99,8 @@ def timm_config(
             "fixed_input_size": True,
             "num_classes": arguments["num_classes"],
             "interpolation": "bicubic",
+            "crop_pct": evaluation_crop((arguments["img_size"][0], arguments["img_size"][1])).share,
+            "crop_mode": "center",
             "mean": list(config.mean),
             "std": list(config.std),
             "first_conv": "patch_embed.proj",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from mirl.dataloaders import EvalLoader
-from mirl.dataloaders.sources.class_names import CLASS_NAMES
-from mirl.errors import UserError
+from mirl.engine.transfer.classification.classes import require_same_classes
+
+__all__ = [
+    "EvaluationInterrupted",
+    "ClassScores",
+    "Scores",
+    "evaluate",
+    "evaluate_by_class",
+    "hits",
+    "require_same_classes",
+]
 
 TOP = 5
 
@@ -40,6 +50,37 @@ class Scores:
         return {prefix + name: value for name, value in values.items()} | {prefix + "images": self.images}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClassScores:
+    """Scores of a whole set and of each class.
+
+    confusion: images of class i (rows) that were taken for class j (columns). correct_in_5: by class.
+    """
+
+    total: Scores
+    confusion: list[list[int]]
+    correct_in_5: list[int]
+
+    def of_classes(self) -> list[dict[str, int | float | None]]:
+        """For each class: its images, how many were found (recall), how many of those named so are (precision).
+
+        None where there is nothing to divide by: a class without images, or one that no image was taken for.
+        """
+        named = [sum(column) for column in zip(*self.confusion, strict=True)]
+        found = []
+        for label, row in enumerate(self.confusion):
+            images, correct = sum(row), row[label]
+            found.append(
+                {
+                    "images": images, "correct": correct, "predicted": named[label],
+                    "correct_in_5": self.correct_in_5[label],
+                    "recall_percent": 100 * correct / images if images else None,
+                    "precision_percent": 100 * correct / named[label] if named[label] else None,
+                }
+            )  # fmt: skip
+        return found
+
+
 class EvaluationInterrupted(Exception):
     """The run is to end; there are no scores."""
 
@@ -57,6 +98,39 @@ def evaluate(
         EvaluationInterrupted: ``interrupted``, asked before every batch, said so.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=device)
+    with closing(_judged(model, loader, device, interrupted)) as judged:
+        for _, _, valid_B, columns in judged:
+            sums += _sum_valid(columns, valid_B)
+    return _scores(sums)
+
+
+@torch.no_grad()
+def evaluate_by_class(model: nn.Module, loader: EvalLoader, device: torch.device, num_classes: int) -> ClassScores:
+    """As `evaluate`, and besides which class was taken for which. Labels must be below ``num_classes``."""
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    confusion_CC = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    in_5_C = torch.zeros(num_classes, dtype=torch.int64, device=device)
+    with closing(_judged(model, loader, device, None)) as judged:
+        for logits, labels_B, valid_B, columns in judged:
+            sums += _sum_valid(columns, valid_B)
+            pairs_B = labels_B * num_classes + logits.argmax(dim=1)
+            confusion_CC += torch.bincount(pairs_B[valid_B], minlength=num_classes**2).view_as(confusion_CC)
+            in_5_C += torch.bincount(labels_B[valid_B & columns[2]], minlength=num_classes)
+    if torch.distributed.is_initialized():
+        for counts in (confusion_CC, in_5_C):
+            torch.distributed.all_reduce(counts)
+    return ClassScores(total=_scores(sums), confusion=confusion_CC.tolist(), correct_in_5=in_5_C.tolist())
+
+
+Judged = tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]
+
+
+def _judged(
+    model: nn.Module, loader: EvalLoader, device: torch.device, interrupted: Callable[[], bool] | None
+) -> Iterator[Judged]:
+    """Of each batch: logits [B, C], labels [B], which images count [B], and of each image one, whether it is right,
+    right among the first five, and its loss, each [B]. ``model`` is in eval mode meanwhile.
+    """
     training = model.training
     model.eval()
     try:
@@ -67,11 +141,18 @@ def evaluate(
             valid_B = torch.from_numpy(batch.valid).to(device)
             loss_B = F.cross_entropy(logits.float(), batch.labels, reduction="none")
             hits_BT = hits(logits, batch.labels)
-            columns = (torch.ones_like(loss_B), hits_BT[:, 0], hits_BT.any(dim=1), loss_B)
-            # where, not a product: what padding gives may be no number
-            sums += torch.stack([torch.where(valid_B, column, 0).sum(dtype=torch.float64) for column in columns])
+            yield logits, batch.labels, valid_B, (torch.ones_like(loss_B), hits_BT[:, 0], hits_BT.any(dim=1), loss_B)
     finally:
         model.train(training)
+
+
+def _sum_valid(columns: tuple[torch.Tensor, ...], valid_B: torch.Tensor) -> torch.Tensor:
+    # where, not a product: what padding gives may be no number
+    return torch.stack([torch.where(valid_B, column, 0).sum(dtype=torch.float64) for column in columns])
+
+
+def _scores(sums: torch.Tensor) -> Scores:
+    """Of the sums of one rank: those of all."""
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
     images, correct, correct_in_5, loss = sums.tolist()
@@ -84,30 +165,3 @@ def hits(logits_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
     """bool [B, T]: whether the t-th largest logit is the label's, T = min(5, C)."""
     best_BT = logits_BC.topk(min(TOP, logits_BC.shape[1]), dim=1).indices
     return best_BT == labels_B[:, None]
-
-
-def require_same_classes(ours: Sequence[str] | None, theirs: Sequence[str] | None, *, train: str, val: str) -> None:
-    """UserError where two sets number their classes differently: their labels would mean different things.
-
-    Class names come from folders, or from beside shards; a list of paths has numbers alone (None), which must agree by
-    themselves. Names on one side alone are refused: folders called 0 ... 11 are numbered as text, 0, 1, 10, 11, 2 ...
-    ``train``, ``val``: the sets, for the message.
-    """
-    if ours is not None and theirs is None or ours is None and theirs is not None:
-        named, bare = (train, val) if theirs is None else (val, train)
-        raise UserError(
-            f"the classes of {named} have names and those of {bare} are numbers alone, which cannot be compared: give "
-            "both as class folders, or both as lists with class numbers (of shards, write the names into "
-            f"{CLASS_NAMES} beside them, line n for class n)"
-        )
-    if ours is None or theirs is None or list(ours) == list(theirs):
-        return
-    extra, missing = sorted(set(theirs) - set(ours)), sorted(set(ours) - set(theirs))
-    parts = [f"{val} has {_some(extra)}, which {train} lacks"] if extra else []
-    parts += [f"{val} lacks {_some(missing)}"] if missing else []
-    raise UserError(f"the classes of {train} and {val} differ: {'; '.join(parts)}; give sets of the same classes")
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:3]))
-    return f"class {shown}" if len(names) == 1 else f"{len(names)} classes ({shown}{', ...' if len(names) > 3 else ''})"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from mirl.engine.checkpoints.finding import read_state
+from mirl.engine.checkpoints.kinds import CLASSIFIER, kind_of, require_kind
 from mirl.engine.checkpoints.reader import CheckpointReader, locate
 from mirl.engine.training.ema import KIND
 from mirl.engine.transfer.classification.classifier import Classifier
@@ -17,7 +19,7 @@ WEIGHTS = {"last": "weight", "ema": KIND}
 
 def is_classifier(path: Path | str) -> bool:
     """Whether the checkpoint, or the newest good one of a run, is of fine-tuning. UserError if there is none."""
-    return "finetune" in CheckpointReader(locate(Path(path))).state["config"]
+    return kind_of(read_state(locate(Path(path)))) == CLASSIFIER
 
 
 def load_classifier(
@@ -34,8 +36,7 @@ def load_classifier(
     >>> config.classes[model(images).argmax()]                                   # doctest: +SKIP
     """
     reader = CheckpointReader(locate(Path(path)))
-    if "finetune" not in reader.state["config"]:
-        raise UserError(f"{reader.path} is of pre-training and has no classifier: fine-tune it first (mirl finetune)")
+    require_kind(reader.state, path, "load_classifier", CLASSIFIER)
     config = FinetuneConfig.from_dict(reader.state["config"], source=str(reader.path / "state.json"))
     if weights == "ema" and not config.finetune.ema:
         raise UserError(f"weights is 'ema' and {reader.path} was trained with --ema 0: give last")

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
-from mirl.dataloaders import Batch, EvalLoader, ImageError, TrainLoader, build_eval_loader
+from mirl.dataloaders import Batch, EvalLoader, TrainLoader, build_eval_loader
+from mirl.engine.accounting.flops import CLASSES
+from mirl.engine.accounting.run_memory import Footprint, classifier_footprint
+from mirl.engine.checkpoints.best import read_best
 from mirl.engine.checkpoints.pretrained import load_encoder, load_weights
 from mirl.engine.distributed.ds_engine import FragmentReader
 from mirl.engine.models import ModelConfig
@@ -21,9 +24,10 @@ from mirl.engine.training.resumed_settings import differences, refuse_unnamed
 from mirl.engine.training.run import RunKind, RunParts, run_training
 from mirl.engine.training.run_data import ImageShape, build_loader, device_id, loader_threads
 from mirl.engine.transfer.classification.augmentation import BatchAugmentation
+from mirl.engine.transfer.classification.classes import require_labels, require_same_classes
 from mirl.engine.transfer.classification.classifier import Classifier, encoder_config
 from mirl.engine.transfer.classification.config import OFF, FinetuneConfig
-from mirl.engine.transfer.classification.evaluation import require_same_classes
+from mirl.engine.transfer.classification.early import require_inputs
 from mirl.engine.transfer.classification.rand_augment import RandAugment
 from mirl.engine.transfer.classification.recipes import finetune_recipe
 from mirl.engine.transfer.classification.task import FinetuneTask
@@ -51,12 +55,22 @@ class Finetuning(RunKind[FinetuneConfig]):
     def recipe_out(self, name: str) -> str:
         return finetune_recipe(name).run.out
 
-    def open_data(self, plan: FinetunePlan, closing: ExitStack) -> tuple[FinetunePlan, TrainLoader]:
-        """The plan comes back with the encoder's two configurations and the names of the classes."""
-        if not plan.config.data.data:
-            raise UserError("data is not given: name a folder with a sub-folder of images for each class")
+    def read_start(self, plan: FinetunePlan) -> FinetunePlan:
+        """The plan comes back with the encoder's two configurations."""
+        require_inputs(plan.config)
         source = agree_on_main(plan.ranks, lambda: _source_config(plan))
-        plan = plan.with_config(_with_models(plan.config, source))
+        return plan.with_config(_with_models(plan.config, source))
+
+    def footprint(self, plan: FinetunePlan) -> Footprint:
+        config, section = plan.config, plan.config.finetune
+        return classifier_footprint(
+            _with_models(config, config.pretrained).encoder, section.num_classes or CLASSES, plan.precision,
+            on_gpu=plan.ranks.device.type == "cuda", checkpointing=config.run.activation_checkpointing,
+            averaged=bool(section.ema), paired=bool(section.mixup or section.cutmix), ranks=plan.ranks.world_size,
+        )  # fmt: skip
+
+    def open_data(self, plan: FinetunePlan, closing: ExitStack) -> tuple[FinetunePlan, TrainLoader]:
+        """The plan comes back with the names of the classes."""
         rand_augment = _rand_augment(plan)
         if rand_augment is not None:
             closing.callback(rand_augment.close)
@@ -134,6 +148,20 @@ class Finetuning(RunKind[FinetuneConfig]):
             *self._remarks,
         ]
 
+    def closing_lines(self, out: Path) -> list[str]:
+        return _next_commands(out, self.val is not None)
+
+
+def _next_commands(out: Path, evaluated: bool) -> list[str]:
+    taken = "the best checkpoint" if read_best(out / "checkpoints") else "the newest checkpoint"
+    val = "the set above or another one" if evaluated else "labelled images"
+    return [
+        f"these take {taken}, unless --which says otherwise:",
+        f"  mirl evaluate {out} --val VAL     {val}: accuracy by class, confusion",
+        f"  mirl predict {out} IMAGE ...      classes of images or folders",
+        f"  mirl export {out} --to timm --out DIR",
+    ]
+
 
 def _source_config(plan: FinetunePlan) -> ModelConfig:
     """The configuration of the pre-trained encoder; a resumed run has it without the pre-trained checkpoint."""
@@ -144,8 +172,6 @@ def _source_config(plan: FinetunePlan) -> ModelConfig:
         saved = FinetuneConfig.from_dict(plan.reader.state["config"], source=str(plan.reader.path))
         _require_same_model(saved, _with_models(config, saved.pretrained), plan.reader.path)
         return saved.pretrained
-    if not config.finetune.checkpoint:
-        raise UserError("checkpoint is not given: name a pre-trained checkpoint, or the folder of a run")
     return load_encoder(config.finetune.checkpoint)[0]
 
 
@@ -198,13 +224,6 @@ def _num_classes(config: FinetuneConfig, loader: TrainLoader) -> int:
     return count
 
 
-def _label(val: EvalLoader, index: int) -> int:
-    try:
-        return val.source.label(index)
-    except ImageError as error:
-        raise UserError(f"val: {val.source.path(index)}: {error}; mend this sample or leave it out") from error
-
-
 def _build_val(plan: FinetunePlan, loader: TrainLoader, num_classes: int, closing: ExitStack) -> EvalLoader | None:
     """Open the evaluation data. All of its labels are looked at now: a wrong one would end the run an epoch later."""
     config, model = plan.config, plan.config.encoder
@@ -225,8 +244,5 @@ def _build_val(plan: FinetunePlan, loader: TrainLoader, num_classes: int, closin
     )
     closing.callback(val.close)
     require_same_classes(loader.source.classes, val.classes, train="data", val="val")
-    labels = [_label(val, index) for index in range(val.num_images)]
-    for label in (min(labels), max(labels)):
-        if not 0 <= label < num_classes:
-            raise UserError(f"val has label {label} and there are {num_classes} classes: give sets of the same classes")
+    require_labels(val.source, num_classes)
     return val

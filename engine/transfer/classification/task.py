@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mirl.dataloaders import Batch, EvalLoader
 from mirl.engine.accounting.flops import classifier_flops
+from mirl.engine.checkpoints.best import Standing
 from mirl.engine.distributed.ds_engine import Fragment, FragmentReader, TrainEngine
 from mirl.engine.distributed.launch import Ranks
 from mirl.engine.models.config import ModelConfig
@@ -38,7 +39,9 @@ class FinetuneTask:
     ) -> None:
         self.ranks, self.engine, self.log, self.augmentation = ranks, engine, log, augmentation
         self.ema, self.val, self.eval_every = ema, val, eval_every
+        # A classifier sees all patches: nothing is skipped.
         self.gflops_per_image = classifier_flops(model, augmentation.num_classes).training / 1e9
+        self.plain_gflops_per_image = self.gflops_per_image
         self.drop_path = model.drop_path
         self.scores: dict[str, Scores] = {}
 
@@ -55,11 +58,11 @@ class FinetuneTask:
         if self.ema is not None and applied:
             self.ema.update()
 
-    def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> None:
+    def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> Standing | None:
         """Top-1, top-5 and loss of the weights, and of their average, at the interval and at the end."""
         due = last or (self.eval_every is not None and step % self.eval_every == 0)
         if self.val is None or not due:
-            return
+            return None
         try:
             self.scores = {"": evaluate(self.engine.module, self.val, self.ranks.device, interrupted)}
             if self.ema is not None:
@@ -67,7 +70,7 @@ class FinetuneTask:
                     self.scores["ema_"] = evaluate(module, self.val, self.ranks.device, interrupted)
         except EvaluationInterrupted:
             self.log.say(f"step {step}  the evaluation was cut short")
-            return
+            return None
         values: dict[str, float] = {"step": step}
         parts = [f"step {step}  {self.scores[''].images} images evaluated"]
         for prefix, scores in self.scores.items():
@@ -77,6 +80,9 @@ class FinetuneTask:
                 f"{prefix}loss {scores.loss:.4f}"
             )
         self.log.metrics(values, "  ".join(parts))
+        better = max(self.scores, key=lambda prefix: self.scores[prefix].correct)
+        found = self.scores[better]
+        return Standing(weights="ema" if better else "last", top1_percent=found.top1_percent, images=found.images)
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's part of the average."""

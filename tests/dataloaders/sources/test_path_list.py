@@ -94,3 +94,28 @@ def test_one_image_or_an_archive_is_no_data_set(folder):
     (folder / "a.tar.gz").write_bytes(b"\x1f\x8b" + bytes(600))
     with pytest.raises(UserError, match="is not a folder, a list"):
         open_source(folder / "a.tar.gz")
+
+
+@pytest.mark.parametrize("count", [5, 100])  # asked for one by one, or by reading their folder once
+def test_what_is_listed_and_not_there_is_left_out_and_counted(count, tmp_path):
+    for place in ("a", "b/c"):
+        (tmp_path / place).mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / place / f"{number}.jpg").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "a" / "2.jpg").unlink()
+    (tmp_path / "a" / "3.jpg").unlink()
+    (tmp_path / "a" / "3.jpg").mkdir()
+    (tmp_path / "a" / "4.jpg").unlink()
+    (tmp_path / "a" / "4.jpg").symlink_to("nowhere")
+    names = [f"{place}/{number}.jpg" for number in range(count) for place in ("a", "b/c")] + ["no/such.jpg"]
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{name}\t{number}\n" for number, name in enumerate(names)))
+    source = open_source(listed, labels=True, every_name=True)
+    gone = {"a/2.jpg", "a/3.jpg", "a/4.jpg", "no/such.jpg"}
+    there = [name for name in names if name not in gone]
+    assert [source.path(index) for index in range(source.num_images)] == [str(tmp_path / name) for name in there]
+    assert [source.label(index) for index in range(len(there))] == [names.index(name) for name in there]
+    assert (
+        str(source.ledger) == f"{2 * count - 3} images from {2 * count + 1} files (4 left out: 4 listed but not there)"
+    )
+    assert {path for path, _ in source.ledger.names} == {str(tmp_path / name) for name in gone}

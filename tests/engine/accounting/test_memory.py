@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mirl.engine.accounting.activations import activations
 from mirl.engine.accounting.flops import pretraining_parameters
-from mirl.engine.accounting.memory import GIB, activations, state_bytes, step_gib
+from mirl.engine.accounting.memory import GIB, state_bytes, step_gib
 from mirl.engine.commands.summary import run_summary, summarise
 from mirl.engine.models import MIRL, MODEL_NAMES, Execution, ModelConfig, model_config
 from tests.engine.models.helpers import make_inputs

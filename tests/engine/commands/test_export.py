@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mirl.engine.checkpoints.files import write_weights
 from mirl.engine.checkpoints.pretrained import load_encoder
-from mirl.engine.commands.export import Exported, export_hf, export_timm, run
+from mirl.engine.commands.export import run
+from mirl.engine.commands.export_formats import Exported, export_hf, export_timm
 from mirl.engine.models import MIRL, ModelConfig, PatchMask
 from mirl.engine.models.encoder import Encoder
 from mirl.engine.models.interop.timm_keys import timm_arguments
@@ -265,7 +266,7 @@ def test_a_failed_write_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     def fail(*arguments: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("mirl.engine.commands.export.write_json", fail)
+    monkeypatch.setattr("mirl.engine.commands.export_formats.write_json", fail)
     with pytest.raises(OSError, match="no space left"):
         run([str(checkpoint), "--to", "timm", "--out", str(tmp_path / "timm")])
     assert os.listdir(tmp_path) == ["checkpoint"]

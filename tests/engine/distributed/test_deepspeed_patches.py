@@ -23,7 +23,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
+import mirl
 from mirl.engine.distributed import deepspeed_patches as patches
+from mirl.engine.distributed.ds_config import resolve_ds_config
 from mirl.engine.distributed.ds_engine import KINDS, TrainEngine
 from mirl.errors import UserError
 from tests.support.launch import CHECKOUT
@@ -201,6 +203,106 @@ def test_what_flat_gradients_replace_is_there_and_called(monkeypatch):
 def gradients(optimizer: torch.optim.Optimizer) -> torch.Tensor:
     (group,) = optimizer.param_groups
     return group["params"][0].grad.clone()
+
+
+WALKS = ("_update_model_bit16_weights", "free_grad_in_param_list", "zero_grad")
+
+
+def test_a_step_still_walks_over_all_parameters(monkeypatch):
+    walks: set[str] = set()
+    for name in WALKS:
+        real = getattr(DeepSpeedZeroOptimizer, name)
+        monkeypatch.setattr(
+            DeepSpeedZeroOptimizer,
+            name,
+            lambda *args, _real=real, _name=name, **kw: walks.add(_name) or _real(*args, **kw),
+        )
+    engine = plain_engine(settings(2))
+    walks.clear()
+    engine.backward(engine(inputs()).square().mean())
+    engine.step()
+    assert walks == set(WALKS), "spare_walks_over_parameters can go, or a part of it"
+    engine = TrainEngine(*model_and_optimizer(), settings(2))
+    walks.clear()
+    engine.backward(engine.forward(inputs()).square().mean())
+    assert engine.step(1e-2) and not walks and engine.remarks == []
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_without_the_walks_weights_are_equal_and_nothing_moves(stage, bf16, accumulation, monkeypatch):
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    config = settings(stage, bf16=bf16, gradient_accumulation_steps=accumulation)
+    weights = []
+    for walks in (True, False):
+        with monkeypatch.context() as context:
+            if walks:
+                context.setattr(patches, "spare_walks_over_parameters", lambda optimizer: True)
+            engine = TrainEngine(*model_and_optimizer(), config)
+        places = [parameter.data_ptr() for parameter in engine.module.parameters()]
+        for step in range(5):
+            for micro in range(accumulation):
+                scale = float("nan") if (step, micro) == (2, 0) else 1.0  # one step is skipped
+                engine.backward((engine.forward(inputs(dtype) * (micro + 1)) * scale).square().mean())
+                engine.step(1e-2)
+        assert [parameter.data_ptr() for parameter in engine.module.parameters()] == places
+        assert all(parameter.grad is None for parameter in engine.module.parameters())
+        weights.append([parameter.detach().clone() for parameter in engine.module.parameters()])
+    assert all(map(torch.equal, *weights))
+    assert not any(map(torch.equal, weights[0], [p.to(dtype) for p in model_and_optimizer()[0].parameters()]))
+
+
+def test_parameters_that_lie_elsewhere_keep_the_walks():
+    optimizer = TrainEngine(*model_and_optimizer(), settings(2), flat_gradients=False)._optimizer
+    assert optimizer.bit16_groups[0][1].data_ptr() != optimizer.bit16_groups_flat[0].data_ptr()
+    optimizer.bit16_groups[0][1].data = optimizer.bit16_groups[0][1].data.clone()
+    assert not patches.spare_walks_over_parameters(optimizer)
+    assert not set(WALKS) & set(vars(optimizer))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_timer_of_deepspeed_still_waits_for_the_device_and_is_off(stage, monkeypatch):
+    """On a CPU the wait does nothing, but it is asked for by the same call."""
+    config = resolve_ds_config(
+        {"zero_optimization": {"stage": stage}, "train_batch_size": "auto"},
+        mirl.recipe("demo", batch_size=4), micro_batch=4, accumulation=1, precision="fp32", device=torch.device("cpu"),
+    )  # fmt: skip
+    waits: list[int] = []
+    accelerator = type(deepspeed.accelerator.get_accelerator())
+    monkeypatch.setattr(accelerator, "synchronize", lambda self, device_index=None: waits.append(1))
+    for timers in ({}, {"timers": config["timers"]}):
+        engine = TrainEngine(*model_and_optimizer(), settings(stage) | timers)
+        waits.clear()
+        for _ in range(4):  # the first two steps are not timed
+            engine.backward(engine.forward(inputs()).square().mean())
+            engine.step(1e-2)
+        assert bool(waits) == (not timers), "DeepSpeed's timer waits no more: the default can go"
+
+
+class OnDevice:
+    """A number that a step may do nothing with but fetch it, once."""
+
+    def __init__(self, number: torch.Tensor) -> None:
+        self.number, self.fetched = number, 0
+
+    def cpu(self) -> torch.Tensor:
+        self.fetched += 1
+        return self.number
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_fetches_one_number_from_the_device(stage, clip, monkeypatch):
+    norms = []
+    real = patches.FlatGradients.norm
+    monkeypatch.setattr(patches.FlatGradients, "norm", lambda *args: norms.append(OnDevice(real(*args))) or norms[-1])
+    engine = TrainEngine(*model_and_optimizer(), settings(stage) | {"gradient_clipping": clip})
+    for scale, applied in ((1.0, True), (float("nan"), False), (1.0, True)):
+        engine.backward((engine.forward(inputs()) * scale).square().mean())
+        assert engine.step(1e-2) is applied
+        engine.gradient_norm()
+    assert [norm.fetched for norm in norms] == [1, 1, 1]
 
 
 def test_moments_of_all_but_the_first_group_are_still_not_linked():

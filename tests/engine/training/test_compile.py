@@ -82,6 +82,38 @@ def test_same_loss_and_gradients(name: str, fused: bool) -> None:
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=bound)
 
 
+def kept_bytes(model: MIRL) -> int:
+    """What a training step keeps for its backward pass, without the parameters."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = step(model).loss
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    loss.backward()
+    return sum(size for place, size in kept.items() if place not in own)
+
+
+def test_recomputation_holds_in_compiled_regions_too() -> None:
+    """The partitioner is the real one; only its graphs run as they are."""
+    kept = {}
+    for recompute in (False, True):
+        model = make_model(tiny_config(depth=4, segments=2), dtype=torch.float32)
+        model.set_execution(Execution(recompute=recompute))
+        kept["eager", recompute] = kept_bytes(model)
+        torch._dynamo.reset()
+        choice = compile_regions(model, 3, CPU, backend="aot_eager_decomp_partition")
+        assert choice.on, choice.reason
+        kept["regions", recompute] = kept_bytes(model)
+    assert kept["eager", True] < 0.85 * kept["eager", False]
+    for recompute in (False, True):
+        assert kept["regions", recompute] == pytest.approx(kept["eager", recompute], rel=0.03)
+
+
 def test_the_trial_step_leaves_no_trace() -> None:
     model = make_model(tiny_config(drop_path=0.2), dtype=torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -11,7 +11,7 @@ from mirl.engine.checkpoints.reader import CheckpointReader, locate
 from mirl.engine.configuration.config import PretrainConfig
 from mirl.engine.configuration.flags import parse
 from mirl.engine.pretraining.command_line import PRETRAIN, parse_pretrain
-from mirl.engine.training.resumed_settings import FIXED, FREE, compare_settings, require_known_changes
+from mirl.engine.training.resumed_settings import FIXED, FREE, compare_settings, keep_settled, require_known_changes
 from mirl.engine.training.run_folder import write_config
 from mirl.engine.transfer.classification.command_line import FINETUNE
 from mirl.engine.transfer.classification.config import FinetuneConfig
@@ -27,7 +27,7 @@ COMMANDS = {"pretrain": PRETRAIN, "finetune": FINETUNE}
 def compare(*flags: object, kind: str = "pretrain") -> list[str]:
     config = parse(COMMANDS[kind], [*map(str, FLAGS[kind]), "--data", "images", "--resume", "auto", *map(str, flags)])
     require_known_changes(config)
-    return compare_settings(config, READERS[kind])
+    return compare_settings(keep_settled(config, READERS[kind]), READERS[kind])
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])

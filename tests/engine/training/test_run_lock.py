@@ -157,6 +157,29 @@ def test_of_many_starts_at_once_over_a_stale_lock_one_wins(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_start_that_judged_an_older_lock_lets_nobody_in_beside_the_newer_one(tmp_path, monkeypatch):
+    """The second start is held up between the two system calls in which it learns that the first was faster."""
+    old = lock_of(tmp_path, process=dead_process()).to_bytes()
+    first, second, third = (RunLock(tmp_path) for _ in range(3))
+    first.acquire()
+    real, renamed = os.rename, threading.Event()
+
+    def slowly(*names) -> None:
+        real(*names)
+        renamed.set()
+        time.sleep(0.2)
+
+    monkeypatch.setattr(os, "rename", slowly)
+    holding_up = threading.Thread(target=second._remove_stale, args=(old,))
+    holding_up.start()
+    renamed.wait()
+    with pytest.raises(UserError, match="is training"):
+        third.acquire()
+    holding_up.join()
+    first.release()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_refused_start_leaves_no_folder_that_it_made(tmp_path):
     (tmp_path / "kept").mkdir()
     lock = RunLock(tmp_path / "kept" / "a" / "b")

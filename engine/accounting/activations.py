@@ -1,0 +1,178 @@
+"""Activations of one image in a training step, by formula.
+
+Counted are the bytes of the tensors that autograd keeps for the backward pass under all exact skips, with fused
+attention (xformers or SDPA) or with attention written out ("math", a CPU's first choice), which keeps its S x S weights
+as well. Added are those that live for a moment when the most is kept: what is made of the predictions, a run of blocks
+that is recomputed, gradients on their way through a block. Values count as multiples of tokens times width; LayerNorm
+and attention statistics, ids and images are the rest. Kernels' work space and the allocator's rounding come on top: 5
+to 10 %.
+
+Letters: T = 1 + K tokens of the encoder, S = 1 + N of a decoder, M masked, D and E widths, F and f hidden widths, G
+segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mirl.engine.models.checkpointing import CheckpointPlan
+from mirl.engine.models.config import ModelConfig
+from mirl.engine.models.objectives.objective import objective_terms
+
+VALUE_BYTES = {"bf16": 2, "fp32": 4}
+STATISTICS_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one image. What autograd keeps: ``encoder``, ``decoders`` with their heads and loss. What lives for a
+    moment: while the loss is computed; in the backward pass of a decoder; in that of the encoder, when nothing of the
+    decoders is left.
+    """
+
+    encoder: float
+    decoders: float
+    loss_work: float
+    decoder_work: float
+    encoder_work: float
+
+    @property
+    def kept(self) -> float:
+        return self.encoder + self.decoders
+
+    @property
+    def peak(self) -> float:
+        return max(self.kept + max(self.loss_work, self.decoder_work), self.encoder + self.encoder_work)
+
+
+def activations(
+    config: ModelConfig, checkpointing: str | int = "none", precision: str = "bf16", *, math: bool = False
+) -> Activations:
+    """Of one image, in the forms of activation checkpointing that `MIRL.set_activation_checkpointing` knows.
+
+    With checkpointing the inputs of all runs are kept, and the inside of a run only while it is recomputed. ``math``:
+    attention is written out and keeps its weights. UserError on an unknown form.
+    """
+    plan = CheckpointPlan.make(checkpointing)
+    tokens, width, dec, hidden = 1 + config.num_kept, config.width, config.decoder_width, config.decoder_mlp_width
+    sources = config.segments + (1 if config.did else 0)
+    loss_gradient = len(objective_terms(config)) * config.num_masked * config.patch_pixels
+
+    # Pixels of kept patches; z_G; every LN_g(z_g).
+    encoder = config.num_kept * config.patch_pixels + (1 + sources) * tokens * width
+    # Input and output of the decoders' last norms; the gradient of the predictions; keys and values of every kv_g; e_g
+    # before and after the norm that all decoders share.
+    decoders = 2 * config.segments * config.num_masked * dec + loss_gradient
+    decoders += sum(_cross_values(config, g, math=math) for g in range(1, config.segments + 1))
+    decoders += 2 * config.segments * tokens * dec if config.did else 0
+
+    block, statistics = encoder_block_values(config, math=math), (0.0, 0.0)
+    if plan.group == 0:
+        encoder += config.built_depth * block
+        decoders += config.segments * sum(
+            decoder_block_values(config, i, math=math) for i in range(config.decoder_depth)
+        )
+        statistics = _statistics(config)
+        encoder_inside, decoder_runs = 0.0, [(config.decoder_depth - 1, config.decoder_depth)]
+    else:
+        encoder_runs = list(plan.groups(0, config.segment_depth))
+        encoder += config.segments * len(encoder_runs) * tokens * width
+        encoder_inside = max(last - first for first, last in encoder_runs) * block
+        # A decoder's first run keeps e_g, each further one its full sequence.
+        decoder_runs = list(plan.groups(0, config.decoder_depth))
+        decoders += config.segments * (tokens + (len(decoder_runs) - 1) * (1 + config.num_patches)) * dec
+
+    def unrolled(first: int, last: int) -> float:
+        """The inside of a run, where it is recomputed, and the gradients on their way through its last block."""
+        inside = 0.0
+        if plan.group != 0:
+            inside = sum(decoder_block_values(config, i, math=math) for i in range(first, last))
+        return inside + _rows(config, last - 1) * (hidden + dec)
+
+    # Gradients of the predictions, scaled; those of every LN_g(z_g), and on their way through a block of the encoder.
+    decoder_work = loss_gradient + max(unrolled(first, last) for first, last in decoder_runs)
+    encoder_work = encoder_inside + tokens * (sources * width + config.mlp_width + width)
+    loss_work = config.segments * config.num_masked * config.patch_pixels
+    size = VALUE_BYTES[precision]
+    return Activations(
+        encoder=size * encoder + STATISTICS_BYTES * statistics[0],
+        decoders=size * decoders + STATISTICS_BYTES * statistics[1],
+        loss_work=size * loss_work,
+        decoder_work=size * decoder_work,
+        encoder_work=size * encoder_work,
+    )
+
+
+def classifier_activations(
+    config: ModelConfig, checkpointing: str | int = "none", precision: str = "bf16", *, math: bool = False
+) -> Activations:
+    """Of one image in fine-tuning: every block of the encoder sees all patches, and there are no decoders.
+
+    The head is left out: it sees one row an image. Arguments and errors as for `activations`.
+    """
+    plan = CheckpointPlan.make(checkpointing)
+    tokens, width = 1 + config.num_patches, config.width
+    block = encoder_block_values(config, tokens, math=math)
+    kept = config.num_patches * config.patch_pixels + 3 * tokens * width
+    work, statistics = tokens * (2 * width + config.mlp_width), 0.0
+    if plan.group == 0:
+        kept += config.depth * block
+        statistics = config.depth * tokens * (4 + config.heads)
+    else:
+        runs = list(plan.groups(0, config.depth))
+        kept += len(runs) * tokens * width
+        work += max(last - first for first, last in runs) * block
+    size = VALUE_BYTES[precision]
+    return Activations(
+        encoder=size * kept + STATISTICS_BYTES * statistics, decoders=0.0, loss_work=0.0, decoder_work=0.0,
+        encoder_work=size * work,
+    )  # fmt: skip
+
+
+def encoder_block_values(config: ModelConfig, tokens: int | None = None, *, math: bool = False) -> float:
+    """Per token: input and output of two norms 4 D, qkv 3 D, attention 1 D, and the MLP before and after GELU 2 F.
+
+    ``tokens``: by default those of pre-training, 1 + K. ``math``: a weight per head and pair of tokens as well.
+    """
+    tokens = tokens or 1 + config.num_kept
+    return tokens * (8 * config.width + 2 * config.mlp_width) + (config.heads * tokens**2 if math else 0)
+
+
+def decoder_block_values(config: ModelConfig, index: int, *, math: bool = False) -> float:
+    """Block ``index`` of a decoder without the keys and values of its kv_g; the last block goes on with M rows."""
+    dec, hidden = config.decoder_width, config.decoder_mlp_width
+    kept, tokens, masked = 1 + config.num_kept, 1 + config.num_patches, config.num_masked
+    first, rows = index == 0, _rows(config, index)
+    # Input and output of norm1: of the visible tokens where the rest comes from the table, else of all.
+    total = 2 * (kept if first else tokens) * dec
+    # q of the rows that go on (gathered out of norm1's output in a later last block), k and v of all.
+    total += rows * dec + 2 * tokens * dec + (masked * dec if rows == masked and not first else 0)
+    # Attention; input and output of norm2; the MLP before and after GELU.
+    total += rows * (3 * dec + 2 * hidden)
+    total += rows * tokens * config.decoder_heads if math else 0
+    if index < config.did_blocks:
+        total += rows * 4 * dec  # input and output of norm_q, q, attention
+    return total
+
+
+def _rows(config: ModelConfig, index: int) -> int:
+    """Rows with which block ``index`` of a decoder goes on after its self-attention."""
+    return config.num_masked if index == config.decoder_depth - 1 else 1 + config.num_patches
+
+
+def _cross_values(config: ModelConfig, g: int, *, math: bool = False) -> float:
+    """Projected keys and values of kv_g, in each block with DID; under ``math`` the weights of attention to them."""
+    keys = g * (1 + config.num_kept)
+    queries = sum(_rows(config, index) for index in range(config.did_blocks))
+    weights = queries * keys * config.decoder_heads if math else 0
+    return config.did_blocks * keys * 2 * config.decoder_width + weights
+
+
+def _statistics(config: ModelConfig) -> tuple[float, float]:
+    """Of encoder and decoders: mean and deviation of a row for each norm, one value per row and head for each
+    attention.
+    """
+    kept, tokens = 1 + config.num_kept, 1 + config.num_patches
+    encoder = config.built_depth * kept * (4 + config.heads)
+    decoders = config.segments * config.decoder_depth * tokens * (4 + config.decoder_heads)
+    return encoder, decoders + config.segments * config.did_blocks * tokens * (2 + config.decoder_heads)

@@ -1,0 +1,133 @@
+"""How much memory this process can still get, from whatever bounds it: the machine, a container, a limit, a GPU."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+# Control groups write "no limit" as a number near 2**63.
+_NO_LIMIT = 2**60
+# Address space that a run reserves from here on and never touches, mostly stacks and heaps of threads: 1.4 GiB were
+# measured on two cores (VmPeak less VmHWM, at the end and when a run asks).
+RESERVED_ADDRESSES = 1.5 * 2**30
+
+
+@dataclass(frozen=True, order=True)
+class FreeMemory:
+    """``bytes`` that one rank may hold in all, what it holds now included; ``bound`` says by what, for a message."""
+
+    bytes: float
+    bound: str
+
+
+def free_memory(device: torch.device, local_ranks: int) -> FreeMemory:
+    """Tell the memory that a rank on ``device`` may hold, one of ``local_ranks`` on this host.
+
+    On a CPU that is host memory, which the ranks of a host share.
+    """
+    return _free_on_gpu(device) if device.type == "cuda" else free_host_memory(local_ranks)
+
+
+def free_host_memory(local_ranks: int = 1) -> FreeMemory:
+    """Tell the least of what the machine, the control groups and the limits of this process leave to each rank."""
+    held = psutil.Process().memory_info().rss
+    shared = [FreeMemory(psutil.virtual_memory().available, "free on this machine"), *_of_control_groups()]
+    per_rank = [FreeMemory(held + max(0, item.bytes) / local_ranks, item.bound) for item in shared]
+    return min([*per_rank, *_of_limits(held)])
+
+
+def _free_on_gpu(device: torch.device) -> FreeMemory:
+    free, _ = torch.cuda.mem_get_info(device)
+    return FreeMemory(free + torch.cuda.memory_reserved(device), f"free on {torch.cuda.get_device_name(device)}")
+
+
+def _of_limits(held: int) -> Iterator[FreeMemory]:
+    """What ``ulimit -v`` and ``ulimit -d`` leave to this process."""
+    sizes = _sizes_of_process()
+    for kind, flag, used, reserved in (
+        (resource.RLIMIT_AS, "v", sizes.get("VmSize", 0), RESERVED_ADDRESSES),
+        (resource.RLIMIT_DATA, "d", sizes.get("VmData", 0), 0),
+    ):
+        limit, _ = resource.getrlimit(kind)
+        if limit != resource.RLIM_INFINITY:
+            left = max(0, held + limit - used - reserved)
+            yield FreeMemory(left, f"left by ulimit -{flag} {limit // 1024}")
+
+
+def _sizes_of_process() -> dict[str, int]:
+    """The sizes in /proc/self/status, in bytes; none where there is no such file."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return {}
+    return {
+        parts[0].rstrip(":"): int(parts[1]) * 1024
+        for line in lines
+        if line.startswith("Vm") and len(parts := line.split()) == 3
+    }
+
+
+# --- control groups
+
+
+def _of_control_groups(proc: Path = Path("/proc/self")) -> Iterator[FreeMemory]:
+    """What is left of the limit of each control group that this process is in, version 1 or 2, from its own upwards."""
+    for folder, root, read in _folders(proc):
+        while True:
+            try:
+                left = read(folder)
+            except (OSError, ValueError, KeyError):
+                left = None  # no such file: the root of a hierarchy has none
+            if left is not None:
+                yield left
+            if folder == root or root not in folder.parents:
+                break
+            folder = folder.parent
+
+
+def _folders(proc: Path) -> Iterator[tuple[Path, Path, Callable[[Path], FreeMemory | None]]]:
+    """``(folder of the process's group, mount point, reader)`` of each hierarchy that counts memory."""
+    try:
+        groups = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
+        mounts = [line.split(" ") for line in (proc / "mountinfo").read_text().splitlines()]
+    except OSError:
+        return
+    for fields in mounts:
+        kind, options = fields[fields.index("-") + 1], fields[-1].split(",")
+        if kind == "cgroup2":
+            name, read = "", _left_of_version_2
+        elif kind == "cgroup" and "memory" in options:
+            name, read = "memory", _left_of_version_1
+        else:
+            continue
+        root = Path(fields[4])
+        for _, controllers, path in groups:
+            if name in controllers.split(","):
+                inside = os.path.relpath(path, fields[3])
+                folder = root / inside if not inside.startswith("..") else root
+                yield (folder if folder.is_dir() else root), root, read
+
+
+def _left_of_version_2(folder: Path) -> FreeMemory | None:
+    text = (folder / "memory.max").read_text().strip()
+    return None if text == "max" else _left(folder, int(text), int((folder / "memory.current").read_text()), "")
+
+
+def _left_of_version_1(folder: Path) -> FreeMemory | None:
+    limit = int((folder / "memory.limit_in_bytes").read_text())
+    if limit >= _NO_LIMIT:
+        return None
+    return _left(folder, limit, int((folder / "memory.usage_in_bytes").read_text()), "total_")
+
+
+def _left(folder: Path, limit: int, used: int, prefix: str) -> FreeMemory:
+    """Pages of files count as used in a group; the kernel drops them when a process needs the memory."""
+    counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    files = sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+    return FreeMemory(max(0, limit - used + files), f"left of {limit / 2**30:.1f} GiB of control group {folder.name}")

@@ -1,0 +1,151 @@
+"""Memory of one rank of a whole run, by formula: a training step, and what stands beside it.
+
+| part                                   | on a CPU                          | on a GPU                               |
+|----------------------------------------|-----------------------------------|----------------------------------------|
+| the process                            | torch, DeepSpeed, DALI: measured  | CUDA context and libraries: assumed    |
+| model states, `memory.parameter_bytes` | all                               | all; without float32 under offloading  |
+| average, teacher, perceptual network   | all                               | all                                    |
+| the checkpoint that is being written   | a copy of what is saved           | in host memory                         |
+| activations of a micro-batch           | all                               | all, and a tenth for the allocator     |
+| batches of the loader                  | decoded windows, finished batches | the same                               |
+
+`tests/engine/accounting/test_run_memory.py` compares it with the peak of real processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mirl.engine.accounting.activations import VALUE_BYTES, activations, classifier_activations
+from mirl.engine.accounting.flops import encoder_parameters, pretraining_parameters
+from mirl.engine.accounting.memory import BUCKET_VALUES, GIB, parameter_bytes, reduction_bytes
+from mirl.engine.configuration.config import PretrainConfig
+from mirl.engine.models.config import ModelConfig
+
+PROCESS_BYTES = 1.1 * GIB  # resident after a step of a tiny model: torch 2.14, DeepSpeed 0.19.8, DALI on Linux
+GPU_BYTES = 1.0 * GIB  # not measured: CUDA's context and the work space of its libraries
+GPU_ALLOCATOR = 1.1  # work space of kernels and rounding of torch's allocator
+FINISHED_BATCHES = 4  # two that wait, one in use, one in the making
+DECODED_BATCHES = 3  # two in DALI's pipeline, one handed out
+DECODED_BYTES = 500 * 400 * 3  # of an image as it is stored, where nothing is known of the data: that of ImageNet
+VGG_VALUES_PER_PIXEL = 264  # of VGG-16 up to relu4_3
+VGG_WEIGHTS = 7_635_264
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What a kind of run holds on a rank, whatever the micro-batch is.
+
+    image_bytes: the most that an image of the micro-batch takes at a time. pixel_bytes: of a finished image of the
+    loader. model_bytes: further weights, all of them on every rank. saved_values: float32 values a parameter in a
+    checkpoint. group: micro-batches are multiples of it.
+    """
+
+    parameters: int
+    image_bytes: float
+    pixel_bytes: float
+    model_bytes: float = 0.0
+    saved_values: int = 3
+    group: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where the states of a model are: the ZeRO stage and its bucket, the ranks, the precision, the kind of device."""
+
+    zero_stage: int
+    ranks: int
+    precision: str
+    on_gpu: bool
+    bucket: int = BUCKET_VALUES
+    offload: bool = False
+
+    @classmethod
+    def of(cls, ds_config: dict[str, Any], *, ranks: int, precision: str, on_gpu: bool) -> Placement:
+        """The placement that a resolved DeepSpeed configuration asks for."""
+        zero = ds_config["zero_optimization"]
+        offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+        return cls(
+            zero_stage=zero["stage"], ranks=ranks, precision=precision, on_gpu=on_gpu,
+            bucket=int(zero.get("reduce_bucket_size", BUCKET_VALUES)), offload=offload,
+        )  # fmt: skip
+
+
+def run_bytes(
+    footprint: Footprint,
+    place: Placement,
+    micro_batch: int,
+    accumulation: int = 1,
+    *,
+    decoded_bytes: float = DECODED_BYTES,
+) -> float:
+    """Bytes of the device of one rank: on a CPU all of the process, on a GPU what is on the GPU.
+
+    ``decoded_bytes``: of one image of the data as it is decoded, before it is resized.
+    """
+    parameters, gradients = footprint.parameters, {"accumulation": accumulation, "bucket": place.bucket}
+    states = parameter_bytes(parameters, place.zero_stage, place.ranks, place.precision, **gradients)
+    reduced = reduction_bytes(parameters, place.zero_stage, place.ranks, place.precision, **gradients)
+    if place.on_gpu and place.offload:
+        states -= 12 / place.ranks * parameters
+    work = max(micro_batch * footprint.image_bytes, reduced)
+    loader = micro_batch * (FINISHED_BATCHES * footprint.pixel_bytes + DECODED_BATCHES * decoded_bytes)
+    if place.on_gpu:
+        return GPU_BYTES + GPU_ALLOCATOR * (states + footprint.model_bytes + work) + loader
+    saved = 4 * footprint.saved_values * parameters / place.ranks
+    return PROCESS_BYTES + states + footprint.model_bytes + saved + work + loader
+
+
+def pretraining_footprint(config: PretrainConfig, precision: str, *, on_gpu: bool) -> Footprint:
+    """The footprint of a pre-training run. UserError on an unknown form of activation checkpointing."""
+    model, size = config.model, VALUE_BYTES[precision]
+    pixels = model.image_height * model.image_width
+    kept = activations(
+        model, config.run.activation_checkpointing, precision, math=writes_out_attention(model, on_gpu=on_gpu)
+    )
+    image, further = kept.peak + pixels * model.channels, 0.0
+    if model.feature_loss:
+        further += (4 + size) * encoder_parameters(model)
+    if model.vgg_loss:
+        further += size * VGG_WEIGHTS
+        image += 2 * size * VGG_VALUES_PER_PIXEL * pixels  # before and after each ReLU
+    return Footprint(
+        parameters=pretraining_parameters(model), image_bytes=image, pixel_bytes=pixels * model.channels,
+        model_bytes=further,
+    )  # fmt: skip
+
+
+def classifier_footprint(
+    model: ModelConfig,
+    classes: int,
+    precision: str,
+    *,
+    on_gpu: bool,
+    checkpointing: str | int = "none",
+    averaged: bool = False,
+    paired: bool = False,
+    ranks: int = 1,
+) -> Footprint:
+    """The footprint of a fine-tuning run of encoder ``model``, which has one segment and no decoders.
+
+    averaged: an average of the weights is kept. paired: images of a micro-batch are mixed in pairs.
+    """
+    parameters = encoder_parameters(model) + (model.width + 1) * classes
+    pixels = model.image_height * model.image_width * model.channels
+    kept = classifier_activations(model, checkpointing, precision, math=writes_out_attention(model, on_gpu=on_gpu))
+    average = (4 / ranks + VALUE_BYTES[precision]) * parameters if averaged else 0.0  # with what is swapped out for it
+    return Footprint(
+        parameters=parameters,
+        # The normalised image, a copy to write into, and the one it is mixed with: float32.
+        image_bytes=kept.peak + pixels + 3 * 4 * pixels,
+        pixel_bytes=pixels,
+        model_bytes=average,
+        saved_values=4 if averaged else 3,
+        group=2 if paired else 1,
+    )
+
+
+def writes_out_attention(model: ModelConfig, *, on_gpu: bool) -> bool:
+    """Whether attention keeps its weights: the backend "math", which a CPU chooses first."""
+    return model.attention == "math" or (model.attention == "auto" and not on_gpu)

@@ -1,0 +1,122 @@
+"""What kind of checkpoint a user has given, and what is said where a command needs another one. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mirl.engine.checkpoints.best import Best, read_best
+from mirl.engine.checkpoints.finding import locate, read_state, verify
+from mirl.errors import UserError
+
+PRETRAINED, ENCODER, CLASSIFIER = "pre-trained model", "encoder", "classifier"
+# What each kind is called in a sentence, and what gives one.
+_NAMES = {
+    PRETRAINED: "a pre-trained model with its decoders",
+    ENCODER: "a pre-trained encoder without decoders",
+    CLASSIFIER: "a fine-tuned classifier",
+}
+_SOURCES = {
+    PRETRAINED: "give the run of mirl pretrain, or an imported model that has its decoders",
+    ENCODER: "give the run of mirl pretrain, or an imported model",
+    CLASSIFIER: "fine-tune it first (mirl finetune --checkpoint {given} --data TRAIN --val VAL) and give that run",
+}
+WHICH = ("best", "last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """A checkpoint that a user named. ``best``: what made it the best of its run, where it was taken for that."""
+
+    asked: Path
+    checkpoint: Path
+    state: dict[str, Any]
+    best: Best | None = None
+
+    @property
+    def kind(self) -> str:
+        """PRETRAINED, ENCODER or CLASSIFIER."""
+        return kind_of(self.state)
+
+    @property
+    def weights(self) -> str:
+        """Of a classifier: "ema" where its average of the weights made it the best of its run, else "last"."""
+        return self.best.weights if self.best else "last"
+
+    def require(self, command: str, *kinds: str) -> Given:
+        """Itself. UserError that says what ``command`` needs and what this is, unless it is one of ``kinds``."""
+        require_kind(self.state, self.asked, command, *kinds)
+        return self
+
+    def __str__(self) -> str:
+        why = f"the best by validation: {self.best}; --which last takes the newest" if self.best else ""
+        chosen = why or ("the newest of its run" if self.checkpoint != self.asked else "")
+        return f"{self.checkpoint}: {describe(self.state)}" + (f"; {chosen}" if chosen else "")
+
+
+def given(path: Path | str, which: str | None = None) -> Given:
+    """The checkpoint that a user means by ``path``, a checkpoint or a run.
+
+    which: of a run, "best" by validation or "last", the newest good one; None: the best where the run has recorded
+    one, else the last.
+
+    Raises:
+        UserError: there is none, it is damaged, or ``which`` is given for a path that is one checkpoint.
+    """
+    path = Path(path)
+    if (path / "manifest.json").is_file() or (path / "state.json").is_file():
+        if which is not None:
+            raise UserError(f"which is {which!r} and {path} is one checkpoint: leave it out, or give the run's folder")
+        checkpoint = locate(path)
+        return Given(asked=path, checkpoint=checkpoint, state=read_state(checkpoint))
+    best = _best_of(path) if which != "last" else None
+    if best is None and which == "best":
+        raise UserError(
+            f"which is 'best' and {path} has no best checkpoint: give last (a fine-tuning run with --val keeps one)"
+        )
+    if best is None:
+        checkpoint = locate(path)
+        return Given(asked=path, checkpoint=checkpoint, state=read_state(checkpoint))
+    folder, record = best
+    checkpoint = folder / record.checkpoint
+    if problem := "it is missing" if not checkpoint.is_dir() else verify(checkpoint):
+        raise UserError(f"the best checkpoint of {path}, {checkpoint}, is damaged: {problem}; give --which last")
+    return Given(asked=path, checkpoint=checkpoint, state=read_state(checkpoint), best=record)
+
+
+def _best_of(path: Path) -> tuple[Path, Best] | None:
+    """The folder of checkpoints, and what is recorded there."""
+    for folder in (path, path / "checkpoints"):
+        if record := read_best(folder):
+            return folder, record
+    return None
+
+
+def kind_of(state: dict[str, Any]) -> str:
+    """PRETRAINED, ENCODER or CLASSIFIER, of the state of a checkpoint."""
+    if "finetune" in (state.get("config") or {}):
+        return CLASSIFIER
+    parameters = state.get("parameters") or {}
+    return ENCODER if parameters and all(name.startswith("encoder.") for name in parameters) else PRETRAINED
+
+
+def describe(state: dict[str, Any]) -> str:
+    """What a checkpoint is, in a few words, with what it was made from."""
+    config, kind = state.get("config") or {}, kind_of(state)
+    if kind != CLASSIFIER:
+        model = (config.get("model") or {}).get("name")
+        return _NAMES[kind] + (f" ({model})" if model else "")
+    source = config["finetune"].get("checkpoint")
+    classes = (state.get("parameters") or {}).get("head.weight", [len(config.get("classes", ()))])[0]
+    return f"{_NAMES[kind]} of {classes} classes" + (f", made from {source}" if source else "")
+
+
+def require_kind(state: dict[str, Any], asked: Path | str, command: str, *kinds: str) -> None:
+    """UserError in one line unless a checkpoint is one of ``kinds``: what it is, what is needed, what to give."""
+    kind = kind_of(state)
+    if kind in kinds:
+        return
+    source = ((state.get("config") or {}).get("finetune") or {}).get("checkpoint")
+    mend = f"give {source}" if source and kind == CLASSIFIER else _SOURCES[kinds[0]].format(given=asked)
+    raise UserError(f"{asked} is {describe(state)}: {command} needs {_NAMES[kinds[0]]}; {mend}")

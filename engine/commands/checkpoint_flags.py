@@ -1,0 +1,26 @@
+"""The flags by which a command is told its checkpoint, alike for all of them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mirl.engine.checkpoints.kinds import WHICH
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device, as runs have it."""
+    parser.add_argument(
+        "--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU where there is one [auto]"
+    )
+
+
+def add_checkpoint(parser: argparse.ArgumentParser, wanted: str) -> None:
+    """CHECKPOINT and --which. ``wanted``: the kinds that the command takes, for the help."""
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help=f"{wanted}: a checkpoint, or the folder of a run"
+    )
+    parser.add_argument(
+        "--which", choices=WHICH,
+        help="of a run: the best checkpoint by validation, or the newest good one [best, where the run has kept one]",
+    )  # fmt: skip
