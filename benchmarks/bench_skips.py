@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 weights")
     options = parser.parse_args(argv)
     place = device()
-    config = model_config(options.model, variant=options.variant)
+    config = model_config(options.model, variant=options.variant, head_init="xavier")  # zero heads pass no gradient on
     torch.manual_seed(0)
     model = MIRL(config).to(place, torch.bfloat16 if options.bf16 else torch.float32)
     images = torch.randint(0, 256, (options.batch, 224, 224, 3), dtype=torch.uint8, device=place)

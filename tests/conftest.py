@@ -28,6 +28,7 @@ TIERS = {
     "tests/dataloaders/test_memory.py": "process",
     "tests/dataloaders/test_package.py": "process",
     "tests/engine/accounting/test_memory.py": "process",
+    "tests/engine/accounting/test_run_memory.py": "process",
     "tests/engine/pretraining": "process",
     "tests/engine/test_devices.py": "process",
     "tests/engine/test_errors.py": "process",

@@ -1,8 +1,10 @@
-"""What the documents show runs: the snippets of docs/python.md in their order, in one folder, as a reader would."""
+"""What the documents show runs: their snippets in their order, in one folder, as a reader would."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import sys
 
 from mirl import load_pretrained
@@ -29,3 +31,30 @@ def test_every_snippet_of_the_python_page_is_short_and_runs_within_the_face(run,
     assert "4 32 torch.Size([96, 32])" in done.stdout and "('blue', 'red') torch.Size([2, 32])" in done.stdout
     assert (tmp_path / "reconstruction.png").stat().st_size > 1000
     assert load_pretrained(tmp_path / "runs" / "mine").config.depth == 4
+
+
+def test_the_page_from_a_folder_to_a_classifier_runs_as_it_is_written(run, tmp_path):
+    page = (CHECKOUT / "docs" / "first-classifier.md").read_text()
+    said = {}
+    for kind, text in re.findall(r"```(python|sh)\n(.*?)```", page, re.S):
+        if kind == "python":
+            done = run(sys.executable, "-c", text)
+            assert done.returncode == 0, done.stderr
+            continue
+        for line in text.splitlines():
+            command, *flags = shlex.split(line)
+            assert command == "mirl"
+            done = run(sys.executable, "-m", "mirl.engine.cli", *flags, env={"PYTHONPATH": str(CHECKOUT)})
+            assert done.returncode == 0, line + done.stdout[-2000:] + done.stderr[-3000:]
+            said[flags[0]] = done.stdout
+    assert list(said) == ["validate-data", "pretrain", "probe", "finetune", "evaluate", "predict", "export"]
+    assert "240 images (240 JPEG), 0 broken" in said["validate-data"]
+    (linear,) = re.findall(r"linear +top-1 +([0-9.]+)", said["probe"])
+    assert float(linear) > 40, "four classes: the features say nothing"
+    evaluation = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    assert "confusion" in json.dumps(evaluation)
+    assert (tmp_path / "predictions.csv").read_text().count("\n") == 16
+    assert list((tmp_path / "exported").glob("*.safetensors"))
+    # Whatever the page shows is in the repository.
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]*)\)", page):
+        assert (CHECKOUT / "docs" / picture).is_file(), picture

@@ -113,7 +113,7 @@ def classifier_activations(
     plan = CheckpointPlan.make(checkpointing)
     tokens, width = 1 + config.num_patches, config.width
     block = encoder_block_values(config, tokens, math=math)
-    kept = config.num_patches * config.patch_pixels + 3 * tokens * width
+    kept = config.num_patches * config.patch_pixels
     work, statistics = tokens * (2 * width + config.mlp_width), 0.0
     if plan.group == 0:
         kept += config.depth * block

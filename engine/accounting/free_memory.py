@@ -36,10 +36,22 @@ def free_memory(device: torch.device, local_ranks: int) -> FreeMemory:
 
 def free_host_memory(local_ranks: int = 1) -> FreeMemory:
     """Tell the least of what the machine, the control groups and the limits of this process leave to each rank."""
-    held = psutil.Process().memory_info().rss
-    shared = [FreeMemory(psutil.virtual_memory().available, "free on this machine"), *_of_control_groups()]
-    per_rank = [FreeMemory(held + max(0, item.bytes) / local_ranks, item.bound) for item in shared]
-    return min([*per_rank, *_of_limits(held)])
+    held, machine = psutil.Process().memory_info().rss, psutil.virtual_memory()
+    rooms = [_Room(machine.available, machine.total, "free on this machine"), *_of_control_groups()]
+    return min([*(room.of_a_rank(held, local_ranks) for room in rooms), *_of_limits(held)])
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Memory that the ranks of this host share: bytes ``left`` of ``limit``."""
+
+    left: float
+    limit: float
+    bound: str
+
+    def of_a_rank(self, held: int, ranks: int) -> FreeMemory:
+        # Pages of libraries that a rank holds may be counted elsewhere: left and held together can exceed the limit.
+        return FreeMemory(min(held + max(0, self.left) / ranks, self.limit / ranks), self.bound)
 
 
 def _free_on_gpu(device: torch.device) -> FreeMemory:
@@ -76,7 +88,7 @@ def _sizes_of_process() -> dict[str, int]:
 # --- control groups
 
 
-def _of_control_groups(proc: Path = Path("/proc/self")) -> Iterator[FreeMemory]:
+def _of_control_groups(proc: Path = Path("/proc/self")) -> Iterator[_Room]:
     """What is left of the limit of each control group that this process is in, version 1 or 2, from its own upwards."""
     for folder, root, read in _folders(proc):
         while True:
@@ -91,7 +103,7 @@ def _of_control_groups(proc: Path = Path("/proc/self")) -> Iterator[FreeMemory]:
             folder = folder.parent
 
 
-def _folders(proc: Path) -> Iterator[tuple[Path, Path, Callable[[Path], FreeMemory | None]]]:
+def _folders(proc: Path) -> Iterator[tuple[Path, Path, Callable[[Path], _Room | None]]]:
     """``(folder of the process's group, mount point, reader)`` of each hierarchy that counts memory."""
     try:
         groups = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
@@ -114,20 +126,21 @@ def _folders(proc: Path) -> Iterator[tuple[Path, Path, Callable[[Path], FreeMemo
                 yield (folder if folder.is_dir() else root), root, read
 
 
-def _left_of_version_2(folder: Path) -> FreeMemory | None:
+def _left_of_version_2(folder: Path) -> _Room | None:
     text = (folder / "memory.max").read_text().strip()
     return None if text == "max" else _left(folder, int(text), int((folder / "memory.current").read_text()), "")
 
 
-def _left_of_version_1(folder: Path) -> FreeMemory | None:
+def _left_of_version_1(folder: Path) -> _Room | None:
     limit = int((folder / "memory.limit_in_bytes").read_text())
     if limit >= _NO_LIMIT:
         return None
     return _left(folder, limit, int((folder / "memory.usage_in_bytes").read_text()), "total_")
 
 
-def _left(folder: Path, limit: int, used: int, prefix: str) -> FreeMemory:
+def _left(folder: Path, limit: int, used: int, prefix: str) -> _Room:
     """Pages of files count as used in a group; the kernel drops them when a process needs the memory."""
     counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     files = sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
-    return FreeMemory(max(0, limit - used + files), f"left of {limit / 2**30:.1f} GiB of control group {folder.name}")
+    bound = f"free in control group {folder.name}, limited to {limit / 2**30:.1f} GiB"
+    return _Room(limit - used + files, limit, bound)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mirl.dataloaders import SubsetSource, build_eval_loader, open_source
 from mirl.engine.analysis.features import count_classes
+from mirl.engine.analysis.forecast import Advance, ignore
 from mirl.engine.analysis.in_memory import ShortFinetune, accuracy_percent, finetune_in_memory
 from mirl.engine.models import MIRL, ModelConfig
 from mirl.engine.models.teacher import EmaTeacher
@@ -26,6 +27,9 @@ from mirl.engine.transfer.classification.classifier import Classifier, encoder_c
 from mirl.engine.transfer.classification.linear_probe import LabelledFeatures, train_linear_probe
 from mirl.engine.transfer.initialise_from import initialise_from, reinit_last
 from mirl.errors import UserError
+
+GRADIENT_BATCH = 32
+FEATURE_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,10 +82,13 @@ def load_labelled(
     )
 
 
-def gradient_norms(model: MIRL, images: Tensor, *, seed: int, batch_size: int = 32) -> list[float]:
+def gradient_norms(
+    model: MIRL, images: Tensor, *, seed: int, batch_size: int = GRADIENT_BATCH, advance: Advance = ignore
+) -> list[float]:
     """Norm of the pre-training loss's gradient in each block's parameters, the loss averaged over all of ``images``.
 
     Masks are those of ``seed``. The teacher of a feature loss is a copy of the encoder itself; a VGG loss is left out.
+    advance: told how many images were done.
     """
     config = model.config
     teacher = EmaTeacher(model, config, decay=0.0) if config.feature_loss else None
@@ -94,6 +101,7 @@ def gradient_norms(model: MIRL, images: Tensor, *, seed: int, batch_size: int = 
         # A full pass has the same loss, and does without the VGG-16, which a checkpoint does not hold.
         output = model(batch, noise=noise, full=bool(config.vgg_loss), **features)
         (output.loss * (len(batch) / len(images))).backward()
+        advance(len(batch))
     norms = [
         torch.stack([parameter.grad.norm() for parameter in block.parameters()]).norm().item()
         for block in model.encoder.blocks
@@ -102,31 +110,58 @@ def gradient_norms(model: MIRL, images: Tensor, *, seed: int, batch_size: int = 
     return norms
 
 
-def probe_accuracies(
-    encoder: Classifier, train: LabelledImages, val: LabelledImages, *, epochs: int, seed: int, batch_size: int = 64
-) -> list[float]:
-    """Top-1 in per cent on ``val`` of a linear probe of the mean patch token after each block."""
+def features_by_block(
+    encoder: Classifier, data: LabelledImages, *, batch_size: int = FEATURE_BATCH, advance: Advance = ignore
+) -> list[LabelledFeatures]:
+    """The mean patch token of each image after each block. advance: told how many images were done."""
     encoder.eval()
+    batches = []
+    for part in data.images.split(batch_size):
+        batches.append(encoder.block_features(part))
+        advance(len(part))
+    return [
+        LabelledFeatures(features=torch.cat(block).float(), labels=data.labels, classes=data.classes)
+        for block in zip(*batches, strict=True)
+    ]
 
-    def features(data: LabelledImages) -> list[LabelledFeatures]:
-        batches = [encoder.block_features(part) for part in data.images.split(batch_size)]
-        return [
-            LabelledFeatures(features=torch.cat(block).float(), labels=data.labels, classes=data.classes)
-            for block in zip(*batches, strict=True)
-        ]
 
+def probe_accuracies(
+    train: list[LabelledFeatures],
+    val: list[LabelledFeatures],
+    *,
+    epochs: int,
+    seed: int,
+    advance: Advance = ignore,
+) -> list[float]:
+    """Top-1 in per cent on ``val`` of a linear probe of the features after each block, as `features_by_block` gives
+    them. advance: told of each block.
+    """
     accuracies = []
-    for seen, unseen in zip(features(train), features(val), strict=True):
+    for seen, unseen in zip(train, val, strict=True):
         classes = count_classes(seen, unseen, names=("data", "val"))
         probe = train_linear_probe(seen, num_classes=classes, epochs=epochs, seed=seed)
         hit = probe(unseen.features).argmax(dim=1) == unseen.labels
         accuracies.append(100 * hit.float().mean().item())
+        advance(1)
     return accuracies
 
 
 def cut_depths(depth: int, cuts: int) -> list[int]:
     """Where blocks are initialised afresh from: ``cuts`` depths spread evenly over 0 .. depth - 1, and depth (none)."""
     return sorted({round(depth * number / cuts) for number in range(cuts)} | {depth})
+
+
+def fresh_from(
+    source: ModelConfig, encoder_weights: dict[str, Tensor], data: LabelledImages, *, first: int, seed: int
+) -> Classifier:
+    """A classifier of the classes of ``data``, on its device: pre-trained, but for the blocks from ``first`` on."""
+    classes = int(data.labels.max()) + 1 if data.classes is None else len(data.classes)
+    config = dataclasses.replace(encoder_config(source), depth=source.built_depth)
+    torch.manual_seed(seed)
+    model = Classifier(config, num_classes=classes)
+    initialise_from(model, config, encoder_weights)
+    reinit_last(model, config.depth - first, seed)
+    return model.to(data.images.device)
 
 
 def reinit_accuracies(
@@ -138,17 +173,15 @@ def reinit_accuracies(
     cuts: int,
     recipe: ShortFinetune,
     seed: int,
+    advance: Advance = ignore,
 ) -> dict[int, float]:
-    """{first fresh block: top-1 in per cent on ``val`` after a short fine-tuning}; the depth itself: none is fresh."""
-    classes = int(train.labels.max()) + 1 if train.classes is None else len(train.classes)
-    config = dataclasses.replace(encoder_config(source), depth=source.built_depth)
+    """{first fresh block: top-1 in per cent on ``val`` after a short fine-tuning}; the depth itself: none is fresh.
+
+    advance: told of each step.
+    """
     accuracies = {}
-    for first in cut_depths(config.depth, cuts):
-        torch.manual_seed(seed)
-        model = Classifier(config, num_classes=classes)
-        initialise_from(model, config, encoder_weights)
-        reinit_last(model, config.depth - first, seed)
-        model.to(train.images.device)
-        finetune_in_memory(model, train.images, train.labels, recipe, seed=seed)
+    for first in cut_depths(source.built_depth, cuts):
+        model = fresh_from(source, encoder_weights, train, first=first, seed=seed)
+        finetune_in_memory(model, train.images, train.labels, recipe, seed=seed, advance=advance)
         accuracies[first] = accuracy_percent(model, val.images, val.labels)
     return accuracies

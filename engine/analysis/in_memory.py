@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mirl.engine.analysis.forecast import Advance, ignore
 from mirl.engine.configuration.config import OptimConfig
 from mirl.engine.training.optimizer import build_optimizer
 from mirl.engine.training.schedule import Schedule
@@ -36,10 +37,19 @@ class ShortFinetune:
     flip: bool = True
 
 
-def finetune_in_memory(model: Classifier, images: Tensor, labels: Tensor, recipe: ShortFinetune, *, seed: int) -> None:
+def finetune_in_memory(
+    model: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    recipe: ShortFinetune,
+    *,
+    seed: int,
+    advance: Advance = ignore,
+) -> None:
     """Train ``model`` in place, as a function of ``seed``.
 
-    images: uint8 [n, H, W, C] or normalised float [n, C, H, W]; labels: int64 [n]; both on the model's device.
+    images: uint8 [n, H, W, C] or normalised float [n, C, H, W]; labels: int64 [n]; both on the model's device. advance:
+    told of each step.
     """
     device = images.device
     optim = OptimConfig(steps=recipe.steps, lr=recipe.lr, betas=(0.9, 0.999), weight_decay=recipe.weight_decay)
@@ -66,6 +76,7 @@ def finetune_in_memory(model: Classifier, images: Tensor, labels: Tensor, recipe
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
         optimizer.step()
+        advance(1)
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     from mirl.engine.analysis import depth
+    from mirl.engine.analysis.depth_forecast import FEATURES, FINETUNINGS, GRADIENTS, PROBES, forecast
     from mirl.engine.analysis.features import load_frozen_encoder
     from mirl.engine.analysis.in_memory import ShortFinetune
     from mirl.engine.checkpoints.pretrained import load_encoder, load_pretrained
@@ -46,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
 
     place = {"device": device, "index_dir": arguments.index_dir}
 
-    arguments.out.mkdir(parents=True)
+    model, encoder, train, val, images = None, None, None, None, None
+    recipe = ShortFinetune(steps=arguments.steps, batch_size=arguments.batch_size, lr=arguments.lr)
     try:
         model = load_pretrained(checkpoint, device=device)
     except UserError as error:
@@ -55,32 +57,50 @@ def main(argv: Sequence[str]) -> int:
         if config.vgg_loss:
             print("gradient norms are those of the loss without its VGG term")
         data = depth.load_labelled(arguments.data, config, limit=arguments.images, labels=False, **place)
+        images = data.images
         print(f"data {data.account}")
-        print(f"gradient norms over {len(data.images)} images ...", flush=True)
-        report["gradient_norm"] = depth.gradient_norms(model, data.images, seed=arguments.seed)
-        report["gradient_images"] = len(data.images)
-        _write(report, arguments.out)
-
     if arguments.val is not None:
         train = depth.load_labelled(arguments.data, config, limit=arguments.train_images, **place)
         val = depth.load_labelled(arguments.val, config, limit=arguments.val_images, split="val", **place)
+        encoder = load_frozen_encoder(checkpoint, device)
         print(f"data {train.account}\nval  {val.account}")
         report |= {"train_images": len(train.images), "val_images": len(val.images)}
+    else:
+        print("no probes and no fine-tuning: give --val, and labels in --data (a folder for each class)")
+
+    print("timing a few steps ...", flush=True)
+    plan = forecast(
+        say=lambda line: print(line, flush=True), model=model, gradient_images=images, encoder=encoder, train=train,
+        val=val, probe_epochs=arguments.probe_epochs, source=config, weights=weights, cuts=arguments.cuts,
+        recipe=recipe, seed=arguments.seed,
+    )  # fmt: skip
+    print(f"this takes {plan}", flush=True)
+
+    arguments.out.mkdir(parents=True)
+    if model is not None and images is not None:
+        print(f"gradient norms over {len(images)} images ...", flush=True)
+        report["gradient_norm"] = depth.gradient_norms(
+            model, images, seed=arguments.seed, advance=plan.begin(GRADIENTS)
+        )
+        report["gradient_images"] = len(images)
+        _write(report, arguments.out)
+    if encoder is not None and train is not None and val is not None:
         print(f"linear probes of {config.built_depth} blocks on {len(train.images)} images ...", flush=True)
+        advance = plan.begin(FEATURES)
+        seen, unseen = (depth.features_by_block(encoder, data, advance=advance) for data in (train, val))
         report["probe_top1_percent"] = depth.probe_accuracies(
-            load_frozen_encoder(checkpoint, device), train, val, epochs=arguments.probe_epochs, seed=arguments.seed
+            seen, unseen, epochs=arguments.probe_epochs, seed=arguments.seed, advance=plan.begin(PROBES)
         )
         _write(report, arguments.out)
         if arguments.cuts:
-            print(f"{arguments.cuts + 1} fine-tunings of {arguments.steps} steps ...", flush=True)
-            recipe = ShortFinetune(steps=arguments.steps, batch_size=arguments.batch_size, lr=arguments.lr)
+            count = len(depth.cut_depths(config.built_depth, arguments.cuts))
+            print(f"{count} fine-tunings of {arguments.steps} steps ...", flush=True)
             fresh_from = depth.reinit_accuracies(
-                config, weights, train, val, cuts=arguments.cuts, recipe=recipe, seed=arguments.seed
-            )
+                config, weights, train, val, cuts=arguments.cuts, recipe=recipe, seed=arguments.seed,
+                advance=plan.begin(FINETUNINGS),
+            )  # fmt: skip
             report["reinit_top1_percent"] = {str(first): value for first, value in fresh_from.items()}
             report["finetune_steps"] = arguments.steps
-    else:
-        print("no probes and no fine-tuning: give --val, and labels in --data (a folder for each class)")
 
     _write(report, arguments.out)
     written = ["depth.json"] + (["depth.png"] if _draw(report, arguments.out / "depth.png") else [])

@@ -69,7 +69,9 @@ class OptimConfig(Section):
     """AdamW, its learning rate and how long it runs (section 4.1 of the paper; the recipe of MAE)."""
 
     batch_size: int = setting(4096, "effective batch: images of one optimiser step over all ranks")
-    micro_batch: int = setting(0, "images per rank and forward pass; 0: the effective batch shared by the ranks")
+    micro_batch: int = setting(
+        0, "images per rank and forward pass; 0: the most that fit into memory and divide the batch"
+    )
     epochs: float = setting(0.0, "passes over the data set; this or --steps", metavar="N")
     steps: int = setting(0, "optimiser steps; this or --epochs")
     warmup_epochs: float = setting(0.0, "epochs of linear warm-up; this or --warmup-steps")
@@ -213,7 +215,7 @@ class RunConfig(Section):
 class LogConfig(Section):
     """What the run tells while it goes on."""
 
-    log_every: int = setting(0, "optimiser steps between log lines; 0: two hundred in a run")
+    log_every: int = setting(0, "optimiser steps between log lines; 0: sixty in a run")
     picture_every: int = setting(0, "optimiser steps between picture grids; 0: six in a run", of="model")
     pictures: int = setting(4, "images in a picture grid; 0: no pictures", of="model")
     tensorboard: bool = setting(True, "write TensorBoard event files")

@@ -52,7 +52,7 @@ def demo() -> PretrainConfig:
         data=DataConfig(crop_scale=(0.8, 1.0)),
         optim=OptimConfig(batch_size=32, steps=600, warmup_steps=40, lr=2e-3, clip_grad=1.0),
         run=RunConfig(out="runs/demo", checkpoint_every=200),
-        log=LogConfig(log_every=20, picture_every=200),
+        log=LogConfig(picture_every=200),
     )
 
 

@@ -19,6 +19,7 @@ from mirl.engine.training.noise import NoiseAhead, mask_noise, seed_stochastic_d
 from mirl.engine.training.run_log import RunLog
 from mirl.engine.training.schedule import Durations
 from mirl.engine.training.task import Place
+from mirl.engine.training.time_left import count_reports
 
 TEACHER = "teacher"
 """Kind of the fragments that hold the EMA teacher."""
@@ -43,6 +44,7 @@ class PretrainTask:
     ) -> None:
         self.config, self.ranks, self.engine, self.durations, self.log = config, ranks, engine, durations, log
         self.picture_images, self.out = picture_images, out
+        self.report_images = 0 if picture_images is None else len(picture_images)
         self.term_names: tuple[str, ...] = engine.module.term_names
         self.plain_gflops_per_image = training_flops_per_image(config.model) / 1e9
         self.gflops_per_image = training_flops_per_image(config.model, engine.module.skips) / 1e9
@@ -74,6 +76,12 @@ class PretrainTask:
         """A grid of reconstructions, at the interval of the configuration and at the end."""
         if self.config.log.pictures and (step % self.durations.picture_every == 0 or last):
             self._picture(step)
+
+    def reports_after(self, step: int, total_steps: int) -> int:
+        """The pictures."""
+        if not self.report_images:
+            return 0
+        return count_reports(self.durations.picture_every, after=step, total=total_steps)
 
     def fragments(self) -> Iterator[Fragment]:
         """The teacher, its parameters dealt out to the ranks, which all have the same."""

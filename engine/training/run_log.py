@@ -98,11 +98,12 @@ class RunLog:
                 self._bar = None
                 self._complain("the terminal", error)
 
-    def metrics(self, values: dict[str, Any], line: str) -> None:
-        """Record ``values`` (they hold "step") and say ``line``."""
+    def metrics(self, values: dict[str, Any], line: str | None) -> None:
+        """Record ``values`` (they hold "step") and say ``line``, if there is one."""
         if not self.is_main:
             return
-        self.say(line)
+        if line is not None:
+            self.say(line)
         self._append(self._metrics, to_json(values))
         if self._board is not None:
             numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}

@@ -11,6 +11,7 @@ from typing import Any
 from mirl.engine.configuration.config import LogConfig, OptimConfig, RunConfig
 from mirl.errors import UserError
 
+LINES = 60  # of the log, beside evaluations, however long the run is
 STEP_DECAYS = ((0.90, 0.1), (0.95, 0.01))
 
 
@@ -76,7 +77,7 @@ class Durations:
             total_steps=total,
             warmup_steps=warmup,
             checkpoint_every=run.checkpoint_every or max(1, math.ceil(total / 20)),
-            log_every=log.log_every or max(1, total // 200),
+            log_every=log.log_every or math.ceil(total / LINES),
             picture_every=log.picture_every or max(1, math.ceil(total / 6)),
         )
 

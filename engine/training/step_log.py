@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,11 @@ from mirl.engine.training.run_folder import Progress
 from mirl.engine.training.run_log import RunLog, memory_gib, peak_flops
 from mirl.engine.training.schedule import Durations, Schedule
 from mirl.engine.training.task import Task
+from mirl.engine.training.time_left import TimeLeft
 from mirl.engine.training.window import Window, line_of
 
 FILES_NAMED = 4  # of a batch that gave a non-finite loss
+RECORD_SECONDS = 60.0  # between records of a run whose lines are further apart
 
 
 @dataclass(kw_only=True)
@@ -44,18 +47,38 @@ class StepLog:
         log: RunLog,
         progress: Progress,
         accumulation: int,
+        batch_size: int,
     ) -> None:
+        """batch_size: images of a step, on all ranks."""
         self._ranks, self._engine, self._task, self._loader = ranks, engine, task, loader
         self._durations, self._schedule, self._log, self._progress = durations, schedule, log, progress
-        self._accumulation = accumulation
+        self._accumulation, self._batch_size = accumulation, batch_size
+        self._time_left = TimeLeft()
         self._peak_flops = peak_flops(ranks.device)
-        self.window = self._new_window()
+        self.window, self._written = self._new_window(), time.perf_counter()
 
     def _new_window(self) -> Window:
         return Window(wait_started=self._loader.wait_seconds)
 
-    def write(self) -> None:
-        """Write one line and one record, and begin a new window. Only here the host waits for the device."""
+    @property
+    def overdue(self) -> bool:
+        """Whether this rank has steps that have waited long for a record. Ranks agree before they write one."""
+        return self.window.loss is not None and time.perf_counter() - self._written > RECORD_SECONDS
+
+    def step_ended(self) -> None:
+        """Note the end of an optimiser step."""
+        self._time_left.step_ended()
+
+    def reported(self, seconds: float, *, step: int) -> None:
+        """Note that the task's report after ``step`` took ``seconds``, which are no part of a step."""
+        self.window.leave_out(seconds)
+        self._time_left.reported(seconds, shown=self._reports(step - 1) > self._reports(step))
+
+    def _reports(self, step: int) -> int:
+        return self._task.reports_after(step, self._durations.total_steps)
+
+    def write(self, *, line: bool = True) -> None:
+        """Write a record, with ``line`` a line too, and begin a new window. Only here the host waits for the device."""
         step, window = self._progress.step, self.window
         reduced = window.reduce(self._ranks, self._task.term_names, len(self._loader.bad_images))
         values: dict[str, Any] = {"step": step} | reduced
@@ -75,8 +98,15 @@ class StepLog:
                 ("plain_mfu_percent", self._task.plain_gflops_per_image),
             ):
                 values[key] = 100 * images_per_s * gflops * 1e9 / self._peak_flops
-        self._log.metrics(values, line_of(values, self._durations.total_steps))
-        self.window = self._new_window()
+        total = self._durations.total_steps
+        # The report after this step is still to come where a line is written, and done where a late record is.
+        values["seconds_left"] = self._time_left.seconds(
+            steps=total - step,
+            reports=self._reports(step - 1 if line else step),
+            passes_a_report=self._task.report_images / self._batch_size,
+        )
+        self._log.metrics(values, line_of(values, total) if line else None)
+        self.window, self._written = self._new_window(), time.perf_counter()
 
     def skipped_step(self, seen: list[SeenMicroBatch]) -> str:
         """Tell which term, rank and files made a step non-finite on every rank; returns these details."""

@@ -35,6 +35,8 @@ class Task(Protocol):
     """
     plain_gflops_per_image: float
     """The same of the unskipped model."""
+    report_images: int
+    """Images that one report passes through the model without gradients, on all ranks together."""
 
     def forward(self, batch: Batch, place: Place) -> tuple[Tensor, Tensor]:
         """Loss (scalar) and its unweighted terms ([len(term_names)], detached) of one micro-batch."""
@@ -50,6 +52,10 @@ class Task(Protocol):
 
         One that takes long asks ``interrupted`` now and then, on all ranks, and ends early where that is True.
         """
+        ...
+
+    def reports_after(self, step: int, total_steps: int) -> int:
+        """How many reports, of a run of ``total_steps``, are due after ``step``: what the time left has to include."""
         ...
 
     def fragments(self) -> Iterable[Fragment]:

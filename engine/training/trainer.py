@@ -49,7 +49,7 @@ class Trainer:
         self.watchdog = Watchdog(minutes=config.run.watchdog_minutes, rank=ranks.rank)
         self.step_log = StepLog(
             ranks=ranks, engine=engine, task=task, loader=loader, durations=durations, schedule=self.schedule, log=log,
-            progress=progress, accumulation=accumulation,
+            progress=progress, accumulation=accumulation, batch_size=config.optim.batch_size,
         )  # fmt: skip
         self._seen: list[SeenMicroBatch] = []
 
@@ -75,6 +75,7 @@ class Trainer:
             # Whatever was asked, a start makes a step: a run that is queued again and again goes on.
             batch = self._begin_step(may_stop=self.progress.step > first_step)
             applied = self._step(batch)
+            self.step_log.step_ended()
             step = self.progress.step
             self.log.advance(step)
             if not applied:
@@ -87,9 +88,7 @@ class Trainer:
                 self.saver.save()
             began = time.perf_counter()
             standing = self.task.report(step, last=last, interrupted=self._interrupted)
-            self.step_log.window.leave_out(
-                time.perf_counter() - began
-            )  # pictures and evaluations are no part of a step
+            self.step_log.reported(time.perf_counter() - began, step=step)
             if standing is not None:
                 self.saver.keep_if_best(standing)
             self.saver.report()
@@ -114,10 +113,14 @@ class Trainer:
     def _agree(self, problem: Exception | None, *, may_stop: bool) -> None:
         """Go on, or end the run on all ranks alike. It is the one agreement of a step whose batch is not divided.
 
+        A record that is overdue on some rank is written by all.
         problem: an error of this rank's loader. may_stop: whether a request to stop is heeded now.
         """
-        flags = [may_stop and self.stop.requested, self.loader.too_many_bad, self.lock.lost, problem is not None]
-        stop, too_many_bad, lost, failed = self.ranks.agree_max([float(flag) for flag in flags])
+        flags = [
+            may_stop and self.stop.requested, self.loader.too_many_bad, self.lock.lost, problem is not None,
+            self.step_log.overdue,
+        ]  # fmt: skip
+        stop, too_many_bad, lost, failed, overdue = self.ranks.agree_max([float(flag) for flag in flags])
         if lost:
             self._leave_to_another()
         if too_many_bad:
@@ -126,6 +129,8 @@ class Trainer:
             self._leave_early(next(reason for reason in self.ranks.gather(self.stop.reason) if reason))
         if failed:
             self._leave_for_loader(problem)
+        if overdue:
+            self.step_log.write(line=False)
 
     def _step(self, batch: Batch) -> bool:
         """One optimiser step over all micro-batches of the effective batch, of which ``batch`` is the first of this

@@ -56,7 +56,7 @@ class Window:
 
 
 def line_of(values: dict[str, Any], total_steps: int) -> str:
-    """The log line of a record of metrics."""
+    """The log line of a record of metrics, whose seconds_left may be None: not known yet."""
     step = values["step"]
     terms = [f"{key.removeprefix('loss_')} {value:.4f}" for key, value in values.items() if key.startswith("loss_")]
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}", f"loss {values['loss']:.4f}", *terms]
@@ -69,12 +69,12 @@ def line_of(values: dict[str, Any], total_steps: int) -> str:
     ]
     if "mfu_percent" in values:
         parts.append(f"mfu {values['mfu_percent']:.1f}% (plain {values['plain_mfu_percent']:.1f}%)")
-    parts.append(f"left {_clock((total_steps - step) * values['step_ms'] / 1000)}")
+    parts.append(f"left {_clock(values['seconds_left'])}")
     return "  ".join(parts)
 
 
-def _clock(seconds: float) -> str:
-    if not math.isfinite(seconds):
+def _clock(seconds: float | None) -> str:
+    if seconds is None or not math.isfinite(seconds):
         return "?"
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)

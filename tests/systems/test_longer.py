@@ -31,3 +31,17 @@ def test_a_finished_run_goes_on_for_more_epochs(schedule, server, photographs, t
         assert found[18]["lr"] == 1e-3 and found[19]["lr"] == pytest.approx(1e-4)
         assert found[20]["lr"] == pytest.approx(1e-5)
     assert found[20]["epoch"] == pytest.approx(20 * 8 / 44)
+
+
+def test_a_run_whose_lines_are_far_apart_is_recorded_by_time(server, photographs, tmp_path):
+    """Between two lines all ranks write a record together, whichever clock runs out first."""
+    flags = ["--data", photographs, "--steps", 9, "--log-every", 8, "--lr", "1e-3", "--pictures", 1, "--out", "run"]
+    run = server.start(tmp_path, *flags, inject={0: ["record_every_step"]}, ranks=2)
+    assert run.end(90) == [0, 0], run.output()[-3000:]
+    found = [record for record in records(tmp_path / "run") if "loss" in record]
+    assert [record["step"] for record in found] == list(range(1, 10))
+    lines = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines if "loss" in line] == ["8/9", "9/9"]
+    left = [record["seconds_left"] for record in found]
+    assert left[:2] == [None, None] and all(seconds > 0 for seconds in left[2:8])
+    assert "left ?" not in "".join(lines)

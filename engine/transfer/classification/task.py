@@ -16,6 +16,7 @@ from mirl.engine.training.ema import ShardedEma
 from mirl.engine.training.noise import seed_stochastic_depth
 from mirl.engine.training.run_log import RunLog
 from mirl.engine.training.task import Place
+from mirl.engine.training.time_left import count_reports
 from mirl.engine.transfer.classification.augmentation import BatchAugmentation, soft_cross_entropy
 from mirl.engine.transfer.classification.evaluation import EvaluationInterrupted, Scores, evaluate
 from mirl.engine.transfer.classification.head_probe import RECORDED
@@ -43,6 +44,7 @@ class FinetuneTask:
         self.ranks, self.engine, self.log, self.augmentation = ranks, engine, log, augmentation
         self.ema, self.val, self.eval_every = ema, val, eval_every
         self.start_top1_percent = start_top1_percent
+        self.report_images = 0 if val is None else val.num_images * (1 if ema is None else 2)
         # A classifier sees all patches: nothing is skipped.
         self.gflops_per_image = classifier_flops(model, augmentation.num_classes).training / 1e9
         self.plain_gflops_per_image = self.gflops_per_image
@@ -89,6 +91,10 @@ class FinetuneTask:
         better = max(self.scores, key=lambda prefix: self.scores[prefix].correct)
         found = self.scores[better]
         return Standing(weights="ema" if better else "last", top1_percent=found.top1_percent, images=found.images)
+
+    def reports_after(self, step: int, total_steps: int) -> int:
+        """The evaluations."""
+        return 0 if self.val is None else count_reports(self.eval_every, after=step, total=total_steps)
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's part of the average."""

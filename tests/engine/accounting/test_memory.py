@@ -7,18 +7,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mirl.engine.accounting.activations import activations
+from mirl.engine.accounting.activations import activations, classifier_activations
 from mirl.engine.accounting.flops import pretraining_parameters
 from mirl.engine.accounting.memory import GIB, state_bytes, step_gib
 from mirl.engine.commands.summary import run_summary, summarise
 from mirl.engine.models import MIRL, MODEL_NAMES, Execution, ModelConfig, model_config
+from mirl.engine.transfer.classification.classifier import Classifier, encoder_config
 from tests.engine.models.helpers import make_inputs
 from tests.support.launch import CHECKOUT, launch_environment
 
@@ -39,7 +40,12 @@ def kept_bytes(config: ModelConfig, mode: str | int, batch: int, execution: Exec
     model.set_activation_checkpointing(mode)
     model.set_execution(execution)
     images, noise = make_inputs(config, batch)
-    model(images, noise=noise)  # resolves attention, which runs some
+    return bytes_kept(model, lambda: model(images, noise=noise).loss)
+
+
+def bytes_kept(model: MIRL | Classifier, forward: Callable[[], Tensor]) -> int:
+    """Bytes of all storages that the graph of ``forward`` holds, the model's own left out."""
+    forward()  # resolves attention, which runs some
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, Tensor] = {}
 
@@ -50,8 +56,8 @@ def kept_bytes(config: ModelConfig, mode: str | int, batch: int, execution: Exec
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(images, noise=noise)
-    assert output.loss.requires_grad
+        output = forward()
+    assert output.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -70,6 +76,8 @@ def kept_bytes_per_image(config: ModelConfig, mode: str | int = "none") -> float
         {"segments": 6, "decoder_depth": 3, "mlp_ratio": 3.0},
         {"objective": "multi_decoder"},
         {"objective": "mae", "segments": 1, "did": False, "decoder_depth": 3},
+        {"attention": "math"},
+        {"attention": "math", "variant": "release", "segments": 6, "decoder_depth": 3},
     ],
     ids=str,
 )
@@ -79,7 +87,27 @@ def test_activations_are_those_that_autograd_keeps(overrides: dict[str, Any]) ->
     terms = len(MIRL(config).terms)
     cpu_only = 2 * terms * config.num_masked * config.patch_pixels
     # Ids and the odd statistic are not in the formula.
-    assert kept_bytes_per_image(config) == pytest.approx(activations(config).kept + cpu_only, rel=0.02)
+    assert kept_bytes_per_image(config) == pytest.approx(kept(config) + cpu_only, rel=0.02)
+
+
+def kept(config: ModelConfig) -> float:
+    return activations(config, math=config.attention == "math").kept
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "math"])
+def test_activations_of_a_classifier_are_those_that_autograd_keeps(attention: str) -> None:
+    config = encoder_config(config_of(depth=4), attention=attention)
+    model = Classifier(config, num_classes=10, pool="avg").bfloat16()
+    model.set_execution(PLAIN)
+
+    def bytes_of(batch: int) -> int:
+        images = make_inputs(config, batch)[0]
+        return bytes_kept(model, lambda: model(images))
+
+    found = (bytes_of(12) - bytes_of(4)) / 8
+    estimate = classifier_activations(config, math=attention == "math").kept
+    # The pooled row, the norm after it and the logits are not in the formula.
+    assert found == pytest.approx(estimate, rel=0.01)
 
 
 @pytest.mark.parametrize("mode", ["every", 2, "segments"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tests.engine.models.helpers import make_inputs, tiny_config
 
 @pytest.mark.parametrize("settings", [{}, {"feature_loss": 1.0}, {"vgg_loss": 1.0}, {"drop_path": 0.5}], ids=str)
 def test_gradient_norms_are_those_of_one_backward_pass(settings):
-    config = tiny_config(segments=4, **settings)
+    config = tiny_config(segments=4, head_init="xavier", **settings)  # zero heads pass no gradient on
     torch.manual_seed(0)
     model = MIRL(config)
     images, _ = make_inputs(config, batch=5)
@@ -100,7 +101,7 @@ def test_short_finetuning_learns_and_repeats():
 
 def test_report_of_a_checkpoint(checkpoint, tmp_path, capsys):
     """The command, from a checkpoint to its files."""
-    pretrained = checkpoint(tiny_config(segments=2))
+    pretrained = checkpoint(tiny_config(segments=2, head_init="xavier"))  # zero heads pass no gradient on
     train = write_classes(tmp_path / "train", {"a": 12, "b": 12})
     val = write_classes(tmp_path / "val", {"a": 4, "b": 4})
     arguments = ["--data", train, "--val", val, "--out", tmp_path / "report", "--images", "8"]
@@ -112,6 +113,9 @@ def test_report_of_a_checkpoint(checkpoint, tmp_path, capsys):
     assert all(norm > 0 for norm in report["gradient_norm"])
     assert sorted(map(int, report["reinit_top1_percent"])) == cut_depths(depth, 2)
     assert (tmp_path / "report" / "depth.png").stat().st_size > 10_000
-    assert "fine-tuned with every block as pre-trained" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "fine-tuned with every block as pre-trained" in said
+    parts = r"gradient norms \d+:\d\d, features \d+:\d\d, linear probes \d+:\d\d, fine-tunings \d+:\d\d"
+    assert re.search(rf"this takes about \d+:\d\d: {parts}\n.*gradient norms over", said, flags=re.DOTALL)
     with pytest.raises(UserError, match="which exists: give another folder"):
         dispatch(["depth-report", str(pretrained), *map(str, arguments)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -82,11 +84,21 @@ def test_weight_norm_head_has_columns_of_length_one() -> None:
     assert "weight_g" in head.state_dict() and "weight_g" not in dict(head.named_parameters())
 
 
-@pytest.mark.parametrize("variant", ["paper", "release"])
-def test_initial_values(variant: str) -> None:
+@pytest.mark.parametrize(("variant", "head_init"), [("paper", "zero"), ("paper", "xavier"), ("release", "xavier")])
+def test_initial_values(variant: str, head_init: str) -> None:
     torch.manual_seed(0)
-    config = tiny_config(variant=variant, width=48, decoder_width=32)
+    assert tiny_config(variant=variant).head_init == ("zero" if variant == "paper" else "xavier")
+    config = tiny_config(variant=variant, width=48, decoder_width=32, head_init=head_init)
     model = MIRL(config)
+    if head_init == "zero":
+        heads = {name: value for name, value in model.named_parameters() if ".head." in name}
+        assert len(heads) == 2 * config.segments and not any(value.any() for value in heads.values())
+        # They are drawn all the same: every other parameter begins as with drawn ones.
+        torch.manual_seed(0)
+        model = MIRL(dataclasses.replace(config, head_init="xavier"))
+        torch.manual_seed(0)
+        others = dict(MIRL(config).named_parameters())
+        assert all(torch.equal(value, others[name]) for name, value in model.named_parameters() if name not in heads)
     for name, module in model.named_modules():
         if isinstance(module, nn.LayerNorm):
             assert (module.weight == 1).all() and (module.bias == 0).all(), name

@@ -30,7 +30,7 @@ class Run:
         module = nn.Linear(2, 2)
         log: Any = SimpleNamespace(say=self.said.append, event=lambda *arguments, **details: None)
         engine: Any = SimpleNamespace(module=module, stage=2, fragments=self._fragments)
-        loader: Any = SimpleNamespace(steps_per_epoch=2, state_dict=dict)
+        loader: Any = SimpleNamespace(steps_per_epoch=2, state_dict=dict, plan=SimpleNamespace(micro_batch=1))
         config: Any = SimpleNamespace(run=SimpleNamespace(keep_checkpoints=keep), to_dict=lambda: {"model": {}})
         self.saver = Saver(
             config, ranks=RANKS, engine=engine, task=SimpleNamespace(fragments=tuple), loader=loader, log=log,
