@@ -39,6 +39,7 @@ class FinetuneSection(Section):
         "random",
         "how the head begins: probe, fitted to the features of the encoder as it is; random, near zero",
         choices=HEAD_INITS,
+        before="random",
     )
     drop_path: float | None = setting(
         0.0, "largest rate of stochastic depth, rising linearly over the blocks", unset=SCALED
