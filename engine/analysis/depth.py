@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from mirl.dataloaders import SubsetSource, build_eval_loader, open_source
-from mirl.engine.analysis.features import LabelledFeatures, count_classes
+from mirl.engine.analysis.features import count_classes
 from mirl.engine.analysis.forecast import Advance, ignore
 from mirl.engine.analysis.in_memory import ShortFinetune, accuracy_percent, finetune_in_memory
-from mirl.engine.analysis.linear_probe import train_linear_probe
 from mirl.engine.models import MIRL, ModelConfig
 from mirl.engine.models.teacher import EmaTeacher
 from mirl.engine.training.noise import mask_noise
 from mirl.engine.transfer.classification.classifier import Classifier, encoder_config
+from mirl.engine.transfer.classification.linear_probe import LabelledFeatures, train_linear_probe
 from mirl.engine.transfer.initialise_from import initialise_from, reinit_last
 from mirl.errors import UserError
 

@@ -12,9 +12,9 @@ from mirl.engine.analysis import depth
 from mirl.engine.analysis.features import LabelledFeatures
 from mirl.engine.analysis.forecast import Forecast, Part, timed
 from mirl.engine.analysis.in_memory import ShortFinetune, accuracy_percent, finetune_in_memory
-from mirl.engine.analysis.linear_probe import train_linear_probe
 from mirl.engine.models import MIRL, ModelConfig
 from mirl.engine.transfer.classification.classifier import Classifier
+from mirl.engine.transfer.classification.linear_probe import train_linear_probe
 
 GRADIENTS, FEATURES, PROBES, FINETUNINGS = "gradient norms", "features", "linear probes", "fine-tunings"
 TRIAL_BATCHES = 3

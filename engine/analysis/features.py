@@ -6,7 +6,6 @@ Letters: n images, D width.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,29 +17,11 @@ from mirl.engine.checkpoints.kinds import ENCODER, PRETRAINED, require_kind
 from mirl.engine.checkpoints.pretrained import load_encoder
 from mirl.engine.transfer.classification.classifier import Classifier, encoder_config, pool_tokens
 from mirl.engine.transfer.classification.evaluation import require_same_classes
+from mirl.engine.transfer.classification.linear_probe import LabelledFeatures
 from mirl.engine.transfer.initialise_from import initialise_from
 from mirl.errors import UserError
 
 HEAD = "head"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelledFeatures:
-    """features: float32 [n, D]; labels: int64 [n], both on one device; classes: their names, None for a list of paths.
-    skipped: broken images, which are not among the n. account: how many files there are, as text (see `Ledger`)."""
-
-    features: Tensor
-    labels: Tensor
-    classes: list[str] | None
-    skipped: int = 0
-    account: str = ""
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def subset(self, rows: Tensor) -> LabelledFeatures:
-        """The images numbered in ``rows``."""
-        return LabelledFeatures(features=self.features[rows], labels=self.labels[rows], classes=self.classes)
 
 
 def load_frozen_encoder(checkpoint: Path | str, device: torch.device | str = "cpu") -> Classifier:

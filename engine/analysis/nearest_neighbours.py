@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mirl.engine.analysis.features import LabelledFeatures
+from mirl.engine.transfer.classification.linear_probe import LabelledFeatures
 from mirl.errors import UserError
 
 _QUERIES = 256  # at a time: their similarities to all n are in memory at once

@@ -36,8 +36,8 @@ def main(argv: Sequence[str]) -> int:
 
     from mirl.dataloaders.sources.paths import shown
     from mirl.engine.analysis.features import HEAD, count_classes, extract_features, load_frozen_encoder
-    from mirl.engine.analysis.linear_probe import train_linear_probe
     from mirl.engine.analysis.nearest_neighbours import knn_votes
+    from mirl.engine.transfer.classification.linear_probe import train_linear_probe
     from mirl.engine.transfer.classification.load import load_classifier
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

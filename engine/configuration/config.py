@@ -27,7 +27,8 @@ SCHEDULES = ("cosine", "step")
 def setting(default: Any, text: str, **metadata: Any) -> Any:
     """A dataclass field with the help text of its command-line flag.
 
-    ``of`` in ``metadata``: the section of the only kind of run that offers the flag.
+    ``of`` in ``metadata``: the section of the only kind of run that offers the flag. ``unset``: what None, which the
+    run replaces by a value when it begins, is called in help; a resumed run goes on with the value of its checkpoint.
     """
     return field(default=default, metadata={"help": text, **metadata})
 
@@ -40,8 +41,8 @@ class DataConfig(Section):
         (), "folder(s), text list(s) or tar shard(s) of images; none: the demo photographs", metavar="PATH"
     )
     index_dir: str = setting("", "folder of the .idx files of tar shards; none: beside the shards", metavar="DIR")
-    crop_scale: tuple[float, float] = setting(
-        (0.2, 1.0), "smallest and largest share of the image area that a crop covers"
+    crop_scale: tuple[float, float] | None = setting(
+        (0.2, 1.0), "smallest and largest share of the image area that a crop covers", unset="scaled"
     )
     crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "narrowest and widest aspect ratio of a crop")
     flip: bool = setting(True, "mirror every other crop at random")
@@ -51,7 +52,7 @@ class DataConfig(Section):
     max_bad_images: float = setting(0.001, "share of unreadable images past which the run stops")
 
     def check(self) -> None:
-        low, high = self.crop_scale
+        low, high = self.crop_scale or (1.0, 1.0)
         if not 0 < low <= high <= 1:
             raise UserError(f"crop_scale is {self.crop_scale}: give 0 < MIN <= MAX <= 1, e.g. 0.2 1.0")
         low, high = self.crop_ratio
@@ -75,6 +76,9 @@ class OptimConfig(Section):
     steps: int = setting(0, "optimiser steps; this or --epochs")
     warmup_epochs: float = setting(0.0, "epochs of linear warm-up; this or --warmup-steps")
     warmup_steps: int = setting(0, "optimiser steps of linear warm-up")
+    warmup_share: float = setting(
+        0.0, "linear warm-up as a share of the run; one of the two flags above replaces it", metavar="SHARE"
+    )
     base_lr: float = setting(1.5e-4, "learning rate at an effective batch of 256; scaled linearly with the batch")
     lr: float = setting(0.0, "peak learning rate itself; 0: base_lr * batch_size / 256")
     min_lr: float = setting(0.0, "learning rate at the end of the cosine")
@@ -102,6 +106,8 @@ class OptimConfig(Section):
                 f"warmup_epochs is {self.warmup_epochs:g} and warmup_steps is {self.warmup_steps}: give one of them "
                 "and set the other to 0"
             )
+        if not 0 <= self.warmup_share < 1:
+            raise UserError(f"warmup_share is {self.warmup_share}: give a share of the run from 0 up to below 1")
         for name in ("epochs", "warmup_epochs", "warmup_steps", "min_lr", "lr", "weight_decay", "clip_grad"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}: give zero or more")

@@ -127,6 +127,8 @@ def _add_flag(group: Any, section: str, item: dataclasses.Field, hint: Any, defa
         if isinstance(default, tuple)
         else default
     )
+    if shown is None:
+        shown = item.metadata.get("unset")
     text = item.metadata["help"].replace("%", "%%")
     if flag == "--model":
         text = f"all fields of a model of the paper: {', '.join(MODEL_NAMES)}; the flags below change single ones"

@@ -85,6 +85,10 @@ def _override(section: Any, kind: type, given: Mapping[str, Any], name: str) -> 
     if kind is OptimConfig:
         _drop_the_other(changes, "epochs", "steps")
         _drop_the_other(changes, "warmup_epochs", "warmup_steps")
+        if {"warmup_epochs", "warmup_steps"} & set(changes):
+            changes = {"warmup_share": 0.0} | changes
+        elif changes.get("warmup_share"):
+            changes |= {"warmup_epochs": 0.0, "warmup_steps": 0}
         if ("epochs" in changes or "steps" in changes) and not {"warmup_epochs", "warmup_steps"} & set(changes):
             changes |= _shorter_warmup(section, changes)
     return dataclasses.replace(section, **changes)
@@ -100,6 +104,8 @@ def _drop_the_other(changes: dict[str, Any], one: str, other: str) -> None:
 
 def _shorter_warmup(section: OptimConfig, changes: dict[str, Any]) -> dict[str, Any]:
     """Keep the recipe's warm-up where it still fits into a shorter run, else a tenth of the run."""
+    if changes.get("warmup_share", section.warmup_share):
+        return {}
     epochs, steps = changes.get("epochs") or 0, changes.get("steps") or 0
     if epochs and section.warmup_epochs and section.warmup_epochs <= epochs / 2:
         return {}

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mirl.engine.checkpoints.reader import CheckpointReader
 from mirl.engine.configuration.config import Config, values_before
+from mirl.engine.training.schedule import lengths
 from mirl.errors import UserError
 
 C = TypeVar("C", bound=Config)
@@ -33,7 +33,7 @@ FREE: Mapping[str, frozenset[str]] = {
         "cpu_threads",
     }),
     "log": frozenset({"log_every", "picture_every", "pictures", "tensorboard"}),
-    "finetune": frozenset({"checkpoint", "val", "eval_every", "attention"}),
+    "finetune": frozenset({"checkpoint", "val", "eval_every", "attention", "head_init"}),
 }  # fmt: skip
 # The order of images, or the shapes of the weights, rest on these: no run can go on with others.
 FIXED = frozenset({
@@ -45,9 +45,9 @@ _OF_A_START = frozenset({"out", "resume", "init_from", "change", "checkpoint", "
 # One of them is as good as the other in --change.
 _TOGETHER = (
     {"image_size", "image_height", "image_width"}, {"lr", "base_lr"}, {"steps", "epochs"},
-    {"warmup_steps", "warmup_epochs"},
+    {"warmup_steps", "warmup_epochs", "warmup_share"},
 )  # fmt: skip
-_LENGTHS = ("epochs", "steps", "warmup_epochs", "warmup_steps")
+_LENGTHS = ("epochs", "steps", "warmup_epochs", "warmup_steps", "warmup_share")
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Difference:
 def keep_settled(config: C, reader: CheckpointReader) -> C:
     """Return ``config`` with what the first start of the run settled and no flag of this one decides.
 
-    That is mean and std where the data set was found to be grey, and the value that a setting had in the version which
-    wrote the checkpoint, if that version had no such setting.
+    That is mean and std where the data set was found to be grey, what was scaled to the length of the run, and the
+    value that a setting had in the version which wrote the checkpoint, if that version had no such setting.
     """
     saved = reader.state["config"]
     made = {}
@@ -78,6 +78,9 @@ def keep_settled(config: C, reader: CheckpointReader) -> C:
         if not isinstance(theirs, Mapping):
             continue  # of another kind of run
         changes = values_before(kind, theirs)
+        for item in dataclasses.fields(kind):
+            if "unset" in item.metadata and getattr(ours, item.name) is None and item.name in theirs:
+                changes[item.name] = _plain(theirs[item.name])
         if getattr(ours, "statistics", None) == "auto" and theirs.get("statistics") == "grey":
             changes |= {name: _plain(theirs[name]) for name in ("mean", "std", "statistics")}
         made[section] = dataclasses.replace(ours, **changes)
@@ -99,9 +102,9 @@ def compare_settings(config: Config, reader: CheckpointReader) -> list[str]:
         for difference in differences(section, kind, getattr(config, section), saved[section])
     ]
     found = [item for item in found if not _means_the_same(item, config, saved)]
-    lengths, grown = _compare_lengths(dataclasses.asdict(config.optim), saved["optim"], reader.state)
-    refuse_unnamed([*[item for item in found if not item.free], *lengths], config, reader.path)
-    told = [item for item in [*found, *lengths, *grown] if item.name not in _OF_A_START]
+    wrong_lengths, grown = _compare_lengths(dataclasses.asdict(config.optim), saved["optim"], reader.state)
+    refuse_unnamed([*[item for item in found if not item.free], *wrong_lengths], config, reader.path)
+    told = [item for item in [*found, *wrong_lengths, *grown] if item.name not in _OF_A_START]
     if not told:
         return []
     pairs = ", ".join(f"{item.name} {_shown(item.theirs)} -> {_shown(item.ours)}" for item in told)
@@ -187,13 +190,11 @@ def _compare_lengths(
 ) -> tuple[list[Difference], list[Difference]]:
     """``(wrong, grown)``: what differs in length and warm-up; a longer run is welcome.
 
-    So is the warm-up that a longer run has by default, a tenth of it; and one that the checkpoint is past acts no more.
+    So is the warm-up that a longer run has by default, a tenth of it or the recipe's share; and one that the checkpoint
+    is past acts no more.
     """
     per_epoch = state["steps_per_epoch"]
-    total, their_total = (optim["steps"] or math.ceil(optim["epochs"] * per_epoch) for optim in (ours, theirs))
-    warmup, their_warmup = (
-        optim["warmup_steps"] or round(optim["warmup_epochs"] * per_epoch) for optim in (ours, theirs)
-    )
+    (total, warmup), (their_total, their_warmup) = (lengths(optim, per_epoch) for optim in (ours, theirs))
     length = _length("epochs" if theirs["epochs"] else "steps", ours, theirs, total, their_total, per_epoch)
     warming = _length(
         "warmup_epochs" if theirs["warmup_epochs"] else "warmup_steps", ours, theirs, warmup, their_warmup, per_epoch
@@ -204,7 +205,8 @@ def _compare_lengths(
     if warmup != their_warmup:
         past = state["applied_steps"] >= max(warmup, their_warmup)
         tenths = abs(10 * warmup - total) < 10 and abs(10 * their_warmup - their_total) < 10
-        (grown if total > their_total and (past or tenths) else wrong).append(warming)
+        shares = ours["warmup_share"] and ours["warmup_share"] == theirs.get("warmup_share")
+        (grown if total > their_total and (past or tenths or shares) else wrong).append(warming)
     return wrong, grown
 
 

@@ -43,6 +43,7 @@ def build_loader(plan: RunPlan[Any], shape: ImageShape, **options: Any) -> Train
         ranks.barrier()
         sources = [prepare_demo()]
     data = config.data
+    assert data.crop_scale is not None, "a scaled setting was not resolved"
     loader = build_train_loader(
         sources,
         image_size=(shape.height, shape.width),

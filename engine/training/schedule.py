@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mirl.engine.configuration.config import LogConfig, OptimConfig, RunConfig
 from mirl.errors import UserError
@@ -45,6 +48,13 @@ class Schedule:
         return self.min_lr + (self.peak_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
+def lengths(optim: Mapping[str, Any], steps_per_epoch: int) -> tuple[int, int]:
+    """Steps of the run and of its warm-up, from the fields of an `OptimConfig` by name."""
+    total = optim["steps"] or math.ceil(optim["epochs"] * steps_per_epoch)
+    share = round(optim.get("warmup_share", 0.0) * total)
+    return total, optim["warmup_steps"] or round(optim["warmup_epochs"] * steps_per_epoch) or share
+
+
 @dataclass(frozen=True, kw_only=True)
 class Durations:
     """Every length of a run, converted to optimiser steps once."""
@@ -58,8 +68,7 @@ class Durations:
     @classmethod
     def resolve(cls, optim: OptimConfig, run: RunConfig, log: LogConfig, *, steps_per_epoch: int) -> Durations:
         """Durations for a data set of ``steps_per_epoch`` steps an epoch; UserError when the warm-up fills the run."""
-        total = optim.steps or math.ceil(optim.epochs * steps_per_epoch)
-        warmup = optim.warmup_steps or round(optim.warmup_epochs * steps_per_epoch)
+        total, warmup = lengths(dataclasses.asdict(optim), steps_per_epoch)
         if warmup >= total:
             raise UserError(
                 f"the warm-up takes {warmup} of {total} steps: shorten --warmup-epochs / --warmup-steps or train longer"

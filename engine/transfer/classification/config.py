@@ -13,6 +13,9 @@ from mirl.settings import Section
 
 OFF = "off"
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
+HEAD_INITS = ("probe", "random")
+# What help shows for a value that is None until the length of the run and the size of its images are known.
+SCALED = "scaled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +35,21 @@ class FinetuneSection(Section):
     train_positions: bool = setting(False, "train the positions, instead of keeping the fixed ones")
     reinit_last: int = setting(0, "initialise the last N blocks afresh before fine-tuning (Fig. 2 of the paper)")
     layer_decay: float = setting(0.88, "factor of the learning rate from a layer to the one below it")
-    drop_path: float = setting(0.0, "largest rate of stochastic depth, rising linearly over the blocks")
-    rand_augment: str = setting(RAND_AUGMENT, "RandAugment in timm's notation, or off", metavar="FORM|off")
-    random_erase: float = setting(0.25, "probability that a part of an image is erased")
-    mixup: float = setting(0.8, "alpha of mixup; 0: off")
-    cutmix: float = setting(1.0, "alpha of cutmix; 0: off")
+    head_init: str = setting(
+        "random",
+        "how the head begins: probe, fitted to the features of the encoder as it is; random, near zero",
+        choices=HEAD_INITS,
+        before="random",
+    )
+    drop_path: float | None = setting(
+        0.0, "largest rate of stochastic depth, rising linearly over the blocks", unset=SCALED
+    )
+    rand_augment: str | None = setting(
+        RAND_AUGMENT, "RandAugment in timm's notation, or off", metavar="FORM|off", unset=SCALED
+    )
+    random_erase: float | None = setting(0.25, "probability that a part of an image is erased", unset=SCALED)
+    mixup: float | None = setting(0.8, "alpha of mixup; 0: off", unset=SCALED)
+    cutmix: float | None = setting(1.0, "alpha of cutmix; 0: off", unset=SCALED)
     label_smoothing: float = setting(0.1, "share of a target that is spread over all classes")
     ema: float = setting(
         0.9999, "largest decay of the average of the weights, evaluated beside the weights themselves; 0: off"
@@ -47,8 +60,11 @@ class FinetuneSection(Section):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}: give zero or more")
         for name, below_one in (("ema", True), ("drop_path", True)):
-            if not 0 <= getattr(self, name) < 1:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give a number of at least 0 and below {below_one:d}")
+        if self.head_init not in HEAD_INITS:
+            raise UserError(f"head_init is {self.head_init!r}: choose one of {', '.join(HEAD_INITS)}")
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"layer_decay is {self.layer_decay}: give a factor above 0 and up to 1; 1 is none")
 

@@ -23,10 +23,18 @@ def small_data() -> FinetuneConfig:
     """
     return FinetuneConfig(
         recipe="small_data",
-        finetune=FinetuneSection(layer_decay=0.75, drop_path=0.1),
-        data=DataConfig(),
+        finetune=FinetuneSection(
+            layer_decay=0.75,
+            head_init="probe",
+            drop_path=None,
+            rand_augment=None,
+            random_erase=None,
+            mixup=None,
+            cutmix=None,
+        ),
+        data=DataConfig(crop_scale=None),
         optim=OptimConfig(
-            batch_size=128, epochs=100, warmup_epochs=5, base_lr=1e-3, betas=(0.9, 0.999), min_lr=1e-6, clip_grad=1.0
+            batch_size=128, epochs=100, warmup_share=0.05, base_lr=1e-3, betas=(0.9, 0.999), min_lr=1e-6, clip_grad=1.0
         ),
         run=RunConfig(out="runs/finetune"),
         log=LogConfig(),

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from mirl.dataloaders import Batch, EvalLoader, TrainLoader, build_eval_loader
+from mirl.dataloaders import Batch, EvalLoader, TrainLoader, build_eval_loader, open_source
+from mirl.dataloaders.sources.base import Source
 from mirl.engine.accounting.flops import CLASSES
 from mirl.engine.accounting.run_memory import Footprint, classifier_footprint
 from mirl.engine.checkpoints.best import read_best
@@ -28,8 +29,16 @@ from mirl.engine.transfer.classification.classes import require_labels, require_
 from mirl.engine.transfer.classification.classifier import Classifier, encoder_config
 from mirl.engine.transfer.classification.config import OFF, FinetuneConfig
 from mirl.engine.transfer.classification.early import require_inputs
+from mirl.engine.transfer.classification.head_probe import (
+    MOST_IMAGES,
+    compare_with_start,
+    fit_start_probe,
+    recorded_start,
+    set_head,
+)
 from mirl.engine.transfer.classification.rand_augment import RandAugment
 from mirl.engine.transfer.classification.recipes import finetune_recipe
+from mirl.engine.transfer.classification.scaled import is_open, regularisation, settle
 from mirl.engine.transfer.classification.task import FinetuneTask
 from mirl.engine.transfer.initialise_from import initialise_from, reinit_last
 from mirl.engine.transfer.layer_decay import layer_decay_groups
@@ -47,10 +56,13 @@ class Finetuning(RunKind[FinetuneConfig]):
     """A classifier, trained end to end from a pre-trained encoder on labelled images."""
 
     num_classes: int
+    source: Source
     val: EvalLoader | None
 
     def __init__(self) -> None:
         self._remarks: list[str] = []
+        self.start: float | None = None  # top-1 of a linear probe of the encoder that the run began from
+        self.start_unknown = "it was not evaluated when the run began"
 
     def recipe_out(self, name: str) -> str:
         return finetune_recipe(name).run.out
@@ -59,7 +71,13 @@ class Finetuning(RunKind[FinetuneConfig]):
         """The plan comes back with the encoder's two configurations."""
         require_inputs(plan.config)
         source = agree_on_main(plan.ranks, lambda: _source_config(plan))
-        return plan.with_config(_with_models(plan.config, source))
+        plan = plan.with_config(_with_models(plan.config, source))
+        if is_open(plan.config):
+            model = plan.config.encoder
+            images = agree_on_main(plan.ranks, lambda: _count_images(plan.config))
+            settled = settle(plan.config, images=images, side=min(model.image_height, model.image_width))
+            plan = plan.with_config(_with_models(settled, source))
+        return plan
 
     def footprint(self, plan: FinetunePlan) -> Footprint:
         config, section = plan.config, plan.config.finetune
@@ -81,6 +99,7 @@ class Finetuning(RunKind[FinetuneConfig]):
         self.num_classes = _num_classes(plan.config, loader)
         plan = plan.with_config(dataclasses.replace(plan.config, classes=tuple(loader.source.classes or ())))
         self.val = _build_val(plan, loader, self.num_classes, closing)
+        self.source = loader.source
         return plan, loader
 
     def build_model(self, plan: FinetunePlan) -> Classifier:
@@ -90,13 +109,14 @@ class Finetuning(RunKind[FinetuneConfig]):
             config.encoder,
             num_classes=self.num_classes,
             pool=section.pool,
-            drop_path=section.drop_path,
+            drop_path=regularisation(section).drop_path,
             position_grid=config.pretrained.grid,
             train_positions=section.train_positions,
         )
         set_computation(model, config.run, device)
         if plan.reader is not None:
             load_weights(model, plan.reader)
+            self.start = agree_on_main(plan.ranks, lambda: recorded_start(plan.out))
             return model.to(device)
         self._remarks = initialise_from(model, *load_encoder(section.checkpoint))
         if section.reinit_last:
@@ -104,7 +124,26 @@ class Finetuning(RunKind[FinetuneConfig]):
             self._remarks.append(
                 f"the last {section.reinit_last} of {config.encoder.depth} blocks are initialised afresh"
             )
-        return model.to(device)
+        model.to(device)
+        self._probe_start(plan, model)
+        return model
+
+    def _probe_start(self, plan: FinetunePlan, model: Classifier) -> None:
+        """Fit the linear probe that the head begins with, or that the run is compared with; say why not where not."""
+        asked = plan.config.finetune.head_init == "probe"
+        if not asked and (self.val is None or self.source.num_images > MOST_IMAGES):
+            self.start_unknown = f"it has more than {MOST_IMAGES} training images and head_init is not probe"
+            return
+        try:
+            found = fit_start_probe(plan, model, self.source, self.val, num_classes=self.num_classes)
+        except UserError as error:
+            self.start_unknown = str(error)
+            self._remarks.append(f"no linear probe of the encoder, so that the head begins near zero: {error}")
+            return
+        if asked:
+            set_head(model, found.probe)
+        self.start = found.top1_percent
+        self._remarks.append(f"head begins {'as the' if asked else 'near zero; for comparison a'} {found}")
 
     def parameter_groups(self, plan: FinetunePlan, model: Classifier) -> list[dict[str, Any]]:
         config = plan.config
@@ -122,34 +161,40 @@ class Finetuning(RunKind[FinetuneConfig]):
 
     def build_task(self, parts: RunParts[FinetuneConfig]) -> FinetuneTask:
         plan, config, section = parts.plan, parts.plan.config, parts.plan.config.finetune
+        scaled = regularisation(section)
         augmentation = BatchAugmentation(
             num_classes=self.num_classes, mean=config.encoder.mean, std=config.encoder.std, seed=config.run.seed,
-            micro_batch=plan.micro_batch, device=plan.ranks.device, random_erase=section.random_erase,
-            mixup=section.mixup, cutmix=section.cutmix, label_smoothing=section.label_smoothing,
+            micro_batch=plan.micro_batch, device=plan.ranks.device, random_erase=scaled.random_erase,
+            mixup=scaled.mixup, cutmix=scaled.cutmix, label_smoothing=section.label_smoothing,
         )  # fmt: skip
         ema = ShardedEma(parts.engine, section.ema, updates=parts.progress.applied_steps) if section.ema else None
         eval_every = max(1, round(section.eval_every * parts.loader.steps_per_epoch)) if section.eval_every else None
         return FinetuneTask(
             config.encoder, ranks=plan.ranks, engine=parts.engine, log=parts.log, augmentation=augmentation, ema=ema,
             val=self.val, eval_every=eval_every,
+            start_top1_percent=self.start,
         )  # fmt: skip
 
     def opening_lines(self, plan: FinetunePlan, parameters: int) -> list[str]:
         config, model, section = plan.config, plan.config.encoder, plan.config.finetune
+        scaled, low = regularisation(section), (config.data.crop_scale or (1.0, 1.0))[0]
         evaluated = f"evaluated on {self.val.ledger}" if self.val is not None else "not evaluated (no --val)"
         return [
             f"fine-tuning, recipe {config.recipe}, out {config.run.out} (resolved configuration in config.json)",
             f"encoder {model.name} from {section.checkpoint}: depth {model.depth}, width {model.width}; "
             f"{self.num_classes} classes, {section.pool} pool, {parameters / 1e6:.1f} M parameters; image "
             f"{model.image_height}x{model.image_width}x{model.channels}; {evaluated}",
-            f"layer decay {section.layer_decay:g}, drop path {section.drop_path:g}, RandAugment "
-            f"{section.rand_augment}, erase {section.random_erase:g}, mixup {section.mixup:g}, cutmix "
-            f"{section.cutmix:g}, label smoothing {section.label_smoothing:g}, EMA {section.ema:g}",
+            f"layer decay {section.layer_decay:g}, drop path {scaled.drop_path:g}, RandAugment "
+            f"{scaled.rand_augment}, erase {scaled.random_erase:g}, mixup {scaled.mixup:g}, cutmix "
+            f"{scaled.cutmix:g}, crops from {low:.2g} of the area, label smoothing "
+            f"{section.label_smoothing:g}, EMA {section.ema:g}",
             *self._remarks,
         ]
 
     def closing_lines(self, out: Path) -> list[str]:
-        return _next_commands(out, self.val is not None)
+        best = read_best(out / "checkpoints")
+        compared = [] if best is None else [compare_with_start(best.top1_percent, self.start, self.start_unknown)]
+        return [*compared, *_next_commands(out, self.val is not None)]
 
 
 def _next_commands(out: Path, evaluated: bool) -> list[str]:
@@ -161,6 +206,13 @@ def _next_commands(out: Path, evaluated: bool) -> list[str]:
         f"  mirl predict {out} IMAGE ...      classes of images or folders",
         f"  mirl export {out} --to timm --out DIR",
     ]
+
+
+def _count_images(config: FinetuneConfig) -> int:
+    """Images of the training set, where the length of the run is given in steps; 1 where it is given in epochs."""
+    if config.optim.epochs:
+        return 1
+    return open_source(config.data.data, labels=True, index_dir=config.data.index_dir or None).num_images
 
 
 def _source_config(plan: FinetunePlan) -> ModelConfig:
@@ -184,17 +236,18 @@ def _require_same_model(saved: FinetuneConfig, asked: FinetuneConfig, path: Path
 def _with_models(config: FinetuneConfig, source: ModelConfig) -> FinetuneConfig:
     section = config.finetune
     size = {"image_height": section.image_height, "image_width": section.image_width} if section.image_height else {}
-    model = dataclasses.replace(encoder_config(source, section.drop_path, section.attention), **size)
+    model = dataclasses.replace(encoder_config(source, section.drop_path or 0.0, section.attention), **size)
     return dataclasses.replace(config, source=source, model=model)
 
 
 def _rand_augment(plan: FinetunePlan) -> RandAugment | None:
     config, model = plan.config, plan.config.encoder
-    if config.finetune.rand_augment == OFF:
+    form = regularisation(config.finetune).rand_augment
+    if form == OFF:
         return None
     workers = loader_threads(config, plan.ranks)
     return RandAugment(
-        config.finetune.rand_augment, image_size=(model.image_height, model.image_width), mean=model.mean,
+        form, image_size=(model.image_height, model.image_width), mean=model.mean,
         seed=config.run.seed, workers=0 if workers == 1 else workers,
     )  # fmt: skip
 

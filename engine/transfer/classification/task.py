@@ -19,6 +19,7 @@ from mirl.engine.training.task import Place
 from mirl.engine.training.time_left import count_reports
 from mirl.engine.transfer.classification.augmentation import BatchAugmentation, soft_cross_entropy
 from mirl.engine.transfer.classification.evaluation import EvaluationInterrupted, Scores, evaluate
+from mirl.engine.transfer.classification.head_probe import RECORDED
 
 
 class FinetuneTask:
@@ -37,9 +38,12 @@ class FinetuneTask:
         ema: ShardedEma | None,
         val: EvalLoader | None,
         eval_every: int | None,
+        start_top1_percent: float | None = None,
     ) -> None:
+        """start_top1_percent: of a linear probe of the encoder that the run began from; it stands in the metrics."""
         self.ranks, self.engine, self.log, self.augmentation = ranks, engine, log, augmentation
         self.ema, self.val, self.eval_every = ema, val, eval_every
+        self.start_top1_percent = start_top1_percent
         self.report_images = 0 if val is None else val.num_images * (1 if ema is None else 2)
         # A classifier sees all patches: nothing is skipped.
         self.gflops_per_image = classifier_flops(model, augmentation.num_classes).training / 1e9
@@ -81,6 +85,8 @@ class FinetuneTask:
                 f"{prefix}top-1 {scores.top1_percent:.2f}%  {prefix}top-5 {scores.top5_percent:.2f}%  "
                 f"{prefix}loss {scores.loss:.4f}"
             )
+        if self.start_top1_percent is not None:
+            values[RECORDED] = self.start_top1_percent
         self.log.metrics(values, "  ".join(parts))
         better = max(self.scores, key=lambda prefix: self.scores[prefix].correct)
         found = self.scores[better]

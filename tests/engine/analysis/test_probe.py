@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from mirl.dataloaders import load_images
-from mirl.engine.analysis.features import LabelledFeatures, count_classes, extract_features, load_frozen_encoder
-from mirl.engine.analysis.linear_probe import hold_out, train_linear_probe
+from mirl.engine.analysis.features import count_classes, extract_features, load_frozen_encoder
 from mirl.engine.analysis.nearest_neighbours import knn_votes
 from mirl.engine.checkpoints.pretrained import load_pretrained
 from mirl.engine.commands.probe import main
 from mirl.engine.transfer.classification.classifier import all_visible, pool_tokens
+from mirl.engine.transfer.classification.linear_probe import LabelledFeatures, hold_out, train_linear_probe
 from mirl.errors import UserError
 from tests.engine.conftest import write_classes
 from tests.engine.models.helpers import tiny_config

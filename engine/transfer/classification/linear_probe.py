@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mirl.engine.analysis.features import LabelledFeatures
 from mirl.engine.transfer.classification.evaluation import hits
 from mirl.errors import UserError
 
@@ -26,6 +25,25 @@ BATCH = 1024
 HELD_OUT = 10  # one in so many images of each class chooses the learning rate
 _MOMENTUM = 0.9
 _EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledFeatures:
+    """features: float32 [n, D]; labels: int64 [n], both on one device; classes: their names, None for a list of paths.
+    skipped: broken images, which are not among the n. account: how many files there are, as text (see `Ledger`)."""
+
+    features: Tensor
+    labels: Tensor
+    classes: list[str] | None
+    skipped: int = 0
+    account: str = ""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, rows: Tensor) -> LabelledFeatures:
+        """The images numbered in ``rows``."""
+        return LabelledFeatures(features=self.features[rows], labels=self.labels[rows], classes=self.classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +61,13 @@ class LinearProbe:
         return F.linear((features_nD - self.mean) / self.deviation, self.weight, self.bias)
 
 
-def train_linear_probe(train: LabelledFeatures, *, num_classes: int, epochs: int, seed: int) -> LinearProbe:
+def train_linear_probe(
+    train: LabelledFeatures, *, num_classes: int, epochs: int, seed: int, by_loss: bool = False
+) -> LinearProbe:
     """Choose a learning rate on held-out training images, then train on all of them.
+
+    by_loss: the rate with the lowest cross-entropy of the held-out images, instead of the most right answers: where the
+    probe is not the end but the start of a training.
 
     Raises:
         UserError: no class has two images, so that nothing can be held out.
@@ -59,11 +82,12 @@ def train_linear_probe(train: LabelledFeatures, *, num_classes: int, epochs: int
         raise UserError("no class has two training images, so no learning rate can be chosen: give more images")
     weight_RCD, bias_RC = _train(standard.subset(kept), num_classes, RATES, epochs, seed)
     trial = standard.subset(held)
-    correct_R = [
-        int(hits(F.linear(trial.features, weight_CD, bias_C), trial.labels)[:, 0].sum())
-        for weight_CD, bias_C in zip(weight_RCD, bias_RC, strict=True)
-    ]
-    rate = RATES[max(range(len(RATES)), key=correct_R.__getitem__)]  # the smallest of those that do equally well
+    merits_R = []
+    for weight_CD, bias_C in zip(weight_RCD, bias_RC, strict=True):
+        logits = F.linear(trial.features, weight_CD, bias_C)
+        loss, correct = F.cross_entropy(logits, trial.labels), hits(logits, trial.labels)[:, 0].sum()
+        merits_R.append(-loss.item() if by_loss else correct.item())
+    rate = RATES[max(range(len(RATES)), key=merits_R.__getitem__)]  # the smallest of those that do equally well
     weight_RCD, bias_RC = _train(standard, num_classes, (rate,), epochs, seed)
     return LinearProbe(mean=mean, deviation=deviation, weight=weight_RCD[0], bias=bias_RC[0], rate=rate)
 
