@@ -71,7 +71,8 @@ def class_of(name: str) -> str:
 def read_operator(func: Any, args: Any, kwargs: Any, out: Any, phase: str) -> Operator | None:
     """What the call ``func(*args, **kwargs)`` that gave ``out`` costs; None where nothing is launched."""
     name = func._schema.name.split("::")[1]
-    inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+    read = {key: value for key, value in (kwargs or {}).items() if key != "out"}
+    inputs, outputs = _tensors((args, read)), _tensors(out)
     if name in _FREE or (not func._schema.is_mutable and _only_views(inputs, outputs)):
         return None
     written = sum(map(_bytes, outputs))

@@ -66,7 +66,7 @@ def _count(text: str) -> int:
 
 
 def plan(config: PretrainConfig, device: Device, *, gpus: int, images: int) -> tuple[Forecast, list[str]]:
-    """Predict ``config`` on ``gpus`` GPUs and a data set of ``images``; also what is not in the prediction, a line each.
+    """Predict ``config`` on ``gpus`` GPUs and a data set of ``images``; with remarks on what is not in the prediction.
 
     UserError where the batch cannot be shared among the GPUs.
     """
@@ -89,7 +89,12 @@ def plan(config: PretrainConfig, device: Device, *, gpus: int, images: int) -> t
         )  # fmt: skip
 
     step = forecast_step(
-        lambda: bare_model(model, run), device, gpus=gpus, micro_batch=micro_batch, accumulation=accumulation, stage=stage
+        lambda: bare_model(model, run),
+        device,
+        gpus=gpus,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        stage=stage,
     )
     found = Forecast.make(
         step, device, micro_batch=micro_batch, accumulation=accumulation,
@@ -135,4 +140,3 @@ def describe(found: Forecast, config: PretrainConfig, device: Device, remarks: S
     lines = ["A prediction from counted operators: nothing below was measured."]
     lines += [f"{name:<12} {text}" for name, text in rows]
     return lines + [f"{'note':<12} {remark}" for remark in remarks]
-

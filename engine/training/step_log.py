@@ -12,6 +12,7 @@ from mirl.dataloaders import TrainLoader
 from mirl.dataloaders.sources.paths import shown
 from mirl.engine.distributed.ds_engine import TrainEngine
 from mirl.engine.distributed.launch import Ranks
+from mirl.engine.training.measured import Measured
 from mirl.engine.training.run_folder import Progress
 from mirl.engine.training.run_log import RunLog, memory_gib, peak_flops
 from mirl.engine.training.schedule import Durations, Schedule
@@ -49,6 +50,7 @@ class StepLog:
         self._durations, self._schedule, self._log, self._progress = durations, schedule, log, progress
         self._accumulation = accumulation
         self._peak_flops = peak_flops(ranks.device)
+        self.measured = Measured()
         self.window = self._new_window()
 
     def _new_window(self) -> Window:
@@ -75,6 +77,7 @@ class StepLog:
                 ("plain_mfu_percent", self._task.plain_gflops_per_image),
             ):
                 values[key] = 100 * images_per_s * gflops * 1e9 / self._peak_flops
+        self.measured.add(values)
         self._log.metrics(values, line_of(values, self._durations.total_steps))
         self.window = self._new_window()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -70,9 +71,9 @@ class Finetuning(RunKind[FinetuneConfig]):
         self.val = _build_val(plan, loader, self.num_classes, closing)
         return plan, loader
 
-    def build_model(self, plan: FinetunePlan) -> Classifier:
-        config, section, device = plan.config, plan.config.finetune, plan.ranks.device
-        torch.manual_seed(config.run.seed)
+    def _classifier(self, plan: FinetunePlan, device: torch.device) -> Classifier:
+        """With its first weights, to compute as ``plan`` asks for on ``device``, where it is not yet."""
+        config, section = plan.config, plan.config.finetune
         model = Classifier(
             config.encoder,
             num_classes=self.num_classes,
@@ -82,6 +83,15 @@ class Finetuning(RunKind[FinetuneConfig]):
             train_positions=section.train_positions,
         )
         set_computation(model, config.run, device)
+        return model
+
+    def bare_model(self, plan: FinetunePlan) -> Callable[[], Classifier]:
+        return partial(self._classifier, plan, torch.device("cuda"))
+
+    def build_model(self, plan: FinetunePlan) -> Classifier:
+        config, section, device = plan.config, plan.config.finetune, plan.ranks.device
+        torch.manual_seed(config.run.seed)
+        model = self._classifier(plan, device)
         if plan.reader is not None:
             load_weights(model, plan.reader)
             return model.to(device)
