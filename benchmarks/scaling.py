@@ -1,52 +1,32 @@
 """The tables of docs/scaling.md: memory, traffic and step time of many GPUs, computed, not measured.
 
-    python -m benchmarks.scaling [--mfu 0.45] [--batch 4096] [--hbm-gib 80]
+    python -m benchmarks.scaling [--gpu H100] [--batch 4096] [--hbm-gib 80]
 
-Counted: parameters, FLOPs and bytes of memory (engine/accounting/flops.py, engine/accounting/memory.py), bytes that
-ZeRO sends. Assumed and printed with the tables: the GPU's peak, the utilisation that a step reaches, the speed of the
-links, the share of the traffic that hides behind the backward pass.
-
-Bytes that one rank sends in a step, P parameters, R ranks, ring collectives of (R - 1) / R each; weights travel in bf16
-(2 bytes), gradients in bf16, but in float32 where stages 1 and 2 add up several micro-batches before they send:
-
-| stage | collectives                                                  | bytes, times P (R - 1) / R           |
-|-------|--------------------------------------------------------------|--------------------------------------|
-| 1, 2  | reduction of gradients to their owners, all-gather of weights | 2 + 2, with micro-batches 4 + 2      |
-| 3     | reduce-scatter, weights gathered in forward and backward pass | 2 + 2 x 2, all for every micro-batch |
-
-A ring over nodes leaves each node once, so a node's network ports together carry what one rank sends. Each collective
-of a ring takes R - 1 hops; gradients go in pieces of at most 2e8 values, the gathers of stage 3 in 5e7 (ds_configs/).
+Counted: parameters, bytes of memory (engine/accounting/memory.py), operators of a step with their bytes and FLOPs
+(engine/accounting/fake_step.py), bytes that ZeRO sends (engine/accounting/traffic.py, with its formulas). Predicted
+from them: the time that one GPU computes, as `mirl plan` does (engine/accounting/predict.py). Assumed and printed with
+the tables: the speed of the links, the share of the traffic that hides behind computation.
 """
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import cache
 
+from mirl.engine.accounting.devices import Device, device_named
+from mirl.engine.accounting.fake_step import FakeStep, fake_step, optimiser_operators
 from mirl.engine.accounting.flops import pretraining_parameters, training_flops_per_image
+from mirl.engine.accounting.forecast import MEMORY_OVERHEAD, USABLE_MEMORY
 from mirl.engine.accounting.memory import GIB, activation_bytes, state_bytes
-from mirl.engine.models import ModelConfig, model_config
+from mirl.engine.accounting.predict import Times, times
+from mirl.engine.accounting.traffic import Links, link_seconds, sent_bytes, shown_seconds
+from mirl.engine.models import MIRL, ModelConfig, model_config
 
 MODELS = ("vit_b_48", "vit_s_54")
 GPUS = (8, 32, 256)
 STAGES = (2, 3)  # stage 1 is as stage 2 (engine/distributed/flat_gradients.py)
-NODE = 8
-BUCKET, PREFETCH = 200_000_000, 50_000_000
-OVERHEAD = 1.10  # kernels' work space and the allocator, on top of the counted bytes (engine/accounting/memory.py)
 MICRO_BATCHES = (512, 256, 128, 64, 32, 16, 8)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """What is assumed of the machine, none of it measured."""
-
-    peak_flops: float = 989e12  # H100 SXM, dense bf16, data sheet
-    mfu: float = 0.45
-    node_bytes_per_s: float = 300e9  # NVLink of an H100: 450 GB/s a direction, two thirds reached
-    network_bytes_per_s: float = 320e9  # of a node: eight ports of 400 Gbit/s = 50 GB/s, four fifths reached
-    hop_s: float = 4e-6
-    hidden: float = 0.7  # share of gradient and weight traffic behind computation
-    hbm_gib: float = 80.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,28 +39,26 @@ class Row:
     memory_gib: float
     states_gib: float
     sent_gb: float
+    device_ms: float
     compute_ms: float
     link_ms: float
     step_ms: float
 
     @property
     def efficiency_percent(self) -> float:
-        return 100 * self.compute_ms / self.step_ms
+        return 100 * self.device_ms / self.step_ms
 
 
-def sent_bytes(parameters: int, stage: int, ranks: int, accumulation: int) -> float:
-    """Bytes that one rank sends in an optimiser step."""
-    reduced = 2 * accumulation if stage == 3 else 2 if accumulation == 1 else 4
-    gathered = 2 * 2 * accumulation if stage == 3 else 2
-    return (reduced + gathered) * parameters * (ranks - 1) / ranks
+@cache
+def listed(config: ModelConfig, micro_batch: int) -> FakeStep:
+    return fake_step(lambda: MIRL(config), micro_batch)
 
 
-def hops(parameters: int, stage: int, ranks: int, accumulation: int) -> float:
-    """Steps of all rings, one after another."""
-    buckets, prefetches = -(-parameters // BUCKET), -(-parameters // PREFETCH)
-    reductions = buckets * (accumulation if stage == 3 else 1)
-    gathers = 2 * accumulation * prefetches if stage == 3 else buckets
-    return (reductions + gathers) * (ranks - 1)
+def compute(config: ModelConfig, micro_batch: int, accumulation: int, gpus: int, device: Device) -> Times:
+    """A step's computation on one of ``gpus`` GPUs, as `mirl plan` predicts it."""
+    step = listed(config, micro_batch)
+    last = optimiser_operators(step.parameters, gpus, accumulation=accumulation)
+    return times(step.operators, device, accumulation=accumulation, step=last)
 
 
 def micro_batch_that_fits(config: ModelConfig, stage: int, ranks: int, share: int, hbm_gib: float) -> int | None:
@@ -88,38 +66,37 @@ def micro_batch_that_fits(config: ModelConfig, stage: int, ranks: int, share: in
     for micro in MICRO_BATCHES:
         if micro <= share and share % micro == 0:
             states = state_bytes(config, stage, ranks, accumulation=share // micro)
-            needed = OVERHEAD * (states + activation_bytes(config, micro)) / GIB
-            if needed <= 0.92 * hbm_gib:  # CUDA's context and NCCL's buffers take some GiB
+            needed = MEMORY_OVERHEAD * (states + activation_bytes(config, micro)) / GIB
+            if needed <= USABLE_MEMORY * hbm_gib:
                 return micro
     return None
 
 
-def row(config: ModelConfig, gpus: int, stage: int, batch: int, cluster: Cluster) -> Row | None:
-    share = batch // gpus
-    micro = micro_batch_that_fits(config, stage, gpus, share, cluster.hbm_gib)
+def row(
+    config: ModelConfig, gpus: int, stage: int, batch: int, device: Device, links: Links, hbm_gib: float
+) -> Row | None:
+    share, parameters = batch // gpus, pretraining_parameters(config)
+    micro = micro_batch_that_fits(config, stage, gpus, share, hbm_gib)
     if micro is None:
         return None
     accumulation = share // micro
-    sent = sent_bytes(pretraining_parameters(config), stage, gpus, accumulation)
-    compute_s = share * training_flops_per_image(config) / (cluster.peak_flops * cluster.mfu)
-    slowest = min(cluster.node_bytes_per_s, cluster.network_bytes_per_s if gpus > NODE else float("inf"))
-    link_s = sent / slowest + cluster.hop_s * hops(pretraining_parameters(config), stage, gpus, accumulation)
-    # Traffic hides behind computation, but never more than there is computation to hide behind.
-    shown_s = link_s - min(cluster.hidden * link_s, compute_s)
+    found = compute(config, micro, accumulation, gpus, device)
+    link_s = link_seconds(parameters, stage, gpus, accumulation, links)
+    step_s = found.compute_s + shown_seconds(link_s, found.compute_s, links)
     states = state_bytes(config, stage, gpus, accumulation=accumulation)
     return Row(
         model=config.name, gpus=gpus, stage=stage, micro_batch=micro, accumulation=accumulation,
-        memory_gib=OVERHEAD * (states + activation_bytes(config, micro)) / GIB, states_gib=states / GIB,
-        sent_gb=sent / 1e9, compute_ms=1e3 * compute_s, link_ms=1e3 * link_s, step_ms=1e3 * (compute_s + shown_s),
+        memory_gib=MEMORY_OVERHEAD * (states + activation_bytes(config, micro)) / GIB, states_gib=states / GIB,
+        sent_gb=sent_bytes(parameters, stage, gpus, accumulation) / 1e9, device_ms=1e3 * found.device_s,
+        compute_ms=1e3 * found.compute_s, link_ms=1e3 * link_s, step_ms=1e3 * step_s,
     )  # fmt: skip
 
 
-def tables(batch: int, cluster: Cluster) -> str:
+def tables(batch: int, device: Device, links: Links, hbm_gib: float) -> str:
     lines = [
-        f"Effective batch {batch}, 224 px, bf16. Assumed: peak {cluster.peak_flops / 1e12:.0f} TFLOP/s, utilisation "
-        f"{100 * cluster.mfu:.0f} %, {cluster.node_bytes_per_s / 1e9:.0f} GB/s inside a node, "
-        f"{cluster.network_bytes_per_s / 1e9:.0f} GB/s between nodes, {1e6 * cluster.hop_s:.0f} us a hop, "
-        f"{100 * cluster.hidden:.0f} % of the traffic hidden, {cluster.hbm_gib:.0f} GiB a GPU.",
+        f"Effective batch {batch}, 224 px, bf16, {device.key}. Assumed: {links.node_bytes_per_s / 1e9:.0f} GB/s "
+        f"inside a node, {links.network_bytes_per_s / 1e9:.0f} GB/s between nodes, {1e6 * links.hop_s:.0f} us a hop, "
+        f"{100 * links.hidden:.0f} % of the traffic hidden, {hbm_gib:.0f} GiB a GPU.",
     ]
     for name in MODELS:
         config = model_config(name)
@@ -128,20 +105,20 @@ def tables(batch: int, cluster: Cluster) -> str:
             f"### {name}: {pretraining_parameters(config) / 1e6:.1f} M parameters, "
             f"{training_flops_per_image(config) / 1e9:.1f} GFLOP an image",
             "",
-            "| GPUs | stage | micro-batch x accumulation | memory GiB | states GiB | sent GB | links ms | compute ms "
-            "| step ms | compute / step |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| GPUs | stage | micro-batch x accumulation | memory GiB | states GiB | sent GB | links ms | device ms "
+            "| compute ms | step ms | device / step |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for gpus in GPUS:
             for stage in STAGES:
-                made = row(config, gpus, stage, batch, cluster)
+                made = row(config, gpus, stage, batch, device, links, hbm_gib)
                 if made is None:
-                    lines.append(f"| {gpus} | {stage} | does not fit | | | | | | | |")
+                    lines.append(f"| {gpus} | {stage} | does not fit | | | | | | | | |")
                     continue
                 lines.append(
                     f"| {gpus} | {stage} | {made.micro_batch} x {made.accumulation} | {made.memory_gib:.1f} | "
-                    f"{made.states_gib:.2f} | {made.sent_gb:.2f} | {made.link_ms:.1f} | "
-                    f"{made.compute_ms:.0f} | {made.step_ms:.0f} | {made.efficiency_percent:.1f} % |"
+                    f"{made.states_gib:.2f} | {made.sent_gb:.2f} | {made.link_ms:.1f} | {made.device_ms:.1f} | "
+                    f"{made.compute_ms:.1f} | {made.step_ms:.1f} | {made.efficiency_percent:.1f} % |"
                 )
     return "\n".join(lines)
 
@@ -149,12 +126,12 @@ def tables(batch: int, cluster: Cluster) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--mfu", type=float, default=Cluster.mfu)
-    parser.add_argument("--hbm-gib", type=float, default=Cluster.hbm_gib)
-    parser.add_argument("--network-gb-per-s", type=float, default=Cluster.network_bytes_per_s / 1e9)
+    parser.add_argument("--gpu", default="H100", help="a name that `mirl plan --gpu` knows")
+    parser.add_argument("--hbm-gib", type=float, default=80.0)
+    parser.add_argument("--network-gb-per-s", type=float, default=Links.network_bytes_per_s / 1e9)
     given = parser.parse_args()
-    cluster = Cluster(mfu=given.mfu, hbm_gib=given.hbm_gib, network_bytes_per_s=1e9 * given.network_gb_per_s)
-    print(tables(given.batch, cluster))
+    links = Links(network_bytes_per_s=1e9 * given.network_gb_per_s)
+    print(tables(given.batch, device_named(given.gpu), links, given.hbm_gib))
 
 
 if __name__ == "__main__":

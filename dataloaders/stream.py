@@ -126,6 +126,10 @@ class BatchStream:
 
     def _work(self) -> None:
         try:
+            if self._device.type == "cuda":
+                # A thread starts on GPU 0, and whatever it does first would open a context there: half a GiB of GPU 0
+                # for every other rank of the host.
+                torch.cuda.set_device(self._device)
             with closing(self._make() if self._decoder is not None else self._make_from_arrays()) as batches:
                 for batch in batches:
                     if not self._put(batch):

@@ -92,6 +92,12 @@ def _doctor(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def _plan(argv: Sequence[str]) -> int:
+    from mirl.engine.commands.plan import main
+
+    return main(argv)
+
+
 # Each imports what it needs when it is called, so that `mirl --help` answers at once.
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "pretrain": (_pretrain, "pre-train a model on this machine (several ranks: deepspeed engine/pretrain.py)"),
@@ -112,6 +118,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "bench-loader": (_data_command("bench_loader"), "measure the training loader"),
     "doctor": (_doctor, "check that every part the engine needs runs on this machine"),
     "summary": (_summary, "parameters, FLOPs and memory of the models"),
+    "plan": (_plan, "predict speed, memory and days of a run on GPUs that need not be here"),
 }
 
 

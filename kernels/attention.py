@@ -79,6 +79,13 @@ def sdpa_attention(q_BSHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor) -> Tensor:
     ).transpose(1, 2)
 
 
+def flash_attention(q_BSHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor) -> Tensor:
+    """SDPA's FlashAttention by its own name: SDPA itself would choose by the device of the tensors."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(
+        q_BSHd.transpose(1, 2), k_BTHd.transpose(1, 2), v_BTHd.transpose(1, 2), 0.0, False, return_debug_mask=False
+    )[0].transpose(1, 2)
+
+
 @lru_cache(maxsize=1)
 def _xformers_function() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return importlib.import_module("xformers.ops").memory_efficient_attention
@@ -89,6 +96,8 @@ def xformers_attention(q_BSHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor) -> Tensor
 
 
 _IMPLEMENTATIONS = {"xformers": xformers_attention, "sdpa": sdpa_attention, "math": math_attention}
+# Not for a caller to ask for: the dry run's (mirl.engine.accounting.fake_step).
+_IMPLEMENTATIONS["flash"] = flash_attention
 
 
 def probe_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

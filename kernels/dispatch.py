@@ -7,6 +7,9 @@
 | on a CPU, `TRITON_INTERPRET=1` set before the import | Triton, interpreted: for tests, about 1 ms a program |
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -23,9 +26,24 @@ OPS = (
 )
 
 
+_assumed_gpu = False
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Ops take the way of a GPU, whatever the device of their tensors: for fake tensors, which launch nothing."""
+    global _assumed_gpu
+    before, _assumed_gpu = _assumed_gpu, True
+    try:
+        yield
+    finally:
+        _assumed_gpu = before
+
+
 def uses_triton(tensor: Tensor) -> bool:
     """True when an op on `tensor` is to launch its Triton kernel. float64 is for the reference only."""
-    return (INTERPRETED or (tensor.is_cuda and HAS_TRITON)) and tensor.dtype != torch.float64
+    on_gpu = INTERPRETED or _assumed_gpu or (tensor.is_cuda and HAS_TRITON)
+    return on_gpu and tensor.dtype != torch.float64
 
 
 def describe_dispatch(device: torch.device | str | None = None) -> dict[str, str]:

@@ -191,10 +191,12 @@ scale_differences_op = KernelOp(
 
 
 def _setup(ctx, inputs, output):
-    main, residual, _, ids_BM, *_, weights, _, _ = inputs
+    main, residual, _, ids_BM, _, scale, shift, *_, weights, _, _ = inputs
     _, terms, differences = output
     ctx.mark_non_differentiable(terms, *differences)
     ctx.residuals = len(residual)
+    # Of normalised images these lists are empty, and torch.library takes an empty list for one of tensors.
+    ctx.scale_shift = [None if values else [] for values in (scale, shift)]
     ctx.count = ids_BM.numel() * main[0].shape[-1]
     ctx.weights, ctx.dtype = weights, main[0].dtype
     ctx.save_for_backward(*differences)
@@ -209,7 +211,7 @@ def _backward(ctx, grad_loss, *_):
         grads = differences
         _launch_scale(differences, grads, grad_loss, factors)
         torch.autograd.graph.increment_version(differences)  # a second backward must fail, not scale twice
-    return grads, grads[: ctx.residuals], *[None] * 10
+    return grads, grads[: ctx.residuals], None, None, None, *ctx.scale_shift, *[None] * 5
 
 
 masked_residual_mse_op = KernelOp(_masked_residual_mse, _fake, setup_context=_setup, backward=_backward, direct=False)

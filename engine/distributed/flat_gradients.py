@@ -38,6 +38,16 @@ def most_waiting(parameters: int) -> int:
     return min(COPIED_TOGETHER, parameters)
 
 
+def copies_of_gradients(parameters: Sequence[int]) -> int:
+    """Calls that copy the gradients of a backward pass, of a model whose parameters have so many values each."""
+    copies, waiting = 0, 0
+    for values in reversed(parameters):
+        waiting += values
+        if waiting >= COPIED_TOGETHER:
+            copies, waiting = copies + 1, 0
+    return copies + (waiting > 0)
+
+
 @dataclass(frozen=True, eq=False)
 class FlatGroup:
     """One parameter group as the optimiser holds it.

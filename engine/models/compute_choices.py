@@ -106,6 +106,14 @@ class ComputeChoices(nn.Module):
         self._resolved_for = (device, dtype)
         return self.attention_backends
 
+    def set_attention(self, backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> None:
+        """Give every layer ``backend``, untried, for passes on ``device`` in ``dtype``."""
+        for layer in self.modules():
+            if isinstance(layer, HeadedAttention):
+                layer.backend = backend
+        self.attention_backends = {"all": backend}
+        self._resolved_for = (device, dtype)
+
     def _check_images(self, images: Tensor) -> None:
         config = self.config
         size = (config.image_height, config.image_width)

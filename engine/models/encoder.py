@@ -76,7 +76,7 @@ class Encoder(nn.Module):
         self.patch_embed = PatchEmbed(config, visible_only_projection)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.register_buffer("pos_embed", sincos_positions(config.grid, config.width), persistent=False)
-        rates = torch.linspace(0, config.drop_path, config.built_depth).tolist()
+        rates = torch.linspace(0, config.drop_path, config.built_depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_width, rate) for rate in rates)
         first = 0 if config.did else 1
         self.segment_norms = nn.ModuleDict({str(g): layer_norm(config.width) for g in range(first, config.segments)})

@@ -29,8 +29,13 @@ def normalise_images(images: Tensor, mean: Sequence[float], std: Sequence[float]
     """[B, C, H, W] in ``dtype``: (value / 255 - mean) / std of uint8 images; floating-point ones as they are."""
     if image_layout(images) == "BCHW":
         return images.to(dtype)
-    mean_C, std_C = (torch.tensor(tuple(values), dtype=dtype, device=images.device) for values in (mean, std))
+    mean_C, std_C = (_filled(values, dtype, images.device) for values in (mean, std))
     return ((images.to(dtype) / 255 - mean_C) / std_C).permute(0, 3, 1, 2)
+
+
+def _filled(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``values`` [C] on ``device``, written there: a copy to a GPU would wait for all that it still has to do."""
+    return torch.cat([torch.full((1,), value, dtype=dtype, device=device) for value in values])
 
 
 def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:

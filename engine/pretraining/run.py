@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from mirl.engine.models.teacher import EmaTeacher
 from mirl.engine.pretraining.pictures import NORMALISED, column_titles, legend
 from mirl.engine.pretraining.recipes import recipe
 from mirl.engine.pretraining.task import PretrainTask
-from mirl.engine.training.computing import set_computation
+from mirl.engine.training.computing import bare_model, set_computation
 from mirl.engine.training.plan import RunPlan
 from mirl.engine.training.run import RunKind, RunParts, run_training
 from mirl.engine.training.run_data import ImageShape, build_loader, settle_statistics
@@ -72,6 +74,9 @@ class Pretraining(RunKind[PretrainConfig]):
             picture_images=_picture_images(config, ranks, parts.loader), out=parts.plan.out,
             teacher=_build_teacher(config, parts.engine),
         )  # fmt: skip
+
+    def bare_model(self, plan: RunPlan[PretrainConfig]) -> Callable[[], MIRL]:
+        return partial(bare_model, plan.config.model, plan.config.run)
 
     def opening_lines(self, plan: RunPlan[PretrainConfig], parameters: int) -> list[str]:
         config, model = plan.config, plan.config.model

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mirl.engine.configuration.config import RunConfig
-from mirl.engine.distributed.ds_engine import TrainEngine
-from mirl.engine.models import Execution
+from mirl.engine.models import MIRL, Execution, ModelConfig
 from mirl.engine.training.compiling import CompileChoice, choose_compile, compile_regions
-from mirl.engine.training.plan import RunPlan
+
+if TYPE_CHECKING:
+    # A prediction asks for a model without a run, and without the seconds that DeepSpeed takes to import.
+    from mirl.engine.distributed.ds_engine import TrainEngine
+    from mirl.engine.training.plan import RunPlan
 
 
 def set_computation(model: Any, run: RunConfig, device: torch.device) -> None:
@@ -19,6 +23,16 @@ def set_computation(model: Any, run: RunConfig, device: torch.device) -> None:
         model.set_activation_checkpointing(run.activation_checkpointing)
     fused = device.type == "cuda" if run.fused == "auto" else run.fused == "on"
     model.set_execution(Execution(fused_norm=fused, fused_gelu=fused, recompute=run.recompute_pointwise))
+
+
+def bare_model(config: ModelConfig, run: RunConfig) -> MIRL:
+    """The model of ``config``, to compute as ``run`` asks for on a GPU, without the VGG-16 of its perceptual loss.
+
+    For a step on fake tensors (`mirl.engine.accounting.fake_step`): it has no device of its own.
+    """
+    model = MIRL(replace(config, vgg_loss=0.0))
+    set_computation(model, run, torch.device("cuda"))
+    return model
 
 
 def compile_where_chosen(plan: RunPlan[Any], engine: TrainEngine) -> CompileChoice:

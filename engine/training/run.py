@@ -21,8 +21,10 @@ from mirl.engine.configuration.config import Config
 from mirl.engine.distributed.ds_engine import FragmentReader, TrainEngine
 from mirl.engine.distributed.launch import Ranks, is_lost_peer, join, leave, seconds_since_process_start
 from mirl.engine.errors import LostRank
+from mirl.engine.models.compute_choices import ComputeChoices
 from mirl.engine.training.computing import compile_where_chosen
 from mirl.engine.training.fitting import fit_to_memory
+from mirl.engine.training.measured import compare_with_prediction
 from mirl.engine.training.optimizer import build_optimizer
 from mirl.engine.training.plan import RunPlan, agree_on_main, make_plan
 from mirl.engine.training.run_folder import Progress, refuse_finished, restore_progress, write_config
@@ -90,6 +92,10 @@ class RunKind(ABC, Generic[C]):
     @abstractmethod
     def opening_lines(self, plan: RunPlan[C], parameters: int) -> list[str]:
         """Lines of the log that say what is trained; ``parameters`` counts those of the model."""
+
+    def bare_model(self, plan: RunPlan[C]) -> Callable[[], ComputeChoices] | None:
+        """What makes the model without the run's weights, to compute as on a GPU: for a prediction; None: no such."""
+        return None
 
     def closing_lines(self, out: Path) -> list[str]:
         """Lines of the log that say what to do next with run folder ``out``."""
@@ -176,7 +182,8 @@ def _train(config: C, kind: RunKind[C], ranks: Ranks) -> Path:
         )  # fmt: skip
         log.say(f"first step begins {seconds_since_process_start():.1f} s after the start of this process")
         trainer.run()
-        for line in [*closing_lines(out), *kind.closing_lines(out)]:
+        compared = compare_with_prediction(plan, kind.bare_model(plan), trainer.step_log.measured, log, progress.step)
+        for line in [*closing_lines(out), *compared, *kind.closing_lines(out)]:
             log.say(line)
     return out
 

@@ -16,20 +16,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-# Peak dense bf16 FLOP/s of one device, from NVIDIA's data sheets (SXM parts, without sparsity).
-PEAK_BF16_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12,
-    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 150e12, "A10": 125e12,
-    "RTX A6000": 155e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
+from mirl.engine.accounting.devices import device_reported
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Peak bf16 FLOP/s of ``device``, None where it is not in the table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for key, flops in PEAK_BF16_FLOPS.items() if key in name), None)
+    found = device_reported(torch.cuda.get_device_name(device))
+    return None if found is None else found.peak_flops
 
 
 def memory_gib(device: torch.device) -> float:

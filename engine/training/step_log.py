@@ -13,6 +13,7 @@ from mirl.dataloaders import TrainLoader
 from mirl.dataloaders.sources.paths import shown
 from mirl.engine.distributed.ds_engine import TrainEngine
 from mirl.engine.distributed.launch import Ranks
+from mirl.engine.training.measured import Measured
 from mirl.engine.training.run_folder import Progress
 from mirl.engine.training.run_log import RunLog, memory_gib, peak_flops
 from mirl.engine.training.schedule import Durations, Schedule
@@ -55,6 +56,7 @@ class StepLog:
         self._accumulation, self._batch_size = accumulation, batch_size
         self._time_left = TimeLeft()
         self._peak_flops = peak_flops(ranks.device)
+        self.measured = Measured()
         self.window, self._written = self._new_window(), time.perf_counter()
 
     def _new_window(self) -> Window:
@@ -105,6 +107,7 @@ class StepLog:
             reports=self._reports(step - 1 if line else step),
             passes_a_report=self._task.report_images / self._batch_size,
         )
+        self.measured.add(values)
         self._log.metrics(values, line_of(values, total) if line else None)
         self.window, self._written = self._new_window(), time.perf_counter()
 

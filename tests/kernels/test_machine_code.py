@@ -5,9 +5,12 @@ stop after compilation. Shapes are those of training at 224 px, so the launch co
 """
 
 import importlib
+import math
 import re
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +23,39 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the other tests compile for it"),
 ]
 
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin" if HAS_TRITON else Path()
 B, N, K, PAIRS = 256, 196, 49, 3
 M = N - K
+B_K, B_M, B_N, B_KEPT, B_ALL = B * K, B * M, B * N, B * (1 + K), B * (1 + N)
 STATISTICS = ([0.02] * 3, [-1.0] * 3)
 HOPPER_MULTIPROCESSORS = 132
+# Of an H100 SXM: warp instructions that four schedulers of each multiprocessor issue in a second at the boost clock,
+# and the bytes that its memory really moves.
+INSTRUCTIONS_PER_S, BYTES_PER_S = HOPPER_MULTIPROCESSORS * 4 * 1.755e9, 3.0e12
+# A kernel whose instructions take this share of the time of its bytes, or more, does not run at the memory's speed.
+BOUND = 0.8
+# Those of which that is known: erf on both sides of its branch; one channel constant a load.
+BOUND_BY_INSTRUCTIONS = {"bias_gelu", "bias_gelu_backward", "masked_residual_mse"}
+# Persistent kernels keep sums in registers, the loss keeps a patch; others have 37 % at least.
+LEAST_OCCUPANCY = {
+    "residual_layer_norm_backward": 0.25, "scatter_tokens_backward": 0.31, "masked_residual_mse": 0.28,
+    "masked_residual_mse_three_pairs": 0.29,
+}  # fmt: skip
+# Bytes that each launch of a training step moves at least: bfloat16 at width 768, or 512 in decoders, uint8 pixels.
+BYTES = {
+    "gather_patches": (0, 3 * B_K * 768),
+    "gather_tokens": (512, 2 * 2 * B_M * 512),
+    "gather_tokens_backward": (512, 2 * (B_M + B_N) * 512),
+    "assemble_tokens": (768, 2 * (B_K + B_KEPT) * 768),
+    "scatter_tokens": (512, 2 * (B_KEPT + B_ALL) * 512),
+    "scatter_tokens_backward": (512, 2 * (B_KEPT + B_ALL) * 512),
+    "residual_layer_norm": (768, 4 * 2 * B_KEPT * 768),
+    "residual_layer_norm_backward": (768, 4 * 2 * B_KEPT * 768),
+    "bias_gelu": (768, 2 * 2 * B_KEPT * 3072),
+    "bias_gelu_backward": (768, 3 * 2 * B_KEPT * 3072),
+    "masked_residual_mse": (0, (3 * 2 + 1) * B_M * 768),
+    "masked_residual_mse_three_pairs": (0, (3 * 3 * 2 + 1) * B_M * 768),
+}  # fmt: skip
 
 
 class _HopperDriver:
@@ -99,15 +131,44 @@ WIDTHS = {"gather_patches": [0], "masked_residual_mse": [0], "masked_residual_ms
 WIDTHS["masked_residual_mse_full"] = [0]
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One launch: its kernel, its programs, and its arguments by name."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+
+    @property
+    def warps(self) -> int:
+        return self.kernel.metadata.num_warps
+
+    @property
+    def turns(self) -> int:
+        """How often the programs together go round their loop, where a persistent kernel has one."""
+        if "tiles" in self.arguments and "partial_ptr" in self.arguments:
+            column_tiles = -(-self.arguments["features"] // 256) if "features" in self.arguments else 1
+            return self.arguments["tiles"] * column_tiles
+        if "groups" in self.arguments:
+            return self.arguments["batches"] * (self.programs // self.arguments["groups"])
+        return 0
+
+
+launches: list[Launch] = []
+
+
 @pytest.fixture
 def compiled(monkeypatch, tmp_path) -> list:
     """Kernels compiled during the test, as Triton's CompiledKernel objects."""
     jit, runtime = (importlib.import_module(f"triton.runtime.{name}") for name in ("jit", "driver"))
     kernels = []
+    launches.clear()
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         # Meta tensors have no address: Triton is told of a 16-byte aligned one, as every allocation is.
-        kernels.append(original(self, *args, grid=grid, warmup=True, **kwargs))
+        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
+        kernels.append(kernel)
+        launches.append(Launch(kernel, math.prod(grid), dict(zip(self.arg_names, args, strict=False))))
 
     original = jit.JITFunction.run
     monkeypatch.setattr(jit.JITFunction, "run", compile_only)
@@ -122,13 +183,14 @@ def compiled(monkeypatch, tmp_path) -> list:
 
 @pytest.mark.parametrize("name, width", [(name, d) for name in LAUNCHES for d in WIDTHS.get(name, [384, 512, 768])])
 def test_compiles_for_hopper(name, width, compiled, tmp_path):
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     LAUNCHES[name](width)
     assert compiled
     for kernel in compiled:
         binary = tmp_path / "kernel.cubin"
         binary.write_bytes(kernel.asm["cubin"])
-        usage = subprocess.run([cuobjdump, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", binary], capture_output=True, text=True, check=True
+        ).stdout
         found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
         assert found, usage
         registers, stack, local = (int(group) for group in found.groups())
@@ -137,3 +199,57 @@ def test_compiles_for_hopper(name, width, compiled, tmp_path):
     # The first kernel is the one that moves the data (the second stages read a few partial sums).
     assembly = compiled[0].asm["ptx"]
     assert re.search(r"ld\.global\S*\.v4\.b32", assembly) and re.search(r"st\.global\S*\.v4\.b32", assembly)
+
+
+def resources(kernel: Any, folder: Path) -> tuple[int, int]:
+    """Registers of a thread and bytes of shared memory of a program."""
+    binary = folder / "resources.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run(
+        [TOOLS / "cuobjdump", "-res-usage", binary], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.search(r"REG:(\d+) STACK:\d+ SHARED:(\d+)", usage)
+    assert found, usage
+    return int(found[1]), max(int(found[2]), kernel.metadata.shared)
+
+
+def resident_programs(kernel: Any, folder: Path) -> int:
+    """Programs that a multiprocessor of an H100 holds: 64 warps, 65536 registers in units of 256 a warp, 228 KiB."""
+    registers, shared = resources(kernel, folder)
+    warps = kernel.metadata.num_warps
+    by_registers = 65536 // (-(-32 * registers // 256) * 256) // warps
+    return min(32, 64 // warps, by_registers, 233472 // (shared + 1024))
+
+
+def instructions(kernel: Any, folder: Path) -> tuple[int, int]:
+    """Instructions of a warp from beginning to end, and of its longest loop, 0 where there is none."""
+    binary = folder / "instructions.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    text = subprocess.run([TOOLS / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
+    place, labels, branches = 0, {}, []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = place
+        elif re.match(r"\s+/\*[0-9a-f]{4,5}\*/\s+\S", line) and "NOP" not in line:
+            if branch := re.search(r"\bBRA\b.*?(\.L_x_\d+)", line):
+                branches.append((place, branch[1]))
+            place += 1
+    loops = [last - labels[target] for last, target in branches if target in labels]
+    # The last instruction branches to itself; shorter loops are those of libdevice.
+    return place, max((length for length in loops if length > 40), default=0)
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_programs_fill_the_gpu_and_kernels_bound_by_instructions_are_known(name, compiled, tmp_path):
+    width, moved = BYTES[name]
+    LAUNCHES[name](width)
+    first = launches[0]
+    assert first.programs >= HOPPER_MULTIPROCESSORS, "some multiprocessors have nothing to do"
+    occupancy = resident_programs(first.kernel, tmp_path) * first.warps / 64
+    assert occupancy >= LEAST_OCCUPANCY.get(name, 0.37)
+    whole, loop = instructions(first.kernel, tmp_path)
+    assert (loop > 0) == (first.turns > 0), "a loop of which the test does not know how often it turns"
+    executed = first.warps * (loop * first.turns if first.turns else whole * first.programs)
+    ratio = executed / INSTRUCTIONS_PER_S / (moved / BYTES_PER_S)
+    print(f"{name}: {whole} instructions, loop {loop}, {ratio:.2f} of the bytes' time, occupancy {occupancy:.0%}")
+    assert (ratio >= BOUND) == (name in BOUND_BY_INSTRUCTIONS), f"{name} needs {ratio:.2f} of the time of its bytes"

@@ -151,6 +151,25 @@ def test_second_backward_is_refused():
         loss.backward()
 
 
+@pytest.mark.parametrize("pairs", [1, 2])
+@pytest.mark.parametrize("residuals", [True, False])
+def test_normalised_images_have_gradients(pairs, residuals):
+    """They come without mean and std: as data of 16 bits do, and in the objectives that split frequencies."""
+    images = randn(1, 1, 1, 2, device="cpu", dtype=torch.float32, seed=3)
+    main = [torch.full((1, 2, 1), 1.0 + i, requires_grad=True) for i in range(pairs)]
+    residual = [torch.full((1, 2, 1), 0.5, requires_grad=True) for _ in range(pairs * residuals)]
+    loss, _ = kernels.masked_residual_mse(
+        main, residual, images, torch.tensor([[0, 1]]), patch_size=1, layout="BCHW", norm_pix=False
+    )
+    loss.backward()
+    for i, prediction in enumerate(main):
+        # of (1 / pairs) * mean((main + residual - pixel)^2)
+        expected = (1.0 + i + 0.5 * residuals - images.flatten()) / pairs
+        torch.testing.assert_close(prediction.grad.flatten(), expected)
+    for one, other in zip(residual, main, strict=False):
+        assert torch.equal(one.grad, other.grad)
+
+
 def test_worked_example():
     images = torch.full((1, 1, 1, 1), 3, dtype=torch.uint8)
     main, residual = (torch.full((1, 1, 1), value, requires_grad=True) for value in (1.0, 4.0))

@@ -20,16 +20,20 @@ def split_frequencies(images_BCHW: Tensor, sigma: float) -> tuple[Tensor, Tensor
     >>> bool(fine.abs().max() < 1e-6)
     True
     """
-    smooth, curved = (kernel.to(images_BCHW) for kernel in gaussian_and_second_derivative(sigma))
+    kernels = gaussian_and_second_derivative(sigma, images_BCHW.device)
+    smooth, curved = (kernel.to(images_BCHW.dtype) for kernel in kernels)
     laplacian = _separable(images_BCHW, curved, smooth) + _separable(images_BCHW, smooth, curved)
     fine = laplacian * (-(sigma**2) / 2)
     return images_BCHW - fine, fine
 
 
-def gaussian_and_second_derivative(sigma: float) -> tuple[Tensor, Tensor]:
-    """Sampled kernels [2r + 1], float64, r = round(4 sigma): the first sums to 1, the second to exactly 0."""
+def gaussian_and_second_derivative(sigma: float, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Sampled kernels [2r + 1], float64, r = round(4 sigma): the first sums to 1, the second to exactly 0.
+
+    Made on ``device`` (default: the CPU): a copy to a GPU would wait for all that it still has to do.
+    """
     radius = max(1, round(TRUNCATE * sigma))
-    x = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    x = torch.arange(-radius, radius + 1, dtype=torch.float64, device=device)
     smooth = torch.exp(-(x**2) / (2 * sigma**2))
     smooth = smooth / smooth.sum()
     curved = (x**2 / sigma**4 - 1 / sigma**2) * smooth

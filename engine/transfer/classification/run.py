@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -102,9 +103,9 @@ class Finetuning(RunKind[FinetuneConfig]):
         self.source = loader.source
         return plan, loader
 
-    def build_model(self, plan: FinetunePlan) -> Classifier:
-        config, section, device = plan.config, plan.config.finetune, plan.ranks.device
-        torch.manual_seed(config.run.seed)
+    def _classifier(self, plan: FinetunePlan, device: torch.device) -> Classifier:
+        """With its first weights, to compute as ``plan`` asks for on ``device``, where it is not yet."""
+        config, section = plan.config, plan.config.finetune
         model = Classifier(
             config.encoder,
             num_classes=self.num_classes,
@@ -114,6 +115,15 @@ class Finetuning(RunKind[FinetuneConfig]):
             train_positions=section.train_positions,
         )
         set_computation(model, config.run, device)
+        return model
+
+    def bare_model(self, plan: FinetunePlan) -> Callable[[], Classifier]:
+        return partial(self._classifier, plan, torch.device("cuda"))
+
+    def build_model(self, plan: FinetunePlan) -> Classifier:
+        config, section, device = plan.config, plan.config.finetune, plan.ranks.device
+        torch.manual_seed(config.run.seed)
+        model = self._classifier(plan, device)
         if plan.reader is not None:
             load_weights(model, plan.reader)
             self.start = agree_on_main(plan.ranks, lambda: recorded_start(plan.out))

@@ -1,0 +1,142 @@
+"""`mirl plan`: what a run would do on GPUs that are not here. Everything it prints is predicted, nothing measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mirl.engine.accounting.devices import DEVICES, GIB, Device, device_named
+from mirl.engine.configuration.config import PretrainConfig
+from mirl.engine.configuration.flags import Parser
+from mirl.engine.pretraining.command_line import parse_pretrain
+from mirl.errors import UserError
+
+if TYPE_CHECKING:
+    from mirl.engine.accounting.forecast import Forecast
+
+IMAGENET_IMAGES = 1_281_167
+SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9}
+DESCRIPTION = """\
+Predict speed, utilisation, memory and length of a pre-training run on GPUs that need not be here. A training step runs
+on tensors without values; its operators are priced by a table of devices. Every flag of `mirl pretrain` is taken too:
+--recipe NAME, --batch-size 2048, --model.NAME ... See docs/plan.md for what is assumed."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the prediction; returns the exit code. UserError for a flag that does not fit."""
+    parser = Parser(
+        prog="mirl plan", description=DESCRIPTION, allow_abbrev=False,
+        usage="mirl plan [--recipe NAME] [--gpu NAME] [--gpus N] [--images N] [--json] [flags of mirl pretrain]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--gpu", default="H100", metavar="NAME", help=f"one of {', '.join(DEVICES)} [H100]")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="how many, eight in a node [1]")
+    parser.add_argument(
+        "--images", type=_count, default=IMAGENET_IMAGES, metavar="N",
+        help=f"images of the data set, e.g. 1.28M [{IMAGENET_IMAGES}, ImageNet-1K]",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    known, rest = parser.parse_known_args(argv)
+    device = device_named(known.gpu)
+    if known.gpus < 1:
+        raise UserError(f"gpus is {known.gpus}: give 1 or more")
+    config = parse_pretrain(rest)
+    if config.run.precision == "fp32":
+        raise UserError("precision is fp32: mirl plan predicts runs in bf16; leave the flag out")
+    found, remarks = plan(config, device, gpus=known.gpus, images=known.images)
+    if known.json:
+        print(json.dumps(found.as_dict() | {"recipe": config.recipe, "remarks": remarks}, indent=2))
+    else:
+        print("\n".join(describe(found, config, device, remarks)))
+    return 0
+
+
+def _count(text: str) -> int:
+    """A number of images: 1281167, 1.28M, 50k."""
+    scale = SUFFIXES.get(text[-1:].upper(), 1.0)
+    try:
+        images = float(text[:-1] if scale != 1 else text) * scale
+        if not 1 <= images < 1e15:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of images: give e.g. 1281167 or 1.28M") from None
+    return round(images)
+
+
+def plan(config: PretrainConfig, device: Device, *, gpus: int, images: int) -> tuple[Forecast, list[str]]:
+    """Predict ``config`` on ``gpus`` GPUs and a data set of ``images``; with remarks on what is not in the prediction.
+
+    UserError where the batch cannot be shared among the GPUs.
+    """
+    # Only now, so that --help and a wrong flag answer at once.
+    from mirl.engine.accounting.flops import training_flops_per_image
+    from mirl.engine.accounting.forecast import MEMORY_OVERHEAD, USABLE_MEMORY, Forecast, forecast_step
+    from mirl.engine.accounting.memory import step_gib
+    from mirl.engine.distributed.ds_config import read_ds_config, resolve_batch
+    from mirl.engine.models import ExactSkips
+    from mirl.engine.training.computing import bare_model
+
+    model, optim, run = config.model, config.optim, config.run
+    micro_batch, accumulation = resolve_batch(config, gpus)
+    stage = read_ds_config(run.deepspeed_config)["zero_optimization"]["stage"]
+
+    def memory_gib(micro: int) -> float:
+        return step_gib(
+            model, micro, zero_stage=stage, ranks=gpus, checkpointing=run.activation_checkpointing,
+            accumulation=micro_batch * accumulation // micro,
+        )  # fmt: skip
+
+    step = forecast_step(
+        lambda: bare_model(model, run),
+        device,
+        gpus=gpus,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        stage=stage,
+    )
+    found = Forecast.make(
+        step, device, micro_batch=micro_batch, accumulation=accumulation,
+        flops_per_image=training_flops_per_image(model, ExactSkips()),
+        plain_flops_per_image=training_flops_per_image(model), memory_bytes=GIB * memory_gib(micro_batch),
+        trained_images=optim.steps * optim.batch_size or optim.epochs * images,
+    )  # fmt: skip
+    remarks = []
+    if not found.fits:
+        limit = USABLE_MEMORY * device.memory_gib / MEMORY_OVERHEAD
+        share = micro_batch * accumulation
+        smaller = (micro for micro in range(micro_batch, 0, -1) if share % micro == 0 and memory_gib(micro) <= limit)
+        micro = next(smaller, None)
+        mend = "no micro-batch does" if micro is None else f"--micro-batch {micro} does"
+        remarks.append(f"micro-batch {micro_batch} does not fit into {device.memory_gib:.0f} GiB: {mend}")
+    if run.recompute_pointwise:
+        remarks.append("memory is that without --recompute-pointwise")
+    extra = [name for name in ("feature_loss", "vgg_loss") if getattr(model, name)]
+    if extra:
+        remarks.append(f"passes of the networks behind {' and '.join(extra)} are left out")
+    return found, remarks
+
+
+def describe(found: Forecast, config: PretrainConfig, device: Device, remarks: Sequence[str]) -> list[str]:
+    """What `mirl plan` prints, a line each."""
+    optim, shares = config.optim, sorted(found.shares.items(), key=lambda item: -item[1])
+    batch = f"{found.micro_batch} x {found.accumulation} accumulation x {found.gpus} GPUs"
+    busy = "device" if found.device_ms >= found.host_ms else "host"
+    length = f"{optim.steps} steps" if optim.steps else f"{optim.epochs:g} epochs"
+    rows: list[tuple[str, Any]] = [
+        ("run", f"recipe {config.recipe}, model {config.model.name}, {found.gpus} x {found.gpu}, bf16"),
+        ("batch", f"{optim.batch_size} = {batch}"),
+        ("step", f"{found.step_ms:.1f} ms, bound by the {busy}: device {found.device_ms:.1f} ms, host "
+                 f"{found.host_ms:.1f} ms, {found.link_ms:.1f} ms of traffic on top"),
+        ("speed", f"{found.images_per_s:.0f} images/s; MFU {found.mfu_percent:.1f} %, of the plain form's FLOPs "
+                  f"{found.plain_mfu_percent:.1f} %"),
+        ("memory", f"{found.memory_gib:.1f} of {found.memory_of_gpu_gib:.0f} GiB a GPU"),
+        ("length", f"{length}: " + ("unknown" if found.days is None else f"{found.days:.2f} days")),
+        ("device time", ", ".join(f"{kind} {share:.0f} %" for kind, share in shares if share >= 0.5)),
+        ("a step has", f"{found.launches} launches, {found.bytes_gb:.1f} GB moved"),
+        ("GPU figures", f"{device.peak_flops / 1e12:g} TFLOP/s bf16, {device.bandwidth / 1e9:g} GB/s: {device.source}"),
+    ]  # fmt: skip
+    lines = ["A prediction from counted operators: nothing below was measured."]
+    lines += [f"{name:<12} {text}" for name, text in rows]
+    return lines + [f"{'note':<12} {remark}" for remark in remarks]

@@ -1,0 +1,76 @@
+"""A compiled block as Inductor would run it on an H100: kernels, bytes, and what it keeps for the backward pass."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from mirl.engine.accounting.fake_step import FLASH
+from mirl.engine.models import model_config
+from mirl.engine.models.layers import Block
+from mirl.engine.training.compiling import RECOMPUTE_BUDGET
+from mirl.kernels.triton_import import HAS_TRITON, INTERPRETED
+from tests.dry_run.lowering import TORCH, Region, lower_region
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: pip install triton"),
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, which Inductor would ask"),
+    pytest.mark.skipif(
+        not torch.__version__.startswith(TORCH), reason=f"its figures and its inside are those of torch {TORCH}"
+    ),
+]
+BATCH = 256
+# One block of ViT-B-48 at batch 256 under torch 2.14: kernels forward and backward, megabytes that they move, megabytes
+# kept. With recomputation the inputs of LayerNorm and GELU are kept alone, for one more pass over each.
+BUDGET = {False: (8, 25, 723, 1510, 316), True: (8, 25, 723, 1628, 198)}
+
+
+@cache
+def block(recompute: bool) -> Region:
+    config = model_config("vit_b_48")
+    module = Block(config.width, config.heads, config.mlp_width).to(torch.bfloat16).train()
+    module.attn.backend = FLASH
+    x, delta = (
+        torch.zeros(BATCH, 1 + config.num_kept, config.width, dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(2)
+    )
+    arguments = (module, x, delta, None, None)
+    return lower_region(Block.compute, arguments, results=2, budget=RECOMPUTE_BUDGET if recompute else 1.0)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_block_keeps_its_budget(recompute):
+    region = block(recompute)
+    found = (
+        len(region.forward.kernels), len(region.backward.kernels), region.forward.bytes / 1e6,
+        region.backward.bytes / 1e6, region.saved / 1e6,
+    )  # fmt: skip
+    for figure, allowed in zip(found, BUDGET[recompute], strict=True):
+        assert 0.97 * allowed <= figure <= allowed, f"{found} for {BUDGET[recompute]}"
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nothing_but_products_and_attention_is_left_to_aten(recompute):
+    region = block(recompute)
+    assert region.forward.fallbacks == region.backward.fallbacks == []
+    products = [name for name, _ in region.forward.kernels + region.backward.kernels if "mm" in name]
+    assert len(products) == 3 * 4
+
+
+def test_recomputation_keeps_fewer_bytes_in_a_compiled_block():
+    config = model_config("vit_b_48")
+    spared = block(False).saved - block(True).saved
+    # The outputs of two norms and of the GELU: 6 of 16 values a token and width, in bfloat16.
+    assert spared == pytest.approx(6 * 2 * BATCH * (1 + config.num_kept) * config.width, rel=0.01)
+
+
+def test_an_operator_that_inductor_cannot_fuse_is_seen():
+    def sorts(x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.solve_triangular(x.exp(), x, upper=True)
+
+    x = torch.zeros(64, 64, requires_grad=True)
+    assert lower_region(sorts, (x,), results=1).forward.fallbacks
