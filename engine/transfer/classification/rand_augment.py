@@ -23,10 +23,10 @@ import torch
 from PIL import Image
 
 from mirl.dataloaders import Batch
+from mirl.engine.transfer.classification.config import RAND_AUGMENT as DEFAULT
 from mirl.engine.transfer.random_state import RAND_AUGMENT_STREAM, keys_of, seeded
 from mirl.errors import UserError
 
-DEFAULT = "rand-m9-mstd0.5-inc1"
 _FORM = re.compile(r"rand(-(m|n|mmax)\d+|-(mstd|p)\d+(\.\d+)?|-mstdinf|-inc[01])*")
 _CHUNKS_PER_WORKER = 2  # so that one slow chunk does not hold up the batch for its whole length
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
