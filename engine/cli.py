@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
+from mirl.engine.configuration.help_lines import nearest
 from mirl.engine.errors import run_entry_point
 from mirl.engine.version import __version__
 from mirl.errors import UserError
@@ -137,7 +138,7 @@ def dispatch(argv: Sequence[str]) -> int:
         print(f"mirl-engine {__version__}")
         return 0
     if argv[0] not in COMMANDS:
-        raise UserError(f"unknown command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")
+        raise UserError(f"unknown command {argv[0]!r}: {nearest(argv[0], COMMANDS)}choose one of {', '.join(COMMANDS)}")
     return COMMANDS[argv[0]][0](argv[1:])
 
 

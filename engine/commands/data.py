@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mirl.engine.configuration.flags import Parser, image_size
+from mirl.engine.configuration.flags import BracketedDefaults, Parser, image_size
 
 
 def _parser(name: str, description: str) -> Parser:
-    return Parser(prog=f"mirl {name}", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    return Parser(prog=f"mirl {name}", description=description, formatter_class=BracketedDefaults)
 
 
 def _add_source(parser: Parser) -> None:
@@ -112,7 +111,7 @@ def bench_loader(argv: Sequence[str]) -> int:
     parser = _parser("bench-loader", "Measure how fast the training loader reads, decodes and crops.")
     parser.add_argument("data", type=Path, nargs="*", metavar="PATH", help="data set; none: the demo photographs")
     parser.add_argument(
-        "--image-size", type=image_size, nargs="+", default=[(224, 224)], help="SIDE or HxW, one or more"
+        "--image-size", type=image_size, nargs="+", default=[(224, 224)], help="SIDE or HxW, one or more [224]"
     )
     parser.add_argument("--threads", type=int, nargs="+", help="decoding threads to try; none: 1, 2, 4 ... cores")
     parser.add_argument("--micro-batch", type=int, default=64, help="images per batch")

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     checkpoint = found.checkpoint
     config, weights = load_encoder(checkpoint)
     report: dict[str, Any] = {
-        "checkpoint": str(checkpoint), "model": config.name, "objective": config.objective,
+        "checkpoint": str(checkpoint), "model": config.label, "objective": config.objective,
         "depth": config.built_depth, "segments": config.segments, "seed": arguments.seed,
     }  # fmt: skip
 

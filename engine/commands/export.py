@@ -58,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
     if grid != config.grid:
         positions += f", resampled to {grid[0]}x{grid[1]}"
     print(
-        f"wrote {arguments.out}: {kind} of {config.name}, {len(encoder)} weights, depth {config.built_depth}, width "
+        f"wrote {arguments.out}: {kind} of {config.label}, {len(encoder)} weights, depth {config.built_depth}, width "
         f"{config.width}, image {size[0]}x{size[1]}x{config.channels}; {positions}"
     )
     print(f"images: values in [0, 1], mean {_numbers(config.mean)}, std {_numbers(config.std)}")

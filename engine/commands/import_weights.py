@@ -201,4 +201,4 @@ def _closing(out: Path, config: ModelConfig, *, complete: bool) -> str:
         return f"wrote {out}: the encoder alone ({size}), for fine-tuning and export; it cannot reconstruct"
     decoders = f"G {config.segments}, decoders {config.decoder_depth} x {config.decoder_width}, "
     decoders += f"heads {config.decoder_heads}, {'DID' if config.did else 'no DID'}, {config.variant} variant"
-    return f"wrote {out}: {config.name} ({size}; {decoders}), objective {config.objective}"
+    return f"wrote {out}: {config.label} ({size}; {decoders}), objective {config.objective}"

@@ -54,7 +54,7 @@ def summarise_config(
     """The row of `summarise` for any configuration."""
     forward = forward_flops(config)
     return {
-        "name": config.name,
+        "name": config.label,
         "variant": config.variant,
         "depth": config.depth,
         "width": config.width,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from mirl.engine.configuration.config import Config
+from mirl.engine.configuration.help_lines import describe_recipe, nearest, shown_default, usage
 from mirl.engine.configuration.overrides import override
 from mirl.engine.models import MODEL_NAMES
 from mirl.errors import UserError
@@ -30,14 +31,43 @@ TITLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class CommandLine:
-    """A kind of run as its entry point offers it: the configuration, its named defaults, and the help text."""
+    """A kind of run as its entry point offers it: the configuration, its named defaults, and the help text.
+
+    command, module: how it is started, by `mirl` or as a module. arguments: of the usage line. sizes: what each recipe
+    is meant for and needs, by name. texts: help of single flags, by SECTION.FIELD, where that of the common section
+    speaks of another kind of run.
+    """
 
     kind: type[Config]
     recipes: Mapping[str, Callable[[], Config]]
     default: str
-    prog: str
-    usage: str
+    command: str
+    module: str
+    arguments: str
     description: str
+    sizes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Lines of up to 120 columns; a description keeps its lines."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=120)
+
+
+class BracketedDefaults(HelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in the brackets that a run's help has them in; none where there is none, or the text says it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = (action.help or "").replace("%(default)s", shown_default(action.default))
+        plain = (
+            action.default in (None, argparse.SUPPRESS)
+            or not action.option_strings
+            or text.endswith("]")
+            or "none:" in text
+        )
+        return text if plain else f"{text} [{shown_default(action.default)}]".replace("%", "%%")
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,6 +83,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists every flag")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As argparse's, with the nearest choice named."""
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            text = f"invalid choice: {value!r} ({nearest(str(value), choices)}choose from {', '.join(choices)})"
+            raise argparse.ArgumentError(action, text)
+
 
 def parse(command: CommandLine, argv: Sequence[str]) -> Any:
     """The configuration that ``argv`` asks for: a recipe with single fields overridden.
@@ -61,8 +98,9 @@ def parse(command: CommandLine, argv: Sequence[str]) -> Any:
         UserError: an unknown flag (with the nearest known one), a value that does not fit, a configuration that cannot
         be.
     """
-    parser = build_parser(command)
-    known, unknown = parser.parse_known_args([_dashed(token) for token in argv])
+    tokens = [_dashed(token) for token in argv]
+    parser = build_parser(command, _recipe_in(command, tokens))
+    known, unknown = parser.parse_known_args(tokens)
     if unknown:
         _refuse_unknown(parser, unknown)
     base = command.recipes[known.recipe]()
@@ -73,25 +111,37 @@ def parse(command: CommandLine, argv: Sequence[str]) -> Any:
 _ABSENT = object()
 
 
-def build_parser(command: CommandLine) -> Parser:
-    """The parser of `parse`, whose values stay absent where no flag was given."""
-    parser = Parser(
-        prog=command.prog,
-        usage=command.usage,
-        allow_abbrev=False,
-        description=command.description,
-        epilog="A flag that is not given keeps the recipe's value. Values in brackets are those of the "
-        f"{command.default} recipe.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
-    )
+def _recipe_in(command: CommandLine, tokens: Sequence[str]) -> str:
+    """The recipe that ``tokens`` name, wherever it stands among them; the default where there is none."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    _add_recipe(parser, command)
+    return parser.parse_known_args([token for token in tokens if token not in ("-h", "--help")])[0].recipe
+
+
+def _add_recipe(parser: Parser, command: CommandLine) -> None:
     parser.add_argument(
         "--recipe",
         default=command.default,
-        choices=sorted(command.recipes),
+        choices=list(command.recipes),
         metavar="NAME",
         help=f"where the defaults come from: {', '.join(command.recipes)} [{command.default}]",
     )
-    shown = command.recipes[command.default]()
+
+
+def build_parser(command: CommandLine, recipe: str | None = None) -> Parser:
+    """The parser of `parse`, whose values stay absent where no flag was given; its help shows those of ``recipe``."""
+    recipe = recipe or command.default
+    parser = Parser(
+        prog=f"mirl {command.command}",
+        usage=usage(command.command, command.module, command.arguments),
+        allow_abbrev=False,
+        description=f"{command.description}\n\n{describe_recipe(recipe, command.recipes[recipe], command.sizes)}",
+        epilog="A flag that is not given keeps the recipe's value. Values in brackets are those of recipe "
+        f"{recipe};\n--recipe NAME --help shows those of another.",
+        formatter_class=HelpFormatter,
+    )
+    _add_recipe(parser, command)
+    shown = command.recipes[recipe]()
     sections = command.kind.sections()
     for section, kind in sections.items():
         group = parser.add_argument_group(TITLES[section])
@@ -111,7 +161,8 @@ def build_parser(command: CommandLine) -> Parser:
                     help=f"image size in pixels [{side}]",
                 )
             elif item.name != "image_width":
-                _add_flag(group, section, item, hints[item.name], getattr(values, item.name))
+                text = command.texts.get(f"{section}.{item.name}", item.metadata["help"])
+                _add_flag(group, section, item, text, hints[item.name], getattr(values, item.name))
     launcher = parser.add_argument_group("given by launchers, ignored")
     launcher.add_argument("--local-rank", dest="launcher.local_rank", default=_ABSENT, help=argparse.SUPPRESS)
     launcher.add_argument(
@@ -120,20 +171,14 @@ def build_parser(command: CommandLine) -> Parser:
     return parser
 
 
-def _add_flag(group: Any, section: str, item: dataclasses.Field, hint: Any, default: Any) -> None:
+def _add_flag(group: Any, section: str, item: dataclasses.Field, text: str, hint: Any, default: Any) -> None:
     flag = "--model" if (section, item.name) == ("model", "name") else "--" + item.name.replace("_", "-")
-    shown = (
-        " ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in default)
-        if isinstance(default, tuple)
-        else default
-    )
-    if shown is None:
-        shown = item.metadata.get("unset")
-    text = item.metadata["help"].replace("%", "%%")
+    text = text.replace("%", "%%")
     if flag == "--model":
         text = f"all fields of a model of the paper: {', '.join(MODEL_NAMES)}; the flags below change single ones"
     options: dict[str, Any] = {"dest": f"{section}.{item.name}", "default": _ABSENT}
-    options["help"] = f"{text} [{shown:g}]" if isinstance(shown, float) else f"{text} [{shown}]"
+    shown = item.metadata["unset"] if default is None and "unset" in item.metadata else shown_default(default)
+    options["help"] = f"{text} [{shown}]"
     kind = _plain(hint)
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from mirl.engine.configuration.config import Config, OptimConfig
-from mirl.engine.models.config import SINGLE_DECODER, ModelConfig, model_config
+from mirl.engine.models.config import MODEL_NAMES, SINGLE_DECODER, SIZE_FIELDS, ModelConfig, model_config
 from mirl.errors import UserError
 from mirl.settings import require_finite
 
@@ -77,6 +77,8 @@ def _override(section: Any, kind: type, given: Mapping[str, Any], name: str) -> 
         changes = {"statistics": "given"} | changes
     if kind is ModelConfig and "name" in changes:
         return model_config(changes.pop("name"), **changes)
+    if kind is ModelConfig and section.name not in MODEL_NAMES and _resized(section, changes):
+        changes = {"name": "custom"} | changes  # a recipe's own size; a published one knows its own fields
     if kind is ModelConfig and changes.get("objective") in SINGLE_DECODER and section.objective not in SINGLE_DECODER:
         # The recipe's decoders belong to another objective; what was asked for by name still holds.
         changes = {"segments": 1, "did": False, "decoder_depth": None} | changes
@@ -92,6 +94,10 @@ def _override(section: Any, kind: type, given: Mapping[str, Any], name: str) -> 
         if ("epochs" in changes or "steps" in changes) and not {"warmup_epochs", "warmup_steps"} & set(changes):
             changes |= _shorter_warmup(section, changes)
     return dataclasses.replace(section, **changes)
+
+
+def _resized(section: ModelConfig, changes: Mapping[str, Any]) -> bool:
+    return any(changes.get(name, getattr(section, name)) != getattr(section, name) for name in SIZE_FIELDS)
 
 
 def _drop_the_other(changes: dict[str, Any], one: str, other: str) -> None:

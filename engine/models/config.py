@@ -231,6 +231,22 @@ class ModelConfig(Section):
             raise UserError(f"log_sigma is {self.log_sigma}: give a width from 0.34 to patch_size ({self.patch_size})")
 
     @property
+    def label(self) -> str:
+        """The name of the size for people: "custom (...)" where fields of the named size have been changed.
+
+        ``name`` stays what it is in configurations and checkpoints.
+        """
+        size = _SIZES[self.name] | {"mlp_ratio": 4.0, "patch_size": 16} if self.name in _SIZES else {}
+        if self.objective in SINGLE_DECODER:  # it has its own decoder, whatever the size
+            size = {field: value for field, value in size.items() if field not in _OF_DECODERS}
+        changed = [f"{field} {value} -> {getattr(self, field)}" for field, value in size.items()
+                   if getattr(self, field) != value]  # fmt: skip
+        if not changed:
+            return self.name
+        first = [text.replace("_", " ") for text in changed[:2]]
+        return f"custom ({self.name}, {', '.join(first)}{f', {len(changed) - 2} more' if len(changed) > 2 else ''})"
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Patches down and across."""
         return self.image_height // self.patch_size, self.image_width // self.patch_size
@@ -296,6 +312,8 @@ _SIZES: dict[str, dict[str, int]] = {
     "vit_b_48": {"depth": 48, "width": 768, "heads": 12, "segments": 6, "decoder_width": 512, "decoder_heads": 16},
 }
 MODEL_NAMES = tuple(_SIZES)
+_OF_DECODERS = ("segments", "decoder_width", "decoder_heads")
+SIZE_FIELDS = ("depth", "width", "heads", "mlp_ratio", "patch_size", *_OF_DECODERS)
 
 
 def model_config(name: str, **overrides: Any) -> ModelConfig:

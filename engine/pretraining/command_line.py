@@ -6,16 +6,18 @@ from collections.abc import Sequence
 
 from mirl.engine.configuration.config import PretrainConfig
 from mirl.engine.configuration.flags import CommandLine, parse
+from mirl.engine.pretraining.recipe_sizes import SIZES
 from mirl.engine.pretraining.recipes import DEFAULT_RECIPE, RECIPES
 
 PRETRAIN = CommandLine(
     kind=PretrainConfig,
     recipes=RECIPES,
     default=DEFAULT_RECIPE,
-    prog="engine/pretrain.py",
-    usage="deepspeed engine/pretrain.py --deepspeed_config ds_configs/zero2.json [--recipe NAME] [--data PATH ...] "
-    "[flags]",
+    command="pretrain",
+    module="mirl.engine.pretrain",
+    arguments="[--recipe NAME] [--data PATH ...] [flags]",
     description="Pre-train a Vision Transformer by Masked Image Residual Learning.",
+    sizes=SIZES,
 )
 
 

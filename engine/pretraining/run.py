@@ -82,7 +82,7 @@ class Pretraining(RunKind[PretrainConfig]):
         config, model = plan.config, plan.config.model
         return [
             f"recipe {config.recipe}, out {config.run.out} (resolved configuration in config.json)",
-            f"model {model.name}: depth {model.depth}, width {model.width}, G {model.segments}, {model.variant} "
+            f"model {model.label}: depth {model.depth}, width {model.width}, G {model.segments}, {model.variant} "
             f"variant, objective {model.objective}, {parameters / 1e6:.1f} M parameters; image "
             f"{model.image_height}x{model.image_width}x{model.channels}, patch {model.patch_size}, mask "
             f"{model.mask_ratio:g}",

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from mirl.dataloaders import typical_image_bytes
 from mirl.engine.accounting.free_memory import FreeMemory, free_memory
+from mirl.engine.accounting.machines import largest_fitting, micro_batches
 from mirl.engine.accounting.memory import GIB
 from mirl.engine.accounting.run_memory import DECODED_BYTES, Footprint, Placement, run_bytes
 from mirl.engine.checkpoints.reader import CheckpointReader
@@ -18,9 +19,6 @@ from mirl.engine.training.plan import BATCH_KEYS, RunPlan, agree_on_main
 from mirl.errors import UserError
 
 C = TypeVar("C", bound=Config)
-# Share of what is free that a micro-batch of our choice may take: on a CPU other programs need memory too, and a larger
-# micro-batch is no faster there.
-ROOM = {"cpu": 0.6, "cuda": 0.9}
 # The estimate may be wrong by so much: what exceeds it beyond that is refused.
 CLEARLY = 1.1
 
@@ -46,8 +44,7 @@ def fit_to_memory(plan: RunPlan[C], footprint_of: FootprintOf) -> RunPlan[C]:
     elif recorded in allowed and (need.footprint.group > 1 or need(recorded) <= free.bytes):
         micro, kept = recorded, True
     else:
-        room = ROOM[ranks.device.type] * free.bytes
-        micro, kept = next((size for size in allowed if need(size) <= room), allowed[-1]), False
+        micro, kept = largest_fitting(allowed, need, free.bytes, on_gpu=ranks.device.type == "cuda"), False
     if need(micro) > CLEARLY * free.bytes:
         raise UserError(_refusal(need, micro, allowed, free, kept))
     accumulation = need.share // micro
@@ -57,12 +54,6 @@ def fit_to_memory(plan: RunPlan[C], footprint_of: FootprintOf) -> RunPlan[C]:
         plan, micro_batch=micro, accumulation=accumulation, ds_config=plan.ds_config | batch_keys,
         remarks=[*plan.remarks, line],
     )  # fmt: skip
-
-
-def micro_batches(share: int, group: int = 1) -> list[int]:
-    """Divisors of ``share``, a rank's images of a step, the largest first; multiples of ``group`` if there are any."""
-    divisors = [size for size in range(share, 0, -1) if share % size == 0]
-    return [size for size in divisors if size % group == 0] or divisors
 
 
 class _Need:

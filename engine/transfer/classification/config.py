@@ -12,7 +12,7 @@ from mirl.errors import UserError
 from mirl.settings import Section
 
 OFF = "off"
-RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
+RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # here, and not beside its code: the help waits for no torch
 HEAD_INITS = ("probe", "random")
 # What help shows for a value that is None until the length of the run and the size of its images are known.
 SCALED = "scaled"

@@ -191,7 +191,7 @@ class Finetuning(RunKind[FinetuneConfig]):
         evaluated = f"evaluated on {self.val.ledger}" if self.val is not None else "not evaluated (no --val)"
         return [
             f"fine-tuning, recipe {config.recipe}, out {config.run.out} (resolved configuration in config.json)",
-            f"encoder {model.name} from {section.checkpoint}: depth {model.depth}, width {model.width}; "
+            f"encoder {model.label} from {section.checkpoint}: depth {model.depth}, width {model.width}; "
             f"{self.num_classes} classes, {section.pool} pool, {parameters / 1e6:.1f} M parameters; image "
             f"{model.image_height}x{model.image_width}x{model.channels}; {evaluated}",
             f"layer decay {section.layer_decay:g}, drop path {scaled.drop_path:g}, RandAugment "

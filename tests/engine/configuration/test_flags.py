@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 
+from mirl.engine.cli import dispatch
 from mirl.engine.configuration.config import PretrainConfig
-from mirl.engine.configuration.flags import build_parser
+from mirl.engine.configuration.flags import CommandLine, build_parser, parse
+from mirl.engine.distributed.ds_config import read_ds_config
+from mirl.engine.models import model_config
 from mirl.engine.pretraining.command_line import PRETRAIN, parse_pretrain
 from mirl.engine.pretraining.recipes import RECIPES, recipe
+from mirl.engine.transfer.classification.command_line import FINETUNE
+from tests.support.launch import CHECKOUT, launch_environment
 
 
 def test_no_flags_give_the_demo_recipe():
@@ -86,8 +95,9 @@ def test_a_length_in_one_unit_replaces_the_other():
         (["stray"], "unknown argument stray"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["--steps", "-1"], "steps is -1"),
-        (["--recipe", "nope"], "argument --recipe: invalid choice: 'nope'"),
-        (["--model", "vit_z"], "argument --model: invalid choice: 'vit_z'"),
+        (["--recipe", "nope"], "argument --recipe: invalid choice: 'nope' (choose from demo, small_data"),
+        (["--recipe", "smalldata"], "invalid choice: 'smalldata' (did you mean 'small_data'? choose from demo"),
+        (["--model", "vit_z"], "argument --model: invalid choice: 'vit_z' (did you mean 'vit_"),
         (["--image-size", "225", "--patch-size", "16"], "image_height is 225 and patch_size is 16"),
         (["--image-size", "2x2x2"], "no image size"),
         (["--segments", "3"], "segments is 3: decoders work in pairs, give 1 or an even number"),
@@ -118,3 +128,90 @@ def test_help_is_grouped_and_names_defaults(capsys):
         "[zero2]",
     ):
         assert part in text
+
+
+def help_of(command: CommandLine, argv: list[str], capsys) -> str:
+    with pytest.raises(SystemExit) as caught:
+        parse(command, argv)
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [PRETRAIN, FINETUNE], ids=["pretrain", "finetune"])
+def test_help_shows_the_values_of_the_recipe_wherever_it_stands(command, capsys):
+    for name, make in command.recipes.items():
+        config = make()
+        texts = {
+            help_of(command, argv, capsys)
+            for argv in (["--recipe", name, "--help"], ["--help", f"--recipe={name}"], ["-h", "--recipe", name])
+        }
+        assert len(texts) == 1
+        (text,) = texts
+        flat = " ".join(text.split())
+        assert f"over all ranks [{config.optim.batch_size}]" in flat
+        assert f"[{config.run.out}]" in flat
+        assert f"Recipe {name}: " in flat and f"Size: {command.sizes[name]}" in flat
+
+
+def test_defaults_of_the_help_have_one_style(capsys):
+    text = help_of(PRETRAIN, ["--help"], capsys) + help_of(FINETUNE, ["--help"], capsys)
+    for wrong in ("[]", "[None]", "[()]", "[True]", "[False]", "default:"):
+        assert wrong not in text
+
+
+def test_the_help_of_finetuning_speaks_of_finetuning(capsys):
+    text = " ".join(help_of(FINETUNE, ["--help"], capsys).split())
+    for wrong in ("demo photographs", "pictures, checkpoints", "masks"):
+        assert wrong not in text
+    known = {
+        f"{section}.{item.name}"
+        for section, kind in FINETUNE.kind.sections().items()
+        for item in dataclasses.fields(kind)
+    }
+    assert set(FINETUNE.texts) <= known
+
+
+def test_the_usage_line_is_one_that_works_where_it_is_typed(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/mirl", "pretrain"])
+    monkeypatch.setattr(shutil, "which", lambda name: f"/somewhere/{name}")
+    assert help_of(PRETRAIN, ["--help"], capsys).startswith("usage: mirl pretrain [--recipe NAME]")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    text = help_of(PRETRAIN, ["--help"], capsys)
+    assert text.startswith("usage: python -m mirl.engine.pretrain [--recipe NAME]")
+    assert "deepspeed --module mirl.engine.pretrain --deepspeed_config zero2" in text
+    for command in (PRETRAIN, FINETUNE):
+        assert importlib.util.find_spec(command.module) is not None
+    assert read_ds_config("zero2")
+    monkeypatch.chdir(CHECKOUT)
+    monkeypatch.setattr(sys, "argv", ["engine/pretrain.py"])
+    assert "deepspeed engine/pretrain.py --deepspeed_config zero2" in help_of(PRETRAIN, ["--help"], capsys)
+
+
+def test_help_of_any_recipe_waits_for_no_torch():
+    code = (
+        "import sys\nfrom mirl.engine.cli import dispatch\n"
+        "try:\n    dispatch([sys.argv[1], '--help', '--recipe', 'small_data'])\n"
+        "except SystemExit:\n    sys.exit('torch' in sys.modules)\nsys.exit(2)"
+    )
+    for name in ("pretrain", "finetune"):
+        done = subprocess.run([sys.executable, "-c", code, name], cwd=CHECKOUT, env=launch_environment(), check=False)
+        assert done.returncode == 0
+
+
+def test_a_misspelt_command_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="unknown command 'finetun': did you mean 'finetune'"):
+        dispatch(["finetun"])
+    with pytest.raises(ValueError, match="recipe is 'smal_data': did you mean 'small_data'"):
+        recipe("smal_data")
+
+
+def test_a_changed_model_is_called_custom():
+    assert recipe("small_data").model.label == "vit_s"
+    assert recipe("small_data", depth=4).model.label == "custom (vit_s, depth 12 -> 4)"
+    small = recipe("small_data", depth=4, width=128, heads=4, image_size=56, patch_size=7).model
+    assert small.label == "custom (vit_s, depth 12 -> 4, width 384 -> 128, 2 more)" and small.name == "vit_s"
+    assert recipe("demo").model.label == "demo" and recipe("demo", depth=4).model.label == "custom"
+    assert recipe("demo", image_size=32, mask_ratio=0.5).model.label == "demo"
+    assert recipe("small_data", objective="mae").model.label == "vit_s"  # one decoder of its own is no other size
+    assert model_config("vit_s_54", variant="release").label == "vit_s_54"
+    assert model_config("vit_s_54", variant="release", width=192).decoder_depth == 1

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from mirl.engine.accounting.free_memory import FreeMemory
+from mirl.engine.accounting.machines import ROOM_ON_CPU, micro_batches
 from mirl.engine.accounting.run_memory import classifier_footprint, pretraining_footprint
 from mirl.engine.distributed.ds_config import read_ds_config, resolve_batch, resolve_ds_config
 from mirl.engine.distributed.launch import Ranks
 from mirl.engine.models import model_config
 from mirl.engine.pretraining.recipes import recipe
 from mirl.engine.training import fitting
-from mirl.engine.training.fitting import fit_to_memory, micro_batches
+from mirl.engine.training.fitting import fit_to_memory
 from mirl.engine.training.plan import RunPlan
 from mirl.engine.transfer.classification.classifier import encoder_config
 from mirl.engine.transfer.classification.recipes import finetune_recipe
@@ -91,9 +92,9 @@ def test_the_largest_that_fits_is_chosen_and_the_batch_stays(free, gib):
     assert fitted.ds_config["train_batch_size"] == 512
     assert fitted.ds_config["train_micro_batch_size_per_gpu"] == fitted.micro_batch
     assert fitted.ds_config["gradient_accumulation_steps"] == fitted.accumulation
-    assert need(fitted.micro_batch) <= fitting.ROOM["cpu"] * gib * GIB
+    assert need(fitted.micro_batch) <= ROOM_ON_CPU * gib * GIB
     if fitted.micro_batch < 512:
-        assert need(2 * fitted.micro_batch) > fitting.ROOM["cpu"] * gib * GIB
+        assert need(2 * fitted.micro_batch) > ROOM_ON_CPU * gib * GIB
         assert f"in {fitted.accumulation} micro-batches" in fitted.remarks[-1]
     assert fitted.remarks[0] == "first" and f"micro-batch {fitted.micro_batch}, {gib}.0 GiB" in fitted.remarks[-1]
 
