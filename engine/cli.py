@@ -19,15 +19,9 @@ def _pretrain(argv: Sequence[str]) -> int:
 
 
 def _summary(argv: Sequence[str]) -> int:
-    from mirl.engine.commands.summary import run_summary
-    from mirl.engine.configuration.flags import Parser
+    from mirl.engine.commands.summary_command import main
 
-    parser = Parser(prog="mirl summary", description="Parameters, FLOPs and memory of the models of the paper.")
-    parser.add_argument("--model", metavar="NAME", help="one model in detail; none: the table of all")
-    parser.add_argument("--json", action="store_true", help="machine-readable")
-    arguments = parser.parse_args(argv)
-    print(run_summary(arguments.model, arguments.json))
-    return 0
+    return main(argv)
 
 
 def _visualize(argv: Sequence[str]) -> int:
@@ -118,7 +112,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "make-index": (_data_command("make_index"), "index tar shards for reading in any order"),
     "bench-loader": (_data_command("bench_loader"), "measure the training loader"),
     "doctor": (_doctor, "check that every part the engine needs runs on this machine"),
-    "summary": (_summary, "parameters, FLOPs and memory of the models"),
+    "summary": (_summary, "parameters, FLOPs, memory and time of a run, or of the models of the paper"),
     "plan": (_plan, "predict speed, memory and days of a run on GPUs that need not be here"),
 }
 

@@ -95,6 +95,13 @@ class FinetuneConfig(Config):
         assert self.model is not None
         return self.model
 
+    def resized(self, model: ModelConfig) -> ModelConfig:
+        """``model`` at the image size that was asked for, or at its own."""
+        section = self.finetune
+        if not section.image_height:
+            return model
+        return dataclasses.replace(model, image_height=section.image_height, image_width=section.image_width)
+
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, source: str) -> FinetuneConfig:
         """As `Config.from_dict`, with the two models and the classes."""

@@ -245,8 +245,7 @@ def _require_same_model(saved: FinetuneConfig, asked: FinetuneConfig, path: Path
 
 def _with_models(config: FinetuneConfig, source: ModelConfig) -> FinetuneConfig:
     section = config.finetune
-    size = {"image_height": section.image_height, "image_width": section.image_width} if section.image_height else {}
-    model = dataclasses.replace(encoder_config(source, section.drop_path or 0.0, section.attention), **size)
+    model = config.resized(encoder_config(source, section.drop_path or 0.0, section.attention))
     return dataclasses.replace(config, source=source, model=model)
 
 

@@ -1,0 +1,47 @@
+"""`mirl summary`: of the models of the paper, or of a run with its own flags."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+
+from mirl.engine.configuration.flags import HelpFormatter, Parser
+
+DESCRIPTION = """\
+Parameters, FLOPs and memory of the models of the paper; or of a run, with its time on this machine.
+
+Every flag of `mirl pretrain` is taken (--recipe, --depth, --image-size, --batch-size, --data ...); with --checkpoint
+every flag of `mirl finetune` is."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print what ``argv`` asks for. UserError for an unknown flag, or a run that cannot be."""
+    parser = Parser(
+        prog="mirl summary",
+        description=DESCRIPTION,
+        usage="mirl summary [--model NAME] [--recipe NAME] [flags of a run]",
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--model", metavar="NAME", help="one model in detail; without any flag: the table of all")
+    parser.add_argument("--json", action="store_true", help="machine-readable [off]")
+    parser.add_argument(
+        "--time",
+        action=argparse.BooleanOptionalAction,
+        help="measure the time of a step of the run; by default where the model is small enough for some seconds",
+    )
+    known, flags = parser.parse_known_args(argv)
+    if not flags and known.time is None:
+        # Only here, so that --help waits for no torch.
+        from mirl.engine.commands.summary import run_summary
+
+        print(run_summary(known.model, known.json))
+        return 0
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as in a run; see engine/pretrain.py
+    from mirl.engine.commands.run_summary import summarise_run
+
+    summary = summarise_run([*flags, *(["--model", known.model] if known.model else [])], measure=known.time)
+    print(json.dumps(summary.to_dict(), indent=2) if known.json else summary)
+    return 0
