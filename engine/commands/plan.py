@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mirl.engine.accounting.devices import DEVICES, GIB, Device, device_named
+from mirl.engine.accounting.devices import DEVICES, Device, device_named
 from mirl.engine.configuration.config import PretrainConfig
 from mirl.engine.configuration.flags import Parser
 from mirl.engine.pretraining.command_line import parse_pretrain
@@ -99,7 +99,7 @@ def plan(config: PretrainConfig, device: Device, *, gpus: int, images: int) -> t
     found = Forecast.make(
         step, device, micro_batch=micro_batch, accumulation=accumulation,
         flops_per_image=training_flops_per_image(model, ExactSkips()),
-        plain_flops_per_image=training_flops_per_image(model), memory_bytes=GIB * memory_gib(micro_batch),
+        plain_flops_per_image=training_flops_per_image(model), memory_gib=memory_gib(micro_batch),
         trained_images=optim.steps * optim.batch_size or optim.epochs * images,
     )  # fmt: skip
     remarks = []
