@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from mirl.engine.accounting.memory import step_gib
+from mirl.engine.accounting.machines import MACHINES, fit
+from mirl.engine.accounting.run_memory import pretraining_footprint
 from mirl.engine.commands.plan import IMAGENET_IMAGES, main
-from mirl.engine.models import model_config
+from mirl.engine.pretraining.command_line import parse_pretrain
 from mirl.errors import UserError
 from tests.support.launch import CHECKOUT, launch_environment
 
@@ -31,8 +32,16 @@ def test_json_has_what_a_program_needs(capsys):
     assert sum(found["shares"].values()) == pytest.approx(100) and found["shares"]["gemm"] > 10
     assert 0 < found["mfu_percent"] < found["plain_mfu_percent"] < 100
     assert found["launches"] > 500 and found["bytes_gb"] > 5
-    model = model_config("vit_s", depth=4, segments=4)
-    assert found["memory_gib"] == pytest.approx(1.1 * step_gib(model, 256, zero_stage=2, ranks=1))
+    assert found["fits"] and found["memory_of_gpu_gib"] == 80
+
+
+def test_it_takes_the_micro_batch_that_a_run_would_take(capsys):
+    found = planned(capsys, "--batch-size", "65536", "--gpu", "H100")
+    footprint = pretraining_footprint(parse_pretrain([*SMALL, "--batch-size", "65536"]), "bf16", on_gpu=True)
+    micro, size = fit(MACHINES[2], footprint, 65536)
+    assert MACHINES[2].name == "GPU of 80 GB" and micro < 65536
+    assert (found["micro_batch"], found["accumulation"]) == (micro, 65536 // micro)
+    assert found["memory_gib"] == pytest.approx(size / 2**30)
 
 
 def test_gpus_images_and_slower_devices_count(capsys):
@@ -46,15 +55,15 @@ def test_gpus_images_and_slower_devices_count(capsys):
 
 
 def test_it_says_that_nothing_was_measured_and_what_would_fit(capsys):
-    assert main([*SMALL, "--gpu", "L4", "--batch-size", "4096"]) == 0
+    assert main([*SMALL, "--gpu", "L4", "--batch-size", "16384", "--micro-batch", "16384"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "A prediction from counted operators: nothing below was measured."
     assert any(line.startswith("GPU figures") and "NVIDIA L4 data sheet" in line for line in lines)
     (note,) = [line for line in lines if line.startswith("note")]
     micro = int(note.rsplit("--micro-batch ", 1)[1].split()[0])
-    assert "micro-batch 4096 does not fit" in note and 4096 % micro == 0
-    assert planned(capsys, "--gpu", "L4", "--batch-size", "4096", "--micro-batch", str(micro))["fits"]
-    assert not planned(capsys, "--gpu", "L4", "--batch-size", "4096", "--micro-batch", str(2 * micro))["fits"]
+    assert "micro-batch 16384 does not fit into 24 GiB" in note and 16384 % micro == 0
+    assert planned(capsys, "--gpu", "L4", "--batch-size", "16384", "--micro-batch", str(micro))["fits"]
+    assert not planned(capsys, "--gpu", "L4", "--batch-size", "16384", "--micro-batch", str(2 * micro))["fits"]
 
 
 REFUSED = {
