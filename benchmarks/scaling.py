@@ -17,7 +17,6 @@ from functools import cache
 from mirl.engine.accounting.devices import Device, device_named
 from mirl.engine.accounting.fake_step import FakeStep, fake_step, optimiser_operators
 from mirl.engine.accounting.flops import pretraining_parameters, training_flops_per_image
-from mirl.engine.accounting.forecast import MEMORY_OVERHEAD, USABLE_MEMORY
 from mirl.engine.accounting.memory import GIB, activation_bytes, state_bytes
 from mirl.engine.accounting.predict import Times, times
 from mirl.engine.accounting.traffic import Links, link_seconds, sent_bytes, shown_seconds
@@ -26,6 +25,8 @@ from mirl.engine.models import MIRL, ModelConfig, model_config
 MODELS = ("vit_b_48", "vit_s_54")
 GPUS = (8, 32, 256)
 STAGES = (2, 3)  # stage 1 is as stage 2 (engine/distributed/flat_gradients.py)
+# Kernels' work space and the allocator, on top of the counted bytes; and what CUDA's context and NCCL's buffers leave.
+MEMORY_OVERHEAD, USABLE_MEMORY = 1.10, 0.92
 MICRO_BATCHES = (512, 256, 128, 64, 32, 16, 8)
 
 

@@ -38,6 +38,8 @@ TIERS = {
     "tests/kernels/test_interpreted.py": "process",
     "tests/engine/training/test_compile.py": "compile",
     "tests/kernels/test_machine_code.py": "compile",
+    "tests/dry_run/test_fake_step.py": "slow",
+    "tests/dry_run/test_budget.py": "slow",
 }
 TIER_OF_FIXTURE = {"server": "ranks", "run": "process"}
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from mirl.errors import UserError
 
-GIB = 2**30
 PCIE_4 = 32e9  # bytes a second of sixteen lanes, one direction
 PCIE_5 = 64e9
 
@@ -21,7 +20,7 @@ class Device:
     """One kind of GPU.
 
     key: its name on the command line. reported: what torch's name of it contains as whole words, a regular expression.
-    peak_flops: bf16, dense, a second. bandwidth: bytes of memory a second. memory_gb: in units of 1e9 bytes.
+    peak_flops: bf16, dense, a second. bandwidth: bytes of memory a second. memory_gib: data sheets write GB for it.
     link: bytes a second to a neighbour in the same host, one direction. source: where the figures stand.
     """
 
@@ -29,21 +28,17 @@ class Device:
     reported: str
     peak_flops: float
     bandwidth: float
-    memory_gb: float
+    memory_gib: float
     multiprocessors: int
     link: float
     source: str
 
-    @property
-    def memory_gib(self) -> float:
-        return self.memory_gb * 1e9 / GIB
-
 
 def _device(
-    key: str, reported: str, tflops: float, gb_per_s: float, gb: float, multiprocessors: int, link: float, source: str
+    key: str, reported: str, tflops: float, gb_per_s: float, gib: float, multiprocessors: int, link: float, source: str
 ) -> Device:
     return Device(
-        key=key, reported=reported, peak_flops=tflops * 1e12, bandwidth=gb_per_s * 1e9, memory_gb=gb,
+        key=key, reported=reported, peak_flops=tflops * 1e12, bandwidth=gb_per_s * 1e9, memory_gib=gib,
         multiprocessors=multiprocessors, link=link, source=source,
     )  # fmt: skip
 

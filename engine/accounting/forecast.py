@@ -6,15 +6,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mirl.engine.accounting.devices import GIB, Device
+from mirl.engine.accounting.devices import Device
 from mirl.engine.accounting.fake_step import fake_step, optimiser_operators
 from mirl.engine.accounting.predict import Times, times
 from mirl.engine.accounting.traffic import Links, link_seconds, shown_seconds
 from mirl.engine.models.compute_choices import ComputeChoices
 
-# Kernels' work space and the allocator, on top of the counted bytes (engine/accounting/memory.py); and what of a GPU's
-# memory is left by CUDA's context and NCCL's buffers.
-MEMORY_OVERHEAD, USABLE_MEMORY = 1.10, 0.92
+FREE_SHARE = 0.975  # of a GPU's memory, what a driver leaves to programs
 LINK_SHARE = 2 / 3  # of the data sheet's, what a ring reaches
 
 
@@ -94,7 +92,7 @@ class Forecast:
         accumulation: int,
         flops_per_image: float,
         plain_flops_per_image: float,
-        memory_bytes: float,
+        memory_gib: float,
         trained_images: float | None,
     ) -> Forecast:
         """From a step, with what only the model's configuration can tell. ``trained_images``: of the whole run."""
@@ -105,8 +103,8 @@ class Forecast:
             device_ms=1e3 * found.device_s, host_ms=1e3 * found.host_s, link_ms=1e3 * step.shown_link_s,
             step_ms=1e3 * step.step_s, launches=found.launches, bytes_gb=found.bytes / 1e9, images_per_s=speed,
             mfu_percent=utilisation * flops_per_image, plain_mfu_percent=utilisation * plain_flops_per_image,
-            memory_gib=MEMORY_OVERHEAD * memory_bytes / GIB, memory_of_gpu_gib=device.memory_gib,
-            fits=MEMORY_OVERHEAD * memory_bytes / GIB <= USABLE_MEMORY * device.memory_gib,
+            memory_gib=memory_gib, memory_of_gpu_gib=device.memory_gib,
+            fits=memory_gib <= FREE_SHARE * device.memory_gib,
             days=None if trained_images is None else trained_images / speed / 86400,
             shares={kind: 100 * share for kind, share in found.shares.items()},
         )  # fmt: skip

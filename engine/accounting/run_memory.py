@@ -65,10 +65,12 @@ class Placement:
     def of(cls, ds_config: dict[str, Any], *, ranks: int, precision: str, on_gpu: bool) -> Placement:
         """The placement that a resolved DeepSpeed configuration asks for."""
         zero = ds_config["zero_optimization"]
+        bucket = zero.get("reduce_bucket_size", BUCKET_VALUES)
         offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
         return cls(
             zero_stage=zero["stage"], ranks=ranks, precision=precision, on_gpu=on_gpu,
-            bucket=int(zero.get("reduce_bucket_size", BUCKET_VALUES)), offload=offload,
+            # Anything else than a number DeepSpeed itself refuses.
+            bucket=int(bucket) if isinstance(bucket, int | float) else BUCKET_VALUES, offload=offload,
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mirl.engine.accounting.devices import DEVICES, GIB, Device, device_named
+from mirl.engine.accounting.devices import DEVICES, Device, device_named
 from mirl.engine.configuration.config import PretrainConfig
 from mirl.engine.configuration.flags import Parser
 from mirl.engine.pretraining.command_line import parse_pretrain
@@ -68,48 +68,51 @@ def _count(text: str) -> int:
 def plan(config: PretrainConfig, device: Device, *, gpus: int, images: int) -> tuple[Forecast, list[str]]:
     """Predict ``config`` on ``gpus`` GPUs and a data set of ``images``; with remarks on what is not in the prediction.
 
-    UserError where the batch cannot be shared among the GPUs.
+    Where no micro-batch is given it is the one that such a run would take. UserError where the batch cannot be shared
+    among the GPUs.
     """
     # Only now, so that --help and a wrong flag answer at once.
+    import torch
+
     from mirl.engine.accounting.flops import training_flops_per_image
-    from mirl.engine.accounting.forecast import MEMORY_OVERHEAD, USABLE_MEMORY, Forecast, forecast_step
-    from mirl.engine.accounting.memory import step_gib
-    from mirl.engine.distributed.ds_config import read_ds_config, resolve_batch
+    from mirl.engine.accounting.forecast import FREE_SHARE, Forecast, forecast_step
+    from mirl.engine.accounting.machines import largest_fitting, micro_batches
+    from mirl.engine.accounting.memory import GIB
+    from mirl.engine.accounting.run_memory import Placement, pretraining_footprint, run_bytes
+    from mirl.engine.distributed.ds_config import read_ds_config, resolve_batch, resolve_ds_config
     from mirl.engine.models import ExactSkips
     from mirl.engine.training.computing import bare_model
 
     model, optim, run = config.model, config.optim, config.run
     micro_batch, accumulation = resolve_batch(config, gpus)
-    stage = read_ds_config(run.deepspeed_config)["zero_optimization"]["stage"]
+    share, free = micro_batch * accumulation, FREE_SHARE * device.memory_gib * GIB
+    ds_config = resolve_ds_config(
+        read_ds_config(run.deepspeed_config), config, micro_batch=micro_batch, accumulation=accumulation,
+        precision="bf16", device=torch.device("cuda"),
+    )  # fmt: skip
+    place = Placement.of(ds_config, ranks=gpus, precision="bf16", on_gpu=True)
+    footprint = pretraining_footprint(config, "bf16", on_gpu=True)
 
-    def memory_gib(micro: int) -> float:
-        return step_gib(
-            model, micro, zero_stage=stage, ranks=gpus, checkpointing=run.activation_checkpointing,
-            accumulation=micro_batch * accumulation // micro,
-        )  # fmt: skip
+    def need(micro: int) -> float:
+        return run_bytes(footprint, place, micro, share // micro)
 
+    fitting = largest_fitting(micro_batches(share, footprint.group), need, free, on_gpu=True)
+    if not optim.micro_batch:
+        micro_batch, accumulation = fitting, share // fitting
     step = forecast_step(
-        lambda: bare_model(model, run),
-        device,
-        gpus=gpus,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        stage=stage,
-    )
+        lambda: bare_model(model, run), device, gpus=gpus, micro_batch=micro_batch, accumulation=accumulation,
+        stage=place.zero_stage,
+    )  # fmt: skip
     found = Forecast.make(
         step, device, micro_batch=micro_batch, accumulation=accumulation,
         flops_per_image=training_flops_per_image(model, ExactSkips()),
-        plain_flops_per_image=training_flops_per_image(model), memory_bytes=GIB * memory_gib(micro_batch),
+        plain_flops_per_image=training_flops_per_image(model), memory_gib=need(micro_batch) / GIB,
         trained_images=optim.steps * optim.batch_size or optim.epochs * images,
     )  # fmt: skip
     remarks = []
     if not found.fits:
-        limit = USABLE_MEMORY * device.memory_gib / MEMORY_OVERHEAD
-        share = micro_batch * accumulation
-        smaller = (micro for micro in range(micro_batch, 0, -1) if share % micro == 0 and memory_gib(micro) <= limit)
-        micro = next(smaller, None)
-        mend = "no micro-batch does" if micro is None else f"--micro-batch {micro} does"
-        remarks.append(f"micro-batch {micro_batch} does not fit into {device.memory_gib:.0f} GiB: {mend}")
+        mend = f"--micro-batch {fitting} does" if need(fitting) <= free else "no micro-batch does"
+        remarks.append(f"micro-batch {micro_batch} does not fit into {device.memory_gib:g} GiB: {mend}")
     if run.recompute_pointwise:
         remarks.append("memory is that without --recompute-pointwise")
     extra = [name for name in ("feature_loss", "vgg_loss") if getattr(model, name)]

@@ -156,7 +156,7 @@ def summarise_run(argv: Sequence[str], *, measure: bool | None = None) -> RunSum
 
 def _encoder(config: FinetuneConfig) -> ModelConfig:
     section = config.finetune
-    model = encoder_config(load_encoder(section.checkpoint)[0], section.drop_path, section.attention)
+    model = encoder_config(load_encoder(section.checkpoint)[0], section.drop_path or 0.0, section.attention)
     return config.resized(model)
 
 
@@ -185,7 +185,7 @@ def _footprint(config: Config, model: ModelConfig, classes: int, precision: str,
     assert isinstance(config, FinetuneConfig)
     return classifier_footprint(
         model, classes, precision, on_gpu=on_gpu, checkpointing=config.run.activation_checkpointing,
-        averaged=bool(config.finetune.ema), paired=bool(config.finetune.mixup or config.finetune.cutmix),
+        averaged=bool(config.finetune.ema), paired=config.finetune.mixes_pairs,
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ FIXED = frozenset({
     "decoder_depth", "variant", "truncated_depth",
 })  # fmt: skip
 # Not told where they differ: each start has its own.
-_OF_A_START = frozenset({"out", "resume", "init_from", "change", "checkpoint", "statistics"})
+_OF_A_START = frozenset({"name", "out", "resume", "init_from", "change", "checkpoint", "statistics"})
 # One of them is as good as the other in --change.
 _TOGETHER = (
     {"image_size", "image_height", "image_width"}, {"lr", "base_lr"}, {"steps", "epochs"},

@@ -92,7 +92,9 @@ def _h100() -> Iterator[None]:
     names = ("_inductor.scheduler", "utils._triton", "_inductor.compile_fx", "_dynamo.device_interface")
     scheduler, triton_utils, compile_fx, interface = (importlib.import_module(f"torch.{name}") for name in names)
     driver = importlib.import_module("triton.runtime.driver").driver
+    # Not available all the same: with DeepSpeed imported torch would conclude from the count that it is, and ask it.
     answers: dict[str, Any] = {
+        "is_available": False,
         "get_device_properties": H100, "get_device_capability": (9, 0), "get_device_name": H100.name,
         "device_count": 1, "current_device": 0, "synchronize": None,
     }  # fmt: skip

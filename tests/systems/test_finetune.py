@@ -185,7 +185,10 @@ MISTAKES = {
     ),
     "resuming pre-training": (["--data", "{train}", "--resume", "{run}"], "is of pre-training: start from it by"),
     "too many fresh": (["--checkpoint", "{run}", "--data", "{train}", "--reinit-last", "9"], "reinit_last is 9"),
-    "odd": (["--checkpoint", "{run}", "--data", "{train}", "--batch-size", "7"], "micro_batch is 7 and mixup"),
+    "odd": (
+        ["--checkpoint", "{run}", "--data", "{train}", "--batch-size", "7", "--mixup", "0.8"],
+        "micro_batch is 7 and mixup",
+    ),
     "layer decay": (["--layer-decay", "1.5"], "layer_decay is 1.5"),
 }
 

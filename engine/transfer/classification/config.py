@@ -55,6 +55,11 @@ class FinetuneSection(Section):
         0.9999, "largest decay of the average of the weights, evaluated beside the weights themselves; 0: off"
     )
 
+    @property
+    def mixes_pairs(self) -> bool:
+        """Whether images of a micro-batch are mixed in pairs, or may be once the length of the run is known."""
+        return any(value is None or value > 0 for value in (self.mixup, self.cutmix))
+
     def check(self) -> None:
         for name in ("eval_every", "num_classes", "image_height", "image_width", "reinit_last"):
             if getattr(self, name) < 0:

@@ -148,7 +148,7 @@ def test_nothing_fits_and_it_says_so(free):
 
 def test_mixed_pairs_want_an_even_micro_batch(free):
     free(2.6)
-    config = finetune_recipe("small_data", batch_size=18, checkpoint="x", drop_path=0.0)
+    config = finetune_recipe("small_data", batch_size=18, checkpoint="x", drop_path=0.0, mixup=0.8, cutmix=1.0)
     config = dataclasses.replace(config, model=encoder_config(model_config("vit_s")))
     assert fit_to_memory(plan_of(config), of_finetuning).micro_batch == 2
     plain = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, mixup=0.0, cutmix=0.0))
@@ -165,7 +165,7 @@ def test_a_resumed_run_keeps_its_micro_batch(free):
     assert fit_to_memory(plan_of(config, reader=old), of_pretraining).micro_batch == 512
     free(4)
     assert fit_to_memory(plan_of(config, reader=resumed(config, 512)), of_pretraining).micro_batch < 512
-    mixed = finetune_recipe("small_data", resume="auto", checkpoint="x")
+    mixed = finetune_recipe("small_data", resume="auto", checkpoint="x", mixup=0.8)
     mixed = dataclasses.replace(mixed, model=encoder_config(model_config("vit_s")))
     with pytest.raises(UserError, match=r"with micro-batch 128: give --micro-batch"):
         fit_to_memory(plan_of(mixed, reader=resumed(mixed, 128)), of_finetuning)
