@@ -112,7 +112,7 @@ class Times:
 def times(operators: Counter[Operator], device: Device, *, accumulation: int = 1, step: Counter[Operator]) -> Times:
     """``operators`` of a forward and backward pass ``accumulation`` times, and those of ``step`` once."""
     everything = Counter({operator: count * accumulation for operator, count in operators.items()}) + step
-    by_class = dict.fromkeys(CLASSES, 0.0)
+    by_class: dict[str, float] = dict.fromkeys(CLASSES, 0.0)
     for operator, count in everything.items():
         by_class[operator.kind] += count * seconds(operator, device)
     total = sum(by_class.values())
