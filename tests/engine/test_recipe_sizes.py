@@ -38,7 +38,7 @@ def pretraining_text(name: str) -> str:
 def finetuning_text(name: str) -> str:
     config = finetuning.RECIPES[name]()
     section, batch = config.finetune, config.optim.batch_size
-    model = encoder_config(model_config(ENCODERS[name]), section.drop_path)
+    model = encoder_config(model_config(ENCODERS[name]), section.drop_path or 0.0)
 
     def footprint(machine: Machine):
         return classifier_footprint(
