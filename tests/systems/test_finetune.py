@@ -70,6 +70,11 @@ def scores(out: Path) -> list[dict]:
     return [record for record in records(out) if "val_top1_percent" in record]
 
 
+def without_start(record: dict) -> dict:
+    """What a run resumed into another folder has: the probe of the start is in the records of the first one."""
+    return {key: value for key, value in record.items() if key != "val_start_probe_top1_percent"}
+
+
 def test_two_ranks_resumed_in_bf16_under_zero2(server, pretrained, folders, tmp_path):
     """Stopped and resumed, average of the weights included, to the bit."""
     common = ["--checkpoint", pretrained, "--data", folders["train"], "--val", folders["val"], *SHORT]
@@ -105,7 +110,7 @@ def test_two_ranks_resumed_in_bf16_under_zero2(server, pretrained, folders, tmp_
     assert [record["step"] for record in found] == [3, 6, 9, 12]
     assert all(record["val_images"] == 14 and "val_ema_top1_percent" in record for record in found)
     assert found[-1]["val_top1_percent"] == 100.0
-    assert scores(other)[-1] == found[-1]
+    assert scores(other)[-1] == without_start(found[-1])
     # The best of them, of either weights, is kept and named at the end.
     best = read_best(one / "checkpoints")
     assert best is not None and (one / "checkpoints" / best.checkpoint).is_dir()
