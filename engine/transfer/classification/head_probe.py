@@ -105,7 +105,7 @@ def compare_with_start(reached: float, probe: float | None, unknown: str) -> str
         return f"top-1 {reached:.2f}%; a linear probe of the encoder it began from has {probe:.2f}%"
     return (
         f"BELOW THE PROBE: top-1 {reached:.2f}%; a linear probe of the encoder it began from has {probe:.2f}%: train "
-        "longer, with --head-init probe, or with a lower --base-lr (docs/finetuning.md)"
+        "longer, with --head-init probe, or with a lower --base-lr (docs/systems.md)"
     )
 
 
