@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,19 @@ def free_host_memory(local_ranks: int = 1) -> FreeMemory:
     held, machine = psutil.Process().memory_info().rss, psutil.virtual_memory()
     rooms = [_Room(machine.available, machine.total, "free on this machine"), *_of_control_groups()]
     return min([*(room.of_a_rank(held, local_ranks) for room in rooms), *_of_limits(held)])
+
+
+def peak_host_memory() -> int:
+    """The most bytes of memory that this process held at a time.
+
+    The kernel's ``ru_maxrss`` begins with what the parent held when it started this process (Linux, ``exec_mmap`` of
+    fs/exec.c), gigabytes under a notebook or a test runner. ``VmHWM`` begins with the program.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # no Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1])
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mirl.engine.accounting.devices import device_reported
+from mirl.engine.accounting.free_memory import peak_host_memory
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -33,7 +33,7 @@ def memory_gib(device: torch.device) -> float:
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB on Linux
+    return peak_host_memory() / 2**30
 
 
 def to_json(values: Any) -> str:

@@ -46,20 +46,21 @@ def test_a_million_paths_start_in_20_s_and_1_gib(tmp_path):
     with open(listing, "w") as file:
         file.writelines(f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG\n" for i in range(1_000_000))
     code = (
-        "import json, resource, sys, time\n"
+        "import json, sys, time\n"
         "from mirl.dataloaders import build_train_loader\n"
         "from mirl.dataloaders.sources import path_list\n"
+        "from mirl.engine.accounting.free_memory import peak_host_memory\n"
         "class Everything:\n"
         "    def __contains__(self, name): return True\n"
         "path_list._names = lambda folder: Everything()\n"  # a million files would take minutes to make
-        "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "base = peak_host_memory()\n"
         "begin = time.perf_counter()\n"
         "loader = build_train_loader(sys.argv[1], image_size=(224, 224), micro_batch=64)\n"
         "ids = loader._order(0)\n"
         "took = time.perf_counter() - begin\n"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "peak = peak_host_memory()\n"
         "last = loader.paths([999_999])[0]\n"
-        "print(json.dumps([loader.num_images, len(ids), took, base / 2**20, peak / 2**20, last]))\n"
+        "print(json.dumps([loader.num_images, len(ids), took, base / 2**30, peak / 2**30, last]))\n"
         "loader.close()\n"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -85,3 +85,18 @@ def test_a_real_control_group_is_seen():
 def test_a_real_limit_of_the_shell_is_seen():
     size, bound = asked_in(under_ulimit(8 * GIB)).split(" ", 1)
     assert float(size) < 8 * GIB - free_memory.RESERVED_ADDRESSES and f"ulimit -v {8 * GIB // 1024}" in bound
+
+
+def test_the_peak_of_a_process_is_its_own():
+    """``ru_maxrss`` of a child begins with the size of its parent, here 2 GiB."""
+    child = (
+        "import resource; from mirl.engine.accounting.free_memory import peak_host_memory\n"
+        "print(peak_host_memory(), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    parent = f"import subprocess, sys; held = b'.' * {2 * GIB}; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    done = subprocess.run(
+        [sys.executable, "-c", parent, child], env=launch_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    peak, inherited = map(int, done.stdout.split())
+    assert 0.05 * GIB < peak < GIB and inherited > 2 * GIB

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -114,6 +115,8 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_doctor_checks_deepspeed_as_one_process_in_any_shell(name, monkeypatch):
+    for variable in set(os.environ) - set(without_launcher(os.environ)):  # what a run in this process left
+        monkeypatch.delenv(variable)
     for variable, value in FOREIGN[name].items():
         monkeypatch.setenv(variable, value)
     finding = doctor.check_deepspeed()
