@@ -85,7 +85,7 @@ def fit_start_probe(
 
 
 def recorded_start(out: Path) -> float | None:
-    """Top-1 of the probe as an earlier start of the run in ``out`` recorded it; None where none did."""
+    """Top-1 of the probe as the start of the run in folder ``out`` recorded it; None where none did."""
     found = None
     with contextlib.suppress(FileNotFoundError):
         for line in (out / "metrics.jsonl").read_text().splitlines():

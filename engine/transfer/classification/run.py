@@ -116,7 +116,8 @@ class Finetuning(RunKind[FinetuneConfig]):
         set_computation(model, config.run, device)
         if plan.reader is not None:
             load_weights(model, plan.reader)
-            self.start = agree_on_main(plan.ranks, lambda: recorded_start(plan.out))
+            run = plan.reader.path.parent.parent
+            self.start = agree_on_main(plan.ranks, lambda: recorded_start(run))
             return model.to(device)
         self._remarks = initialise_from(model, *load_encoder(section.checkpoint))
         if section.reinit_last:
