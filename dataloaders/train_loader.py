@@ -45,6 +45,7 @@ def build_train_loader(
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = True,
+    centred: float = 0.0,
     channels: int = 3,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -66,8 +67,8 @@ def build_train_loader(
     forward passes per optimiser step. seed: order and augmentation. device_id: CUDA device, or None for the CPU.
     threads: decoding threads of this rank. read_threads: threads that read files; default 4 on a GPU, since
     they share Python's lock with the thread that launches kernels, else max(4, threads).
-    scale, ratio, flip: see `Augmentation`. channels: 3, 1, or what array files hold; mean, std: of array files of
-    floats or uint16, which come out normalised (uint8 is normalised by the model).
+    scale, ratio, flip, centred: see `Augmentation`. channels: 3, 1, or what array files hold; mean, std: of array files
+    of floats or uint16, which come out normalised (uint8 is normalised by the model).
     bad_image_limit: distinct broken images, as a share of the data set, that this rank puts up with (at least one,
     unless 0). Past it `next_micro_batch` raises TooManyBadImages; with raise_on_bad_limit False it goes on, and
     `too_many_bad` is True, so that ranks can agree to stop at one step.
@@ -84,7 +85,7 @@ def build_train_loader(
             source = as_before(source, partial(opened, use_manifest=False), resumed_fingerprint)
     else:
         source = data
-    augmentation = Augmentation(image_size=tuple(image_size), scale=scale, ratio=ratio, flip=flip)
+    augmentation = Augmentation(image_size=tuple(image_size), scale=scale, ratio=ratio, flip=flip, centred=centred)
     plan = StepPlan(
         num_images=source.num_images,
         micro_batch=micro_batch,

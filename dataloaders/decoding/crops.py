@@ -16,6 +16,7 @@ from mirl.keyed import keyed_uniform
 
 ATTEMPTS = 10
 _CROP_STREAM = 2
+_CENTRE_STREAM = 4
 _LONGEST_WHOLE = 16  # an image up to this many times as long as wide is resized as a whole
 _SPARE_SQUARES = 2  # two source pixels are what the kernel needs when it enlarges, two output pixels when it shrinks
 _TOP, _LEFT, _FLIP = 2 * ATTEMPTS, 2 * ATTEMPTS + 1, 2 * ATTEMPTS + 2
@@ -26,15 +27,19 @@ class Augmentation:
     """RandomResizedCrop and horizontal flip, with the semantics of torchvision's transforms of those names.
 
     image_size: output (height, width) in pixels. scale: range of the crop's share of the image's area. ratio: range of
-    its width / height, drawn uniformly in the logarithm. flip: mirror half of the images.
+    its width / height, drawn uniformly in the logarithm. flip: mirror half of the images. centred: share of the samples
+    that are neither cropped at random nor mirrored, but shown as in evaluation: `centre_windows`.
     """
 
     image_size: tuple[int, int]
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
+    centred: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.centred <= 1:
+            raise UserError(f"centred is {self.centred}, must be a share from 0 to 1")
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise UserError(f"image_size is {self.image_size}, must be (height, width), both at least 1")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -52,7 +57,22 @@ class Augmentation:
         u_BK = keyed_uniform(_CROP_STREAM, seed, epoch, positions_B[:, None], np.arange(_FLIP + 1)[None, :])
         windows_B4 = random_windows(sizes_B2, u_BK, self.scale, self.ratio)
         mirrored_B = u_BK[:, _FLIP] < 0.5 if self.flip else np.zeros(len(positions_B), dtype=bool)
+        if self.centred:
+            centred_B = keyed_uniform(_CENTRE_STREAM, seed, epoch, positions_B) < self.centred
+            windows_B4 = np.where(centred_B[:, None], centre_windows(sizes_B2, self.image_size), windows_B4)
+            mirrored_B = mirrored_B & ~centred_B
         return windows_B4, mirrored_B
+
+
+def centre_windows(sizes_B2: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """What `evaluation_crop` leaves of each image, as windows of whole source pixels: int32 [B, 4]."""
+    crop = evaluation_crop(image_size)
+    height_B, width_B = sizes_B2[:, 0].astype(np.float64), sizes_B2[:, 1].astype(np.float64)
+    # Output pixels per source pixel once the image just covers what evaluation resizes it to.
+    scale_B = np.maximum(crop.resized[0] / height_B, crop.resized[1] / width_B)
+    h_B = np.clip(np.rint(image_size[0] / scale_B), 1, height_B)
+    w_B = np.clip(np.rint(image_size[1] / scale_B), 1, width_B)
+    return np.stack([(height_B - h_B) // 2, (width_B - w_B) // 2, h_B, w_B], axis=1).astype(np.int32)
 
 
 def random_windows(

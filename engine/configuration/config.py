@@ -46,6 +46,12 @@ class DataConfig(Section):
     )
     crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "narrowest and widest aspect ratio of a crop")
     flip: bool = setting(True, "mirror every other crop at random")
+    centre_crops: float | None = setting(
+        0.0,
+        "share of the images that are cropped as in evaluation instead, and not mirrored",
+        unset="scaled",
+        before=0.0,
+    )
     loader_threads: int = setting(
         0, "CPU threads that decode images, per rank; 0: the cores of the machine shared by its ranks"
     )
@@ -55,6 +61,8 @@ class DataConfig(Section):
         low, high = self.crop_scale or (1.0, 1.0)
         if not 0 < low <= high <= 1:
             raise UserError(f"crop_scale is {self.crop_scale}: give 0 < MIN <= MAX <= 1, e.g. 0.2 1.0")
+        if not 0 <= (self.centre_crops or 0.0) <= 1:
+            raise UserError(f"centre_crops is {self.centre_crops}: give a share from 0 to 1")
         low, high = self.crop_ratio
         if not 0 < low <= high:
             raise UserError(f"crop_ratio is {self.crop_ratio}: give 0 < MIN <= MAX, e.g. 0.75 1.3333")

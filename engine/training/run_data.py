@@ -43,7 +43,7 @@ def build_loader(plan: RunPlan[Any], shape: ImageShape, **options: Any) -> Train
         ranks.barrier()
         sources = [prepare_demo()]
     data = config.data
-    assert data.crop_scale is not None, "a scaled setting was not resolved"
+    assert data.crop_scale is not None and data.centre_crops is not None, "a scaled setting was not resolved"
     loader = build_train_loader(
         sources,
         image_size=(shape.height, shape.width),
@@ -57,6 +57,7 @@ def build_loader(plan: RunPlan[Any], shape: ImageShape, **options: Any) -> Train
         scale=data.crop_scale,
         ratio=data.crop_ratio,
         flip=data.flip,
+        centred=data.centre_crops,
         channels=shape.channels,
         mean=shape.mean,
         std=shape.std,

@@ -85,7 +85,7 @@ def fit_start_probe(
 
 
 def recorded_start(out: Path) -> float | None:
-    """Top-1 of the probe as an earlier start of the run in ``out`` recorded it; None where none did."""
+    """Top-1 of the probe as the start of the run in folder ``out`` recorded it; None where none did."""
     found = None
     with contextlib.suppress(FileNotFoundError):
         for line in (out / "metrics.jsonl").read_text().splitlines():
@@ -105,7 +105,7 @@ def compare_with_start(reached: float, probe: float | None, unknown: str) -> str
         return f"top-1 {reached:.2f}%; a linear probe of the encoder it began from has {probe:.2f}%"
     return (
         f"BELOW THE PROBE: top-1 {reached:.2f}%; a linear probe of the encoder it began from has {probe:.2f}%: train "
-        "longer, with --head-init probe, or with a lower --base-lr (docs/systems.md)"
+        "longer, with --head-init probe, or with a lower --base-lr (docs/finetuning.md)"
     )
 
 

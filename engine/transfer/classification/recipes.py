@@ -36,7 +36,7 @@ def small_data() -> FinetuneConfig:
             mixup=None,
             cutmix=None,
         ),
-        data=DataConfig(crop_scale=None),
+        data=DataConfig(crop_scale=None, centre_crops=None),
         optim=OptimConfig(
             batch_size=128, epochs=100, warmup_share=0.05, base_lr=1e-3, betas=(0.9, 0.999), min_lr=1e-6, clip_grad=1.0
         ),

@@ -126,7 +126,8 @@ class Finetuning(RunKind[FinetuneConfig]):
         model = self._classifier(plan, device)
         if plan.reader is not None:
             load_weights(model, plan.reader)
-            self.start = agree_on_main(plan.ranks, lambda: recorded_start(plan.out))
+            run = plan.reader.path.parent.parent
+            self.start = agree_on_main(plan.ranks, lambda: recorded_start(run))
             return model.to(device)
         self._remarks = initialise_from(model, *load_encoder(section.checkpoint))
         if section.reinit_last:
@@ -188,6 +189,7 @@ class Finetuning(RunKind[FinetuneConfig]):
     def opening_lines(self, plan: FinetunePlan, parameters: int) -> list[str]:
         config, model, section = plan.config, plan.config.encoder, plan.config.finetune
         scaled, low = regularisation(section), (config.data.crop_scale or (1.0, 1.0))[0]
+        centred = config.data.centre_crops or 0.0
         evaluated = f"evaluated on {self.val.ledger}" if self.val is not None else "not evaluated (no --val)"
         return [
             f"fine-tuning, recipe {config.recipe}, out {config.run.out} (resolved configuration in config.json)",
@@ -196,7 +198,8 @@ class Finetuning(RunKind[FinetuneConfig]):
             f"{model.image_height}x{model.image_width}x{model.channels}; {evaluated}",
             f"layer decay {section.layer_decay:g}, drop path {scaled.drop_path:g}, RandAugment "
             f"{scaled.rand_augment}, erase {scaled.random_erase:g}, mixup {scaled.mixup:g}, cutmix "
-            f"{scaled.cutmix:g}, crops from {low:.2g} of the area, label smoothing "
+            f"{scaled.cutmix:g}, crops from {low:.2g} of the area, "
+            f"{100 * centred:.0f}% centred, label smoothing "
             f"{section.label_smoothing:g}, EMA {section.ema:g}",
             *self._remarks,
         ]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from mirl.dataloaders.decoding.crops import Augmentation, evaluation_windows
+from mirl.dataloaders.decoding.crops import Augmentation, centre_windows, evaluation_crop, evaluation_windows
 from mirl.dataloaders.decoding.resize import resize_bicubic
 
 COUNT = 20_000
@@ -158,9 +158,39 @@ def test_evaluation_crop_always_fits(size):
         assert long == short * max(size) // min(size)
 
 
+@pytest.mark.parametrize("size", [(375, 500), (500, 375), (256, 256), (90, 777), (56, 56)])
+@pytest.mark.parametrize("image_size", [(224, 224), (192, 256), (56, 56)])
+def test_a_centred_window_is_what_evaluation_sees(size, image_size):
+    crop = evaluation_crop(image_size)
+    _, _, resized, offsets = evaluation_windows(np.array([size]), min(crop.resized), image_size, crop.resized)
+    shrink = np.array(size) / resized[0]  # source pixels of one resized pixel
+    wanted = np.concatenate([offsets[0] * shrink, np.array(image_size) * shrink])
+    found = centre_windows(np.array([size]), image_size)[0]
+    # Evaluation rounds to a pixel of the resized image, this to one of the source.
+    assert (np.abs(found - wanted) <= 1 + np.tile(shrink, 2)).all()
+    assert (found[:2] >= 0).all() and (found[:2] + found[2:] <= size).all()
+
+
+def test_a_share_of_the_samples_is_centred_and_the_others_are_as_without_it():
+    sizes = np.tile(np.array([375, 500]), (COUNT, 1))
+    places = np.arange(COUNT)
+    plain = Augmentation(image_size=(224, 224)).windows(sizes, 0, 0, places)
+    centre = centre_windows(sizes[:1], (224, 224))[0]
+    for share in (0.3, 1.0):
+        windows, mirrored = Augmentation(image_size=(224, 224), centred=share).windows(sizes, 0, 0, places)
+        centred = (windows == centre).all(axis=1)
+        assert stats.binomtest(int(centred.sum()), COUNT, share).pvalue > LEAST_P
+        assert not mirrored[centred].any()
+        assert np.array_equal(windows[~centred], plain[0][~centred])
+        assert np.array_equal(mirrored[~centred], plain[1][~centred])
+    again = Augmentation(image_size=(224, 224), centred=0.3).windows(sizes[:9], 0, 0, places[7:16])[0]
+    assert np.array_equal(again, Augmentation(image_size=(224, 224), centred=0.3).windows(sizes, 0, 0, places)[0][7:16])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"centred": 1.5}, "centred is 1.5"),
         ({"scale": (0.0, 1.0)}, "scale is .* 0 < low <= high <= 1"),
         ({"scale": (0.5, 0.2)}, "scale"),
         ({"ratio": (2.0, 1.0)}, "ratio is"),
