@@ -72,6 +72,9 @@ class PretrainTask:
         if self.teacher is not None and applied:
             self.teacher.update(self.engine.module)
 
+    def standing_at_start(self) -> None:
+        """Unknown: nothing is evaluated."""
+
     def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> None:
         """A grid of reconstructions, at the interval of the configuration and at the end."""
         if self.config.log.pictures and (step % self.durations.picture_every == 0 or last):

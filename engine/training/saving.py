@@ -39,7 +39,7 @@ class Saver:
         self._loader, self._log, self._progress = loader, log, progress
         self._writer = CheckpointWriter(folder, ranks, keep=config.run.keep_checkpoints)
         self._started = time.perf_counter()
-        self._saved_step = progress.step
+        self._saved_step: int | None = progress.step or None  # a fresh run has none
         self._parameter_shapes: dict[str, list[int]] = {}
         # On rank 0: what is recorded, and what will be once its checkpoint is on disk.
         self._best: Best | None = self._restored_best() if ranks.is_main else None

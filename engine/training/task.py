@@ -46,6 +46,10 @@ class Task(Protocol):
         """After every optimiser step; ``applied`` is False where it was skipped."""
         ...
 
+    def standing_at_start(self) -> Standing | None:
+        """How good the weights are that a fresh run begins with, the same on all ranks, where that is known."""
+        ...
+
     def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> Standing | None:
         """What the task shows of itself after ``step``: pictures, an evaluation. Returns how good the weights are, the
         same on all ranks, where it was measured; the best ones are kept.

@@ -71,6 +71,9 @@ class Trainer:
 
     def _run(self) -> None:
         first_step, total_steps = self.progress.step, self.durations.total_steps
+        standing = None if first_step else self.task.standing_at_start()
+        if standing is not None:
+            self.saver.keep_if_best(standing)
         while self.progress.step < total_steps:
             # Whatever was asked, a start makes a step: a run that is queued again and again goes on.
             batch = self._begin_step(may_stop=self.progress.step > first_step)

@@ -183,7 +183,7 @@ class Finetuning(RunKind[FinetuneConfig]):
         return FinetuneTask(
             config.encoder, ranks=plan.ranks, engine=parts.engine, log=parts.log, augmentation=augmentation, ema=ema,
             val=self.val, eval_every=eval_every,
-            start_top1_percent=self.start,
+            start_top1_percent=self.start, begins_with_probe=section.head_init == "probe",
         )  # fmt: skip
 
     def opening_lines(self, plan: FinetunePlan, parameters: int) -> list[str]:
@@ -206,7 +206,10 @@ class Finetuning(RunKind[FinetuneConfig]):
 
     def closing_lines(self, out: Path) -> list[str]:
         best = read_best(out / "checkpoints")
-        compared = [] if best is None else [compare_with_start(best.top1_percent, self.start, self.start_unknown)]
+        compared = []
+        if best is not None:
+            reached = best.top1_percent if best.step else None
+            compared = [compare_with_start(reached, self.start, self.start_unknown)]
         return [*compared, *_next_commands(out, self.val is not None)]
 
 

@@ -39,11 +39,14 @@ class FinetuneTask:
         val: EvalLoader | None,
         eval_every: int | None,
         start_top1_percent: float | None = None,
+        begins_with_probe: bool = False,
     ) -> None:
-        """start_top1_percent: of a linear probe of the encoder that the run began from; it stands in the metrics."""
+        """start_top1_percent: of a linear probe of the encoder that the run began from; it stands in the metrics.
+        begins_with_probe: whether that probe is the head that the run began with.
+        """
         self.ranks, self.engine, self.log, self.augmentation = ranks, engine, log, augmentation
         self.ema, self.val, self.eval_every = ema, val, eval_every
-        self.start_top1_percent = start_top1_percent
+        self.start_top1_percent, self.begins_with_probe = start_top1_percent, begins_with_probe
         self.report_images = 0 if val is None else val.num_images * (1 if ema is None else 2)
         # A classifier sees all patches: nothing is skipped.
         self.gflops_per_image = classifier_flops(model, augmentation.num_classes).training / 1e9
@@ -63,6 +66,14 @@ class FinetuneTask:
         """Take the new weights into their average."""
         if self.ema is not None and applied:
             self.ema.update()
+
+    def standing_at_start(self) -> Standing | None:
+        """That of the linear probe, where it is the head: training that makes it worse leaves it the best."""
+        if self.start_top1_percent is None or not self.begins_with_probe or self.val is None:
+            return None
+        # For a run that is resumed before its first report.
+        self.log.metrics({"step": 0, RECORDED: self.start_top1_percent}, None)
+        return Standing(weights="last", top1_percent=self.start_top1_percent, images=self.val.num_images)
 
     def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> Standing | None:
         """Top-1, top-5 and loss of the weights, and of their average, at the interval and at the end."""

@@ -76,6 +76,19 @@ def test_the_best_outlives_the_newer_ones(save, tmp_path):
     assert given(tmp_path, "last").checkpoint.name == ("step-00000005" if save else "step-00000002")
 
 
+def test_the_start_is_the_best_until_a_step_is_better(tmp_path):
+    def begin(out: Path) -> Run:
+        run = Run(out)
+        run.saver.keep_if_best(Standing(weights="last", top1_percent=45, images=10))
+        return run
+
+    begin(tmp_path / "worse").steps(30, 45).finish()
+    assert read_best(tmp_path / "worse" / "checkpoints").step == 0 and steps_in(tmp_path / "worse") == [0, 2]
+    assert Run(tmp_path / "worse", step=2).said[0].startswith("best so far: epoch 0 (step 0), top-1 45.00%")
+    begin(tmp_path / "better").steps(30, 46).finish()
+    assert read_best(tmp_path / "better" / "checkpoints").step == 2 and steps_in(tmp_path / "better") == [2]
+
+
 def test_a_resumed_run_keeps_the_best_so_far(tmp_path):
     Run(tmp_path).steps(30, 50, 40).finish()
     resumed = Run(tmp_path, step=3).steps(45, 49).finish()
