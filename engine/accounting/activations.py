@@ -46,12 +46,19 @@ class Activations:
 
 
 def activations(
-    config: ModelConfig, checkpointing: str | int = "none", precision: str = "bf16", *, math: bool = False
+    config: ModelConfig,
+    checkpointing: str | int = "none",
+    precision: str = "bf16",
+    *,
+    math: bool = False,
+    recompute: bool = False,
 ) -> Activations:
     """Of one image, in the forms of activation checkpointing that `MIRL.set_activation_checkpointing` knows.
 
     With checkpointing the inputs of all runs are kept, and the inside of a run only while it is recomputed. ``math``:
-    attention is written out and keeps its weights. UserError on an unknown form.
+    attention is written out and keeps its weights. ``recompute``: the outputs of LayerNorm and GELU are made again
+    (`mirl.engine.models.Execution`); compiled regions keep the same, with it and without it. UserError on an unknown
+    form.
     """
     plan = CheckpointPlan.make(checkpointing)
     tokens, width, dec, hidden = 1 + config.num_kept, config.width, config.decoder_width, config.decoder_mlp_width
@@ -66,11 +73,11 @@ def activations(
     decoders += sum(_cross_values(config, g, math=math) for g in range(1, config.segments + 1))
     decoders += 2 * config.segments * tokens * dec if config.did else 0
 
-    block, statistics = encoder_block_values(config, math=math), (0.0, 0.0)
+    block, statistics = encoder_block_values(config, math=math, recompute=recompute), (0.0, 0.0)
     if plan.group == 0:
         encoder += config.built_depth * block
         decoders += config.segments * sum(
-            decoder_block_values(config, i, math=math) for i in range(config.decoder_depth)
+            decoder_block_values(config, i, math=math, recompute=recompute) for i in range(config.decoder_depth)
         )
         statistics = _statistics(config)
         encoder_inside, decoder_runs = 0.0, [(config.decoder_depth - 1, config.decoder_depth)]
@@ -87,11 +94,12 @@ def activations(
         inside = 0.0
         if plan.group != 0:
             inside = sum(decoder_block_values(config, i, math=math) for i in range(first, last))
-        return inside + _rows(config, last - 1) * (hidden + dec)
+        return inside + _rows(config, last - 1) * ((2 if recompute else 1) * hidden + dec)
 
     # Gradients of the predictions, scaled; those of every LN_g(z_g), and on their way through a block of the encoder.
     decoder_work = loss_gradient + max(unrolled(first, last) for first, last in decoder_runs)
-    encoder_work = encoder_inside + tokens * (sources * width + config.mlp_width + width)
+    made_again = config.mlp_width if recompute else 0
+    encoder_work = encoder_inside + tokens * (sources * width + config.mlp_width + made_again + width)
     loss_work = config.segments * config.num_masked * config.patch_pixels
     size = VALUE_BYTES[precision]
     return Activations(
@@ -104,7 +112,12 @@ def activations(
 
 
 def classifier_activations(
-    config: ModelConfig, checkpointing: str | int = "none", precision: str = "bf16", *, math: bool = False
+    config: ModelConfig,
+    checkpointing: str | int = "none",
+    precision: str = "bf16",
+    *,
+    math: bool = False,
+    recompute: bool = False,
 ) -> Activations:
     """Of one image in fine-tuning: every block of the encoder sees all patches, and there are no decoders.
 
@@ -112,9 +125,9 @@ def classifier_activations(
     """
     plan = CheckpointPlan.make(checkpointing)
     tokens, width = 1 + config.num_patches, config.width
-    block = encoder_block_values(config, tokens, math=math)
+    block = encoder_block_values(config, tokens, math=math, recompute=recompute)
     kept = config.num_patches * config.patch_pixels
-    work, statistics = tokens * (2 * width + config.mlp_width), 0.0
+    work, statistics = tokens * (2 * width + (2 if recompute else 1) * config.mlp_width), 0.0
     if plan.group == 0:
         kept += config.depth * block
         statistics = config.depth * tokens * (4 + config.heads)
@@ -129,16 +142,21 @@ def classifier_activations(
     )  # fmt: skip
 
 
-def encoder_block_values(config: ModelConfig, tokens: int | None = None, *, math: bool = False) -> float:
+def encoder_block_values(
+    config: ModelConfig, tokens: int | None = None, *, math: bool = False, recompute: bool = False
+) -> float:
     """Per token: input and output of two norms 4 D, qkv 3 D, attention 1 D, and the MLP before and after GELU 2 F.
 
     ``tokens``: by default those of pre-training, 1 + K. ``math``: a weight per head and pair of tokens as well.
+    ``recompute``: without the outputs of norms and GELU, 2 D + F.
     """
     tokens = tokens or 1 + config.num_kept
-    return tokens * (8 * config.width + 2 * config.mlp_width) + (config.heads * tokens**2 if math else 0)
+    made_again = 2 * config.width + config.mlp_width if recompute else 0
+    kept = tokens * (8 * config.width + 2 * config.mlp_width - made_again)
+    return kept + (config.heads * tokens**2 if math else 0)
 
 
-def decoder_block_values(config: ModelConfig, index: int, *, math: bool = False) -> float:
+def decoder_block_values(config: ModelConfig, index: int, *, math: bool = False, recompute: bool = False) -> float:
     """Block ``index`` of a decoder without the keys and values of its kv_g; the last block goes on with M rows."""
     dec, hidden = config.decoder_width, config.decoder_mlp_width
     kept, tokens, masked = 1 + config.num_kept, 1 + config.num_patches, config.num_masked
@@ -152,6 +170,10 @@ def decoder_block_values(config: ModelConfig, index: int, *, math: bool = False)
     total += rows * tokens * config.decoder_heads if math else 0
     if index < config.did_blocks:
         total += rows * 4 * dec  # input and output of norm_q, q, attention
+    if recompute:
+        total -= rows * (dec + hidden)  # norm2 and GELU
+        total -= rows * dec if index < config.did_blocks else 0  # norm_q
+        total -= tokens * dec if not first and rows == tokens else 0  # norm1, where all its rows go on together
     return total
 
 

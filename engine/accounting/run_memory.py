@@ -104,8 +104,9 @@ def pretraining_footprint(config: PretrainConfig, precision: str, *, on_gpu: boo
     model, size = config.model, VALUE_BYTES[precision]
     pixels = model.image_height * model.image_width
     kept = activations(
-        model, config.run.activation_checkpointing, precision, math=writes_out_attention(model, on_gpu=on_gpu)
-    )
+        model, config.run.activation_checkpointing, precision, math=writes_out_attention(model, on_gpu=on_gpu),
+        recompute=config.run.recompute_pointwise,
+    )  # fmt: skip
     image, further = kept.peak + pixels * model.channels, 0.0
     if model.feature_loss:
         further += (4 + size) * encoder_parameters(model)
@@ -125,6 +126,7 @@ def classifier_footprint(
     *,
     on_gpu: bool,
     checkpointing: str | int = "none",
+    recompute: bool = False,
     averaged: bool = False,
     paired: bool = False,
     ranks: int = 1,
@@ -135,7 +137,9 @@ def classifier_footprint(
     """
     parameters = encoder_parameters(model) + (model.width + 1) * classes
     pixels = model.image_height * model.image_width * model.channels
-    kept = classifier_activations(model, checkpointing, precision, math=writes_out_attention(model, on_gpu=on_gpu))
+    kept = classifier_activations(
+        model, checkpointing, precision, math=writes_out_attention(model, on_gpu=on_gpu), recompute=recompute
+    )
     average = (4 / ranks + VALUE_BYTES[precision]) * parameters if averaged else 0.0  # with what is swapped out for it
     return Footprint(
         parameters=parameters,

@@ -113,8 +113,6 @@ def plan(config: PretrainConfig, device: Device, *, gpus: int, images: int) -> t
     if not found.fits:
         mend = f"--micro-batch {fitting} does" if need(fitting) <= free else "no micro-batch does"
         remarks.append(f"micro-batch {micro_batch} does not fit into {device.memory_gib:g} GiB: {mend}")
-    if run.recompute_pointwise:
-        remarks.append("memory is that without --recompute-pointwise")
     extra = [name for name in ("feature_loss", "vgg_loss") if getattr(model, name)]
     if extra:
         remarks.append(f"passes of the networks behind {' and '.join(extra)} are left out")

@@ -119,6 +119,8 @@ def _mend(need: _Need, micro: int, allowed: list[int], free: FreeMemory) -> str:
 def _changes(config: Any, sections: dict[str, type]) -> list[tuple[str, dict[str, Any]]]:
     """``(flags, settings)`` that make a run smaller, the one that changes least first."""
     changes: list[tuple[str, dict[str, Any]]] = []
+    if config.run.activation_checkpointing == "none" and not config.run.recompute_pointwise:
+        changes.append(("--recompute-pointwise", {"run.recompute_pointwise": True}))
     if config.run.activation_checkpointing != "every":
         changes.append(
             ("--activation-checkpointing every",

@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 
+from mirl.engine.accounting.activations import encoder_block_values
 from mirl.engine.accounting.fake_step import FLASH
 from mirl.engine.models import model_config
 from mirl.engine.models.layers import Block
@@ -66,6 +67,13 @@ def test_recomputation_keeps_fewer_bytes_in_a_compiled_block():
     spared = block(False).saved - block(True).saved
     # The outputs of two norms and of the GELU: 6 of 16 values a token and width, in bfloat16.
     assert spared == pytest.approx(6 * 2 * BATCH * (1 + config.num_kept) * config.width, rel=0.01)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_memory_estimate_is_what_a_compiled_block_keeps(recompute):
+    config = model_config("vit_b_48")
+    estimate = 2 * BATCH * encoder_block_values(config, recompute=recompute)
+    assert block(recompute).saved == pytest.approx(estimate, rel=0.01)
 
 
 def test_an_operator_that_inductor_cannot_fuse_is_seen():

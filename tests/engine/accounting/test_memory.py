@@ -61,9 +61,9 @@ def bytes_kept(model: MIRL | Classifier, forward: Callable[[], Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def kept_bytes_per_image(config: ModelConfig, mode: str | int = "none") -> float:
+def kept_bytes_per_image(config: ModelConfig, mode: str | int = "none", execution: Execution = PLAIN) -> float:
     """The difference of two batch sizes: folded matrices and tables do not grow with the batch."""
-    return (kept_bytes(config, mode, 12) - kept_bytes(config, mode, 4)) / 8
+    return (kept_bytes(config, mode, 12, execution) - kept_bytes(config, mode, 4, execution)) / 8
 
 
 @pytest.mark.parametrize(
@@ -81,31 +81,31 @@ def kept_bytes_per_image(config: ModelConfig, mode: str | int = "none") -> float
     ],
     ids=str,
 )
-def test_activations_are_those_that_autograd_keeps(overrides: dict[str, Any]) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_those_that_autograd_keeps(overrides: dict[str, Any], recompute: bool) -> None:
     config = config_of(**overrides)
     # On a CPU the gradient of the predictions is kept in float32, on a GPU in the dtype of the predictions.
     terms = len(MIRL(config).terms)
     cpu_only = 2 * terms * config.num_masked * config.patch_pixels
     # Ids and the odd statistic are not in the formula.
-    assert kept_bytes_per_image(config) == pytest.approx(kept(config) + cpu_only, rel=0.02)
+    found = kept_bytes_per_image(config, execution=Execution(recompute=recompute))
+    estimate = activations(config, math=config.attention == "math", recompute=recompute).kept
+    assert found == pytest.approx(estimate + cpu_only, rel=0.02)
 
 
-def kept(config: ModelConfig) -> float:
-    return activations(config, math=config.attention == "math").kept
-
-
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "math"])
-def test_activations_of_a_classifier_are_those_that_autograd_keeps(attention: str) -> None:
+def test_activations_of_a_classifier_are_those_that_autograd_keeps(attention: str, recompute: bool) -> None:
     config = encoder_config(config_of(depth=4), attention=attention)
     model = Classifier(config, num_classes=10, pool="avg").bfloat16()
-    model.set_execution(PLAIN)
+    model.set_execution(Execution(recompute=recompute))
 
     def bytes_of(batch: int) -> int:
         images = make_inputs(config, batch)[0]
         return bytes_kept(model, lambda: model(images))
 
     found = (bytes_of(12) - bytes_of(4)) / 8
-    estimate = classifier_activations(config, math=attention == "math").kept
+    estimate = classifier_activations(config, math=attention == "math", recompute=recompute).kept
     # The pooled row, the norm after it and the logits are not in the formula.
     assert found == pytest.approx(estimate, rel=0.01)
 
