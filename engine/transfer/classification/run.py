@@ -85,7 +85,8 @@ class Finetuning(RunKind[FinetuneConfig]):
         return classifier_footprint(
             _with_models(config, config.pretrained).encoder, section.num_classes or CLASSES, plan.precision,
             on_gpu=plan.ranks.device.type == "cuda", checkpointing=config.run.activation_checkpointing,
-            recompute=config.run.recompute_pointwise, averaged=bool(section.ema), paired=section.mixes_pairs, ranks=plan.ranks.world_size,
+            recompute=config.run.recompute_pointwise, averaged=bool(section.ema), paired=section.mixes_pairs,
+            ranks=plan.ranks.world_size,
         )  # fmt: skip
 
     def open_data(self, plan: FinetunePlan, closing: ExitStack) -> tuple[FinetunePlan, TrainLoader]:
