@@ -51,7 +51,8 @@ FINETUNE = [
     "--warmup-steps", "5", "--lr", "1e-3", "--drop-path", "0.1", "--ema", "0.99", "--eval-every", "0",
     # What the recipe scales to the length of a run, as it was when the figures were recorded.
     "--head-init", "random", "--rand-augment", "rand-m9-mstd0.5-inc1", "--random-erase", "0.25", "--mixup", "0.8",
-    "--cutmix", "1", "--crop-scale", "0.2", "1", "--centre-crops", "0",
+    "--cutmix", "1", "--crop-scale", "0.2", "1", "--centre-crops", "0", "--label-smoothing",
+    "0.1",
 ]  # fmt: skip
 
 LIBRARIES = (

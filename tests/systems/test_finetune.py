@@ -113,6 +113,11 @@ def test_two_ranks_resumed_in_bf16_under_zero2(server, pretrained, folders, tmp_
     prefix = "val_ema_" if best.weights == "ema" else "val_"
     assert best.top1_percent == max(max(r["val_top1_percent"], r["val_ema_top1_percent"]) for r in found)
     assert next(r for r in found if r["step"] == best.step)[prefix + "top1_percent"] == best.top1_percent
+    best_weights = load_classifier(one / "checkpoints" / best.checkpoint, weights=best.weights)[0].state_dict()
+    newest = load_classifier(one, which="last", weights="ema")[0].state_dict()
+    for name, tensor in load_classifier(one)[0].state_dict().items():
+        assert torch.equal(tensor, best_weights[name])
+    assert best.step == 12 or not torch.equal(newest["head.weight"], best_weights["head.weight"])
     said = (one / "log.txt").read_text()
     assert f"best        whole/checkpoints/{best.checkpoint}: epoch {best.step // 3}" in said
     assert "mirl evaluate whole --val VAL" in said and "mirl predict whole IMAGE ..." in said

@@ -50,7 +50,7 @@ class FinetuneSection(Section):
     random_erase: float | None = setting(0.25, "probability that a part of an image is erased", unset=SCALED)
     mixup: float | None = setting(0.8, "alpha of mixup; 0: off", unset=SCALED)
     cutmix: float | None = setting(1.0, "alpha of cutmix; 0: off", unset=SCALED)
-    label_smoothing: float = setting(0.1, "share of a target that is spread over all classes")
+    label_smoothing: float | None = setting(0.1, "share of a target that is spread over all classes", unset=SCALED)
     ema: float = setting(
         0.9999, "largest decay of the average of the weights, evaluated beside the weights themselves; 0: off"
     )

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from mirl.engine.checkpoints.finding import read_state
-from mirl.engine.checkpoints.kinds import CLASSIFIER, kind_of, require_kind
-from mirl.engine.checkpoints.reader import CheckpointReader, locate
+from mirl.engine.checkpoints.finding import locate, read_state
+from mirl.engine.checkpoints.kinds import CLASSIFIER, given, kind_of
+from mirl.engine.checkpoints.reader import CheckpointReader
 from mirl.engine.training.ema import KIND
 from mirl.engine.transfer.classification.classifier import Classifier
 from mirl.engine.transfer.classification.config import FinetuneConfig
@@ -23,20 +23,22 @@ def is_classifier(path: Path | str) -> bool:
 
 
 def load_classifier(
-    path: Path | str, *, weights: str = "last", device: torch.device | str = "cpu"
+    path: Path | str, *, which: str | None = None, weights: str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Classifier, FinetuneConfig]:
     """The fine-tuned model (fp32, in eval mode) and its run's configuration, with the names of its classes.
 
-    weights: "last", as training left them, or "ema", their average.
+    path: a checkpoint, or the folder of a run. which: of a run, "best" by validation or "last", the newest; None: the
+    best where there is one, as the commands do. weights: "last", as training left them, or "ema", their average; None:
+    those that made the checkpoint the best, else "last".
 
     Raises:
         UserError: no such checkpoint, a damaged one, or no average in it.
 
-    >>> model, config = load_classifier("runs/finetune", weights="ema")          # doctest: +SKIP
+    >>> model, config = load_classifier("runs/finetune")                         # doctest: +SKIP
     >>> config.classes[model(images).argmax()]                                   # doctest: +SKIP
     """
-    reader = CheckpointReader(locate(Path(path)))
-    require_kind(reader.state, path, "load_classifier", CLASSIFIER)
+    found = given(path, which).require("load_classifier", CLASSIFIER)
+    weights, reader = weights or found.weights, CheckpointReader(found.checkpoint)
     config = FinetuneConfig.from_dict(reader.state["config"], source=str(reader.path / "state.json"))
     if weights == "ema" and not config.finetune.ema:
         raise UserError(f"weights is 'ema' and {reader.path} was trained with --ema 0: give last")

@@ -35,6 +35,7 @@ def small_data() -> FinetuneConfig:
             random_erase=None,
             mixup=None,
             cutmix=None,
+            label_smoothing=None,
         ),
         data=DataConfig(crop_scale=None, centre_crops=None),
         optim=OptimConfig(

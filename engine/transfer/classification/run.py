@@ -177,7 +177,7 @@ class Finetuning(RunKind[FinetuneConfig]):
         augmentation = BatchAugmentation(
             num_classes=self.num_classes, mean=config.encoder.mean, std=config.encoder.std, seed=config.run.seed,
             micro_batch=plan.micro_batch, device=plan.ranks.device, random_erase=scaled.random_erase,
-            mixup=scaled.mixup, cutmix=scaled.cutmix, label_smoothing=section.label_smoothing,
+            mixup=scaled.mixup, cutmix=scaled.cutmix, label_smoothing=scaled.label_smoothing,
         )  # fmt: skip
         ema = ShardedEma(parts.engine, section.ema, updates=parts.progress.applied_steps) if section.ema else None
         eval_every = max(1, round(section.eval_every * parts.loader.steps_per_epoch)) if section.eval_every else None
@@ -201,7 +201,7 @@ class Finetuning(RunKind[FinetuneConfig]):
             f"{scaled.rand_augment}, erase {scaled.random_erase:g}, mixup {scaled.mixup:g}, cutmix "
             f"{scaled.cutmix:g}, crops from {low:.2g} of the area, "
             f"{100 * centred:.0f}% centred, label smoothing "
-            f"{section.label_smoothing:g}, EMA {section.ema:g}",
+            f"{scaled.label_smoothing:g}, EMA {section.ema:g}",
             *self._remarks,
         ]
 

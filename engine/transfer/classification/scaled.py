@@ -6,13 +6,14 @@
 | `MILD` .. `FULL`  | rises linearly to 1 | a straight line between the two, not measured                   |
 | `FULL` and longer | 1                   | MAE fine-tunes its ViT-B for 100 epochs with the values below   |
 
-| setting       | at strength s                                                                    |
-|---------------|----------------------------------------------------------------------------------|
-| drop_path     | 0.1 s                                                                            |
-| mixup, cutmix | alpha 0.8 s and 1.0 s                                                            |
-| random_erase  | probability 0.25 s                                                               |
-| rand_augment  | each operator with probability 0.5 s, timm's being 0.5; off at 0                 |
-| crop_scale    | from 0.6 - 0.4 s of the area, but never fewer than `SIDE` x `SIDE` pixels, to 1  |
+| setting         | at strength s                                                                    |
+|-----------------|----------------------------------------------------------------------------------|
+| drop_path       | 0.1 s                                                                            |
+| mixup, cutmix   | alpha 0.8 s and 1.0 s                                                            |
+| label_smoothing | 0.1 s                                                                            |
+| random_erase    | probability 0.25 s                                                               |
+| rand_augment    | each operator with probability 0.5 s, timm's being 0.5; off at 0                 |
+| crop_scale      | from 0.6 - 0.4 s of the area, but never fewer than `SIDE` x `SIDE` pixels, to 1  |
 
 Also ``centre_crops``, the share of images that are shown as evaluation shows them: 1 at no epochs, 0 from `VARIED` on.
 Features of an encoder that was pre-trained briefly depend on where a thing stands in the image: a probe that is right
@@ -45,6 +46,7 @@ class Regularisation:
     random_erase: float
     mixup: float
     cutmix: float
+    label_smoothing: float
 
 
 def is_open(config: FinetuneConfig) -> bool:
@@ -68,6 +70,7 @@ def settle(config: FinetuneConfig, *, images: int, side: int) -> FinetuneConfig:
         "random_erase": 0.25 * strength,
         "mixup": 0.8 * strength,
         "cutmix": 1.0 * strength,
+        "label_smoothing": 0.1 * strength,
     }
     if strength == 1:
         values["rand_augment"] = RAND_AUGMENT

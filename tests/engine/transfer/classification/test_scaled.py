@@ -18,7 +18,9 @@ from mirl.engine.transfer.classification.scaled import FULL, MILD, is_open, regu
 from mirl.errors import UserError
 
 FULL_VALUES = {"drop_path": 0.1, "rand_augment": RAND_AUGMENT, "random_erase": 0.25, "mixup": 0.8, "cutmix": 1.0}
+FULL_VALUES |= {"label_smoothing": 0.1}
 NONE = {"drop_path": 0.0, "rand_augment": "off", "random_erase": 0.0, "mixup": 0.0, "cutmix": 0.0}
+NONE |= {"label_smoothing": 0.0}
 
 
 def settled(*flags: object, images: int = 2712, side: int = 224):
@@ -52,7 +54,7 @@ def test_strength_rises_with_the_length_and_every_part_of_it_with_it():
     lengths = [1, MILD, 40, 60, 80, FULL, 300]
     assert [strength_of(epochs) for epochs in lengths] == pytest.approx([0, 0, 0.25, 0.5, 0.75, 1, 1])
     found = [values(settled("--epochs", epochs)) for epochs in lengths]
-    for name in ("drop_path", "random_erase", "mixup", "cutmix"):
+    for name in ("drop_path", "random_erase", "mixup", "cutmix", "label_smoothing"):
         rates = [value[name] for value in found]
         assert rates == pytest.approx([FULL_VALUES[name] * strength_of(epochs) for epochs in lengths])
     forms = [value["rand_augment"] for value in found]
@@ -111,7 +113,7 @@ def test_the_warm_up_is_a_share_of_the_run_unless_it_is_given():
 
 def test_help_calls_them_scaled():
     text = " ".join(build_parser(FINETUNE).format_help().split())
-    assert text.count("[scaled]") == 7 and "[None]" not in text
+    assert text.count("[scaled]") == 8 and "[None]" not in text
 
 
 class Saved:
