@@ -85,6 +85,8 @@ def _override(section: Any, kind: type, given: Mapping[str, Any], name: str) -> 
     if kind is ModelConfig and "variant" in changes:
         changes = {"head_init": None} | changes  # each variant has a default of its own
     if kind is OptimConfig:
+        if "base_lr" in changes and "lr" not in changes:
+            changes["lr"] = 0.0  # a recipe's learning rate itself would make it a setting without an effect
         _drop_the_other(changes, "epochs", "steps")
         _drop_the_other(changes, "warmup_epochs", "warmup_steps")
         if {"warmup_epochs", "warmup_steps"} & set(changes):

@@ -105,14 +105,14 @@ def compare_with_start(reached: float | None, probe: float | None, unknown: str)
     if reached is None:
         return (
             f"NOT BETTER THAN THE PROBE: no evaluation was above the {probe:.2f}% of the linear probe that the "
-            "run began with, which is kept as the best checkpoint: train longer or with a lower --base-lr "
+            "run began with, which is kept as the best checkpoint: train longer or with a lower --lr "
             "(docs/finetuning.md)"
         )
     if reached >= probe:
         return f"top-1 {reached:.2f}%; a linear probe of the encoder it began from has {probe:.2f}%"
     return (
         f"BELOW THE PROBE: top-1 {reached:.2f}%; a linear probe of the encoder it began from has {probe:.2f}%: train "
-        "longer, with --head-init probe, or with a lower --base-lr (docs/finetuning.md)"
+        "longer, with --head-init probe, or with a lower --lr (docs/finetuning.md)"
     )
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 SIZES: dict[str, str] = {
     "small_data": (
-        "pixels of pre-training, batch 128; estimated memory for vit_s at 224x224: CPU with 16 GB 4.6 GiB at "
-        "micro-batch 32, GPU of 8 GB 6.0 GiB at micro-batch 128, GPU of 80 GB 6.0 GiB at micro-batch 128"
+        "pixels of pre-training, batch 32; estimated memory for vit_s at 224x224: CPU with 16 GB 4.6 GiB at "
+        "micro-batch 32, GPU of 8 GB 2.6 GiB at micro-batch 32, GPU of 80 GB 2.6 GiB at micro-batch 32"
     ),
     "vit_b_48": (
         "pixels of pre-training, batch 2048; estimated memory for vit_b_48 at 224x224: CPU with 16 GB too "

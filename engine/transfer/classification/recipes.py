@@ -20,8 +20,8 @@ DEFAULT_RECIPE = "small_data"
 def small_data() -> FinetuneConfig:
     """A labelled folder of one's own, some hundreds to some ten thousand images, on one GPU or a CPU.
 
-    Size: pixels of pre-training, batch 128; estimated memory for vit_s at 224x224: CPU with 16 GB 4.6 GiB at
-    micro-batch 32, GPU of 8 GB 6.0 GiB at micro-batch 128, GPU of 80 GB 6.0 GiB at micro-batch 128
+    Size: pixels of pre-training, batch 32; estimated memory for vit_s at 224x224: CPU with 16 GB 4.6 GiB at
+    micro-batch 32, GPU of 8 GB 2.6 GiB at micro-batch 32, GPU of 80 GB 2.6 GiB at micro-batch 32
 
     Command: ``mirl finetune --checkpoint RUN --data train/ --val val/``
     """
@@ -39,7 +39,7 @@ def small_data() -> FinetuneConfig:
         ),
         data=DataConfig(crop_scale=None, centre_crops=None),
         optim=OptimConfig(
-            batch_size=128, epochs=100, warmup_share=0.05, base_lr=1e-3, betas=(0.9, 0.999), min_lr=1e-6, clip_grad=1.0
+            batch_size=32, epochs=100, warmup_share=0.05, lr=1e-3, betas=(0.9, 0.999), min_lr=1e-6, clip_grad=1.0
         ),
         run=RunConfig(out="runs/finetune"),
         log=LogConfig(),

@@ -88,6 +88,13 @@ def test_a_length_in_one_unit_replaces_the_other():
     assert (short.optim.steps, short.optim.warmup_steps) == (20, 2)
 
 
+def test_a_base_learning_rate_replaces_the_rate_itself_of_a_recipe():
+    assert parse(PRETRAIN, ["--recipe", "demo"]).optim.peak_lr == 0.002
+    assert parse(PRETRAIN, ["--recipe", "demo", "--base-lr", "8e-3"]).optim.peak_lr == pytest.approx(0.001)
+    assert parse(FINETUNE, ["--base-lr", "8e-3", "--batch-size", "64"]).optim.peak_lr == pytest.approx(0.002)
+    assert parse(FINETUNE, ["--base-lr", "8e-3", "--lr", "0.003"]).optim.peak_lr == 0.003
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
