@@ -86,6 +86,17 @@ def flash_attention(q_BSHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor) -> Tensor:
     )[0].transpose(1, 2)
 
 
+def _named_kernel(operator: str, *arguments: object) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """One of SDPA's kernels by its own name. It raises where it does not run, and SDPA itself would take another."""
+
+    def run(q_BSHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor) -> Tensor:
+        function = getattr(torch.ops.aten, operator)
+        q, k, v = (x.transpose(1, 2) for x in (q_BSHd, k_BTHd, v_BTHd))
+        return function(q, k, v, *arguments)[0].transpose(1, 2)
+
+    return run
+
+
 @lru_cache(maxsize=1)
 def _xformers_function() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return importlib.import_module("xformers.ops").memory_efficient_attention
@@ -96,8 +107,25 @@ def xformers_attention(q_BSHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor) -> Tensor
 
 
 _IMPLEMENTATIONS = {"xformers": xformers_attention, "sdpa": sdpa_attention, "math": math_attention}
-# Not for a caller to ask for: the dry run's (mirl.engine.accounting.fake_step).
+# Not for a caller to ask for: the dry run's (mirl.engine.accounting.fake_step), and those that a run may choose by
+# measuring them (mirl.engine.training.choices). The arguments are no mask, the sums that the backward pass reads, no
+# dropout.
 _IMPLEMENTATIONS["flash"] = flash_attention
+_IMPLEMENTATIONS["sdpa_cudnn"] = _named_kernel("_scaled_dot_product_cudnn_attention", None, True)
+_IMPLEMENTATIONS["sdpa_flash"] = _named_kernel("_scaled_dot_product_flash_attention")
+_IMPLEMENTATIONS["sdpa_efficient"] = _named_kernel("_scaled_dot_product_efficient_attention", None, True)
+_IMPLEMENTATIONS["sdpa_cpu"] = _named_kernel("_scaled_dot_product_flash_attention_for_cpu")
+_IMPLEMENTATIONS["sdpa_math"] = _named_kernel("_scaled_dot_product_attention_math")
+# What gives the same result, by the device that it is for: candidates of a choice by measurement.
+CANDIDATES = {
+    "cuda": ("sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "xformers", "math"),
+    "cpu": ("math", "sdpa", "sdpa_cpu", "sdpa_math"),
+}
+
+
+def implementation(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The function behind a backend's name, or behind one of `CANDIDATES`; KeyError for another."""
+    return _IMPLEMENTATIONS[name]
 
 
 def probe_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

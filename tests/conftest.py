@@ -24,6 +24,7 @@ TIERS = {
     "tests/systems": "ranks",
     "tests/engine/distributed/test_waiting.py": "ranks",
     "tests/engine/distributed/test_zero.py": "ranks",
+    "tests/engine/training/choices/test_choice_of_ranks.py": "ranks",
     "tests/engine/transfer/test_ranks.py": "ranks",
     "tests/dataloaders/test_memory.py": "process",
     "tests/dataloaders/test_package.py": "process",

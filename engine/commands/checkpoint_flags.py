@@ -8,13 +8,6 @@ from pathlib import Path
 from mirl.engine.checkpoints.kinds import WHICH
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """--device, as runs have it."""
-    parser.add_argument(
-        "--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU where there is one [auto]"
-    )
-
-
 def add_checkpoint(parser: argparse.ArgumentParser, wanted: str) -> None:
     """CHECKPOINT and --which. ``wanted``: the kinds that the command takes, for the help."""
     parser.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mirl.engine.commands.device_flag import add_device, device_of_process
 from mirl.engine.configuration.flags import BracketedDefaults, Parser, image_size
 
 
@@ -120,9 +121,9 @@ def bench_loader(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--index-dir", type=Path, help="where the .idx files of tar shards are; none: beside the shards"
     )
+    add_device(parser)
     arguments = parser.parse_args(argv)
-    import torch
-
+    device = device_of_process(arguments.device)
     from mirl.dataloaders import prepare_demo
     from mirl.dataloaders.tools.bench import bench_loader as run
 
@@ -132,7 +133,7 @@ def bench_loader(argv: Sequence[str]) -> int:
         threads=arguments.threads,
         micro_batch=arguments.micro_batch,
         seconds=arguments.seconds,
-        device_id=0 if torch.cuda.is_available() else None,
+        device_id=device.index if device.type == "cuda" else None,
         channels=arguments.channels,
         index_dir=arguments.index_dir,
     )

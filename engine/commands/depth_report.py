@@ -10,6 +10,7 @@ from typing import Any
 from mirl.engine.checkpoints.files import write_whole
 from mirl.engine.checkpoints.kinds import ENCODER, PRETRAINED, given
 from mirl.engine.commands.checkpoint_flags import add_checkpoint
+from mirl.engine.commands.device_flag import add_device, device_of_process
 from mirl.engine.configuration.flags import Parser, seed
 from mirl.errors import UserError
 
@@ -28,16 +29,14 @@ def main(argv: Sequence[str]) -> int:
     found = given(arguments.checkpoint, arguments.which).require("mirl depth-report", PRETRAINED, ENCODER)
     print(f"checkpoint {found}", flush=True)
 
+    device = device_of_process(arguments.device)
     # Only now: these import torch and DALI, and a wrong flag should be told at once.
-    import torch
-
     from mirl.engine.analysis import depth
     from mirl.engine.analysis.depth_forecast import FEATURES, FINETUNINGS, GRADIENTS, PROBES, forecast
     from mirl.engine.analysis.features import load_frozen_encoder
     from mirl.engine.analysis.in_memory import ShortFinetune
     from mirl.engine.checkpoints.pretrained import load_encoder, load_pretrained
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = found.checkpoint
     config, weights = load_encoder(checkpoint)
     report: dict[str, Any] = {
@@ -212,5 +211,6 @@ def _parser() -> Parser:
     parser.add_argument("--steps", type=int, default=300, help="steps of a fine-tuning [300]")
     parser.add_argument("--batch-size", type=int, default=64, help="images of a step [64]")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of a fine-tuning [0.001]")
+    add_device(parser)
     parser.add_argument("--seed", type=seed, default=0, help="seed of masks, probes and fine-tunings [0]")
     return parser

@@ -10,7 +10,8 @@ from mirl.dataloaders.decoding.crops import evaluation_crop
 from mirl.dataloaders.sources.opening import open_source
 from mirl.engine.checkpoints.best import NAMES as WEIGHTS
 from mirl.engine.checkpoints.kinds import CLASSIFIER, Given, given
-from mirl.engine.commands.checkpoint_flags import add_checkpoint, add_device
+from mirl.engine.commands.checkpoint_flags import add_checkpoint
+from mirl.engine.commands.device_flag import add_device
 from mirl.engine.configuration.flags import Parser
 from mirl.engine.distributed.environment import hide_gpus
 from mirl.engine.transfer.classification.classes import require_labels, require_same_classes

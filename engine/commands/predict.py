@@ -14,10 +14,10 @@ from mirl.dataloaders.decoding.crops import evaluation_crop
 from mirl.engine.checkpoints.best import NAMES as WEIGHTS
 from mirl.engine.checkpoints.files import write_whole
 from mirl.engine.checkpoints.kinds import CLASSIFIER, given
-from mirl.engine.commands.checkpoint_flags import add_checkpoint, add_device
+from mirl.engine.commands.checkpoint_flags import add_checkpoint
+from mirl.engine.commands.device_flag import add_device, device_of_process
 from mirl.engine.commands.image_inputs import open_images
 from mirl.engine.configuration.flags import Parser
-from mirl.engine.distributed.environment import hide_gpus
 from mirl.errors import UserError
 
 
@@ -39,12 +39,10 @@ def main(argv: Sequence[str]) -> int:
     source = open_images(arguments.images, index_dir=arguments.index_dir)
     print(f"checkpoint {found}", flush=True)
 
-    hide_gpus(arguments.device)
+    device = device_of_process(arguments.device)
     # Only now: these import torch and DALI, and a wrong path should be told at once.
-    from mirl.engine.distributed.device import choose_device
     from mirl.engine.transfer.classification.load import load_classifier
 
-    device = choose_device(arguments.device)
     weights = arguments.weights or found.weights
     model, config = load_classifier(found.checkpoint, weights=weights, device=device)
     size = (model.config.image_height, model.config.image_width)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mirl.engine.checkpoints.kinds import CLASSIFIER, given
 from mirl.engine.commands.checkpoint_flags import add_checkpoint
+from mirl.engine.commands.device_flag import add_device, device_of_process
 from mirl.engine.configuration.flags import Parser, seed
 from mirl.errors import UserError
 
@@ -31,16 +32,14 @@ def main(argv: Sequence[str]) -> int:
             f"pool is {arguments.pool!r} and {arguments.checkpoint} is a fine-tuned classifier: leave it out"
         )
 
+    device = device_of_process(arguments.device)
     # Only now: these import torch and DALI, and a wrong flag should be told at once.
-    import torch
-
     from mirl.dataloaders.sources.paths import shown
     from mirl.engine.analysis.features import HEAD, count_classes, extract_features, load_frozen_encoder
     from mirl.engine.analysis.nearest_neighbours import knn_votes
     from mirl.engine.transfer.classification.linear_probe import train_linear_probe
     from mirl.engine.transfer.classification.load import load_classifier
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if found.kind == CLASSIFIER:
         model, pool = load_classifier(found.checkpoint, weights=found.weights, device=device)[0], HEAD
         print(f"features are those that its head sees (pool {model.pool}), not those of the pre-trained encoder")
@@ -105,6 +104,7 @@ def _parser() -> Parser:
     parser.add_argument("--knn-temperature", type=float, default=0.07, metavar="T", help="of their weights [0.07]")
     parser.add_argument("--epochs", type=int, default=100, help="of the linear probe [100]")
     parser.add_argument("--seed", type=seed, default=0, help="of the linear probe's order and held-out images [0]")
+    add_device(parser)
     parser.add_argument("--batch-size", type=int, default=64, help="images of a forward pass [64]")
     parser.add_argument("--threads", type=int, default=4, help="threads that decode images [4]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")

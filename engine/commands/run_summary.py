@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mirl.dataloaders import open_source, prepare_demo, typical_image_bytes
 from mirl.engine.accounting.flops import (
     classifier_flops,
@@ -34,6 +32,7 @@ from mirl.engine.accounting.run_memory import (
     run_bytes,
 )
 from mirl.engine.checkpoints.pretrained import load_encoder
+from mirl.engine.commands.device_flag import device_of_process
 from mirl.engine.commands.step_time import step_seconds
 from mirl.engine.configuration.config import Config, PretrainConfig
 from mirl.engine.configuration.flags import parse
@@ -109,7 +108,7 @@ def summarise_run(argv: Sequence[str], *, measure: bool | None = None) -> RunSum
     """
     finetuning = any(token.split("=")[0] == "--checkpoint" for token in argv)
     config = parse(FINETUNE if finetuning else PRETRAIN, argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of_process(config.run.device)
     images, classes, decoded = _data(config)
     model = _encoder(config) if isinstance(config, FinetuneConfig) else config.model
     raw = read_ds_config(config.run.deepspeed_config)

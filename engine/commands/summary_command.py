@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 
+from mirl.engine.commands.device_flag import add_device, device_of_process
 from mirl.engine.configuration.flags import HelpFormatter, Parser
 
 DESCRIPTION = """\
@@ -32,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
         action=argparse.BooleanOptionalAction,
         help="measure the time of a step of the run; by default where the model is small enough for some seconds",
     )
+    add_device(parser)
     known, flags = parser.parse_known_args(argv)
     if not flags and known.time is None:
         # Only here, so that --help waits for no torch.
@@ -40,8 +42,10 @@ def main(argv: Sequence[str]) -> int:
         print(run_summary(known.model, known.json))
         return 0
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, as in a run; see engine/pretrain.py
+    device_of_process(known.device)  # before anything else looks for a GPU
     from mirl.engine.commands.run_summary import summarise_run
 
-    summary = summarise_run([*flags, *(["--model", known.model] if known.model else [])], measure=known.time)
+    flags += ["--device", known.device, *(["--model", known.model] if known.model else [])]
+    summary = summarise_run(flags, measure=known.time)
     print(json.dumps(summary.to_dict(), indent=2) if known.json else summary)
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mirl.engine.checkpoints.kinds import PRETRAINED, given
 from mirl.engine.commands.checkpoint_flags import add_checkpoint
+from mirl.engine.commands.device_flag import add_device, device_of_process
 from mirl.engine.configuration.flags import Parser, seed
 from mirl.errors import UserError
 
@@ -22,6 +23,7 @@ def main(argv: Sequence[str]) -> int:
         "--out", type=Path, default=Path("reconstructions.png"), help="the PNG file to write [reconstructions.png]"
     )
     parser.add_argument("--seed", type=seed, default=0, help="seed of the masks [0]")
+    add_device(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     arguments = parser.parse_args(argv)
     if arguments.out.exists() and not arguments.overwrite:
@@ -35,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     found = given(arguments.checkpoint, arguments.which).require("mirl visualize", PRETRAINED)
     print(f"checkpoint {found}", flush=True)
 
+    device = device_of_process(arguments.device)
     # Only now: these import torch and DALI, and a wrong path should be told at once.
     import torch
 
@@ -43,7 +46,6 @@ def main(argv: Sequence[str]) -> int:
     from mirl.engine.pretraining.pictures import NORMALISED, legend, reconstruct, save_grid
     from mirl.engine.training.noise import mask_noise
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_pretrained(found.checkpoint, device=device)
     config = model.config
     images = load_images(

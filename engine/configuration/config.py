@@ -174,6 +174,13 @@ class RunConfig(Section):
         "add + LayerNorm and bias + GELU as one kernel each, outside of compiled regions; auto: on a GPU",
         choices=SWITCHES,
     )
+    choices: str = setting(
+        "auto",
+        "which implementation computes attention, norm and GELU where several give the same; auto: measured before the "
+        "first step on a GPU, by rule on a CPU; measure: measured on any device; default is by rule; or choices.json "
+        "of another run (docs/kernels.md)",
+        metavar="auto|measure|default|FILE",
+    )
     recompute_pointwise: bool = setting(
         False, "keep only the inputs of LayerNorm and GELU for the backward pass: less memory, the same results"
     )
@@ -196,6 +203,8 @@ class RunConfig(Section):
         for name in ("compile", "fused"):
             if getattr(self, name) not in SWITCHES:
                 raise UserError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(SWITCHES)}")
+        if not self.choices:
+            raise UserError("choices is empty: give auto, measure, default, or choices.json of another run")
         if self.recompute_pointwise and self.activation_checkpointing != "none":
             raise UserError(
                 f"recompute_pointwise is True and activation_checkpointing is {self.activation_checkpointing!r}, which "

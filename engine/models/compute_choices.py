@@ -106,6 +106,19 @@ class ComputeChoices(nn.Module):
         self._resolved_for = (device, dtype)
         return self.attention_backends
 
+    def set_layer_attention(self, layer: HeadedAttention, backend: AttentionBackend) -> None:
+        """Give one layer ``backend`` for the passes that `resolve_attention` was last called for."""
+        layer.backend = backend
+        kind = isinstance(layer, CrossAttention)
+        alike = [
+            other.backend for other in self.modules()
+            if isinstance(other, HeadedAttention) and other.head_dim == layer.head_dim
+            and isinstance(other, CrossAttention) == kind and isinstance(other.backend, AttentionBackend)
+        ]  # fmt: skip
+        label = f"{'cross' if kind else 'self'}, head size {layer.head_dim}"
+        names = " and ".join(dict.fromkeys(other.name for other in alike))
+        self.attention_backends[label] = AttentionBackend(names, backend.reason)
+
     def set_attention(self, backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> None:
         """Give every layer ``backend``, untried, for passes on ``device`` in ``dtype``."""
         for layer in self.modules():

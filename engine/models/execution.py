@@ -17,10 +17,11 @@ Method = Callable[..., Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """Fusion is meant for outside compiled regions; inside them the compiler fuses as it sees fit.
+    """Fusion is meant for outside compiled regions; inside them the compiler fuses as it sees fit, unless told.
 
     fused_norm: residual add and the LayerNorm after it as one kernel (`mirl.kernels.residual_layer_norm`).
     fused_gelu: bias of a hidden layer and GELU as one kernel (`mirl.kernels.bias_gelu`).
+    norm_in_regions, gelu_in_regions: these two kernels in compiled regions too, in place of what the compiler writes.
     recompute: keep the inputs of LayerNorm and GELU for the backward pass, not their outputs as well, which are made
     again there: 6 of 16 values per token and width of an encoder block, for one more pass over each. Same bits. In
     compiled regions it is the partitioner's budget (`mirl.engine.training.compiling`).
@@ -28,6 +29,8 @@ class Execution:
 
     fused_norm: bool = False
     fused_gelu: bool = False
+    norm_in_regions: bool = False
+    gelu_in_regions: bool = False
     recompute: bool = False
 
     @classmethod
@@ -37,9 +40,9 @@ class Execution:
         return cls(fused_norm=on_gpu, fused_gelu=on_gpu, recompute=recompute)
 
 
-def fusing(wanted: bool) -> bool:
-    """Whether to call a fused kernel. Inside a compiled region the compiler fuses, and our kernel would stop it."""
-    return wanted and not torch.compiler.is_compiling()
+def fusing(outside: bool, in_regions: bool) -> bool:
+    """Whether to call a fused kernel here: inside a compiled region the compiler's own fusion may be the faster."""
+    return in_regions if torch.compiler.is_compiling() else outside
 
 
 class Regions:

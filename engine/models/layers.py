@@ -36,7 +36,7 @@ class ResidualNorm(nn.LayerNorm):
 
     def forward(self, x_BSD: Tensor, delta_BSD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``delta_BSD`` None: nothing to add, x itself is the first result."""
-        if fusing(self.execution.fused_norm):
+        if fusing(self.execution.fused_norm, self.execution.norm_in_regions):
             # Under autocast a branch is bfloat16 and the residual stream is not.
             delta_BSD = None if delta_BSD is None else delta_BSD.to(x_BSD.dtype)
             return residual_layer_norm(x_BSD, delta_BSD, self.weight, self.bias, self.eps)
@@ -134,11 +134,14 @@ class Mlp(nn.Module):
         self.execution = Execution()
 
     def forward(self, normed_BSD: Tensor) -> Tensor:
-        return self.finish(self.fc1(normed_BSD, not fusing(self.execution.fused_gelu)))
+        return self.finish(self.fc1(normed_BSD, not self._fused()))
+
+    def _fused(self) -> bool:
+        return fusing(self.execution.fused_gelu, self.execution.gelu_in_regions)
 
     def finish(self, hidden_BSF: Tensor) -> Tensor:
         """GELU and the second Linear, from what `fc1` gave."""
-        fused = fusing(self.execution.fused_gelu)
+        fused = self._fused()
 
         def activate(hidden_BSF: Tensor) -> Tensor:
             return bias_gelu(hidden_BSF, self.fc1.bias) if fused else F.gelu(hidden_BSF)
@@ -149,7 +152,7 @@ class Mlp(nn.Module):
 
     def after(self, norm: ResidualNorm, total_BSD: Tensor, normed_BSD: Tensor) -> Tensor:
         """``self(normed)``, with the recomputation of ``norm``."""
-        add_bias = not fusing(self.execution.fused_gelu)
+        add_bias = not self._fused()
         return self.finish(norm.feed(lambda y_BSD: self.fc1(y_BSD, add_bias), total_BSD, normed_BSD))
 
 

@@ -35,10 +35,15 @@ def bare_model(config: ModelConfig, run: RunConfig) -> MIRL:
     return model
 
 
+def compile_choice(plan: RunPlan[Any], engine: TrainEngine) -> CompileChoice:
+    """Whether `compile_where_chosen` will try."""
+    return choose_compile(plan.config.run.compile, plan.ranks.device, engine.stage)
+
+
 def compile_where_chosen(plan: RunPlan[Any], engine: TrainEngine) -> CompileChoice:
     """Compile the regions of the model where that is chosen and works on every rank."""
     ranks = plan.ranks
-    choice = choose_compile(plan.config.run.compile, ranks.device, engine.stage)
+    choice = compile_choice(plan, engine)
     if not choice.on:
         return choice
     choice = compile_regions(engine.module, plan.micro_batch, ranks.device)

@@ -17,12 +17,15 @@ from torch import nn
 
 from mirl.dataloaders import TrainLoader
 from mirl.engine.accounting.run_memory import Footprint
+from mirl.engine.checkpoints.files import write_whole
 from mirl.engine.configuration.config import Config
 from mirl.engine.distributed.ds_engine import FragmentReader, TrainEngine
 from mirl.engine.distributed.launch import Ranks, is_lost_peer, join, leave, seconds_since_process_start
 from mirl.engine.errors import LostRank
 from mirl.engine.models.compute_choices import ComputeChoices
-from mirl.engine.training.computing import compile_where_chosen
+from mirl.engine.training.choices.choosing import Chosen, choose_for_run
+from mirl.engine.training.choices.table import NAME as CHOICES_FILE
+from mirl.engine.training.computing import compile_choice, compile_where_chosen
 from mirl.engine.training.fitting import fit_to_memory
 from mirl.engine.training.measured import compare_with_prediction
 from mirl.engine.training.optimizer import build_optimizer
@@ -160,9 +163,10 @@ def _train(config: C, kind: RunKind[C], ranks: Ranks) -> Path:
 
         # How it computes; then the first files are written.
         engine.module.resolve_attention(ranks.device)  # now: one asked for by name may not run here
+        chosen = choose_for_run(plan, engine.module, compiled=compile_choice(plan, engine).on)
         compiled = compile_where_chosen(plan, engine)
         closing.callback(log.close)
-        agree_on_main(ranks, lambda: _open_folder(plan, log, durations, progress.step))
+        agree_on_main(ranks, lambda: _open_folder(plan, log, durations, progress.step, chosen))
         for line in [
             describe_versions(),
             *kind.opening_lines(plan, parameters),
@@ -170,6 +174,7 @@ def _train(config: C, kind: RunKind[C], ranks: Ranks) -> Path:
             *engine.remarks,
             *plan.remarks,
             describe_computation(plan, engine.module, compiled),
+            *chosen.lines,
         ]:
             log.say(line)
         saver = Saver(
@@ -188,8 +193,9 @@ def _train(config: C, kind: RunKind[C], ranks: Ranks) -> Path:
     return out
 
 
-def _open_folder(plan: RunPlan[Any], log: RunLog, durations: Durations, start_step: int) -> None:
-    """Make the run's folder, write its configuration and open its log; on rank 0."""
+def _open_folder(plan: RunPlan[Any], log: RunLog, durations: Durations, start_step: int, chosen: Chosen) -> None:
+    """Make the run's folder, write its configuration and choices, and open its log; on rank 0."""
     plan.out.mkdir(parents=True, exist_ok=True)
     write_config(plan.config, plan.out, start_step)
+    write_whole(plan.out / CHOICES_FILE, chosen.table.to_json())
     log.open(total_steps=durations.total_steps, start_step=start_step, tensorboard=plan.config.log.tensorboard)

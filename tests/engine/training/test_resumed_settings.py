@@ -49,6 +49,7 @@ def test_the_same_command_goes_on_without_a_word(kind):
         ("pretrain", ["--objective", "multi_decoder"], "objective is multi_decoder and ", "--objective mirl"),
         ("pretrain", ["--schedule", "step"], "schedule is step and ", "--schedule cosine"),
         ("pretrain", ["--mean", "0.1", "0.2", "0.3"], "mean is 0.1 0.2 0.3 and ", "--mean 0.485 0.456 0.406"),
+        ("pretrain", ["--choices", "default"], "choices is default and ", "--choices auto"),
         ("finetune", ["--mixup", "0.3"], "mixup is 0.3 and ", "--mixup "),
         ("finetune", ["--rand-augment", "rand-m3-n1"], "rand_augment is rand-m3-n1 and ", "--rand-augment "),
         ("finetune", ["--layer-decay", "0.4"], "layer_decay is 0.4 and ", "--layer-decay "),

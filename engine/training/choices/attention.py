@@ -1,0 +1,86 @@
+"""The choice of attention: SDPA, its kernels by name, xformers, and two matrix products with a softmax between them.
+
+Letters: B batch, S queries, T keys, H heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mirl.engine.models.layers import HeadedAttention
+from mirl.engine.training.choices.declaration import Choice, Implementation, Note, Use, random_leaf
+from mirl.kernels.attention import CANDIDATES, AttentionBackend, implementation
+
+# How queries, keys and values lie in memory: parts of one buffer [B, S, 3Hd], as an encoder block has them; two
+# buffers; and keys and values of densely connected inputs, whose tokens come first.
+PACKED, APART, TOKENS_FIRST = "packed", "apart", "tokens-first"
+
+
+def _watch(module: nn.Module, note: Note) -> Callable[[], None] | None:
+    if not isinstance(module, HeadedAttention):
+        return None
+    attend = module.attend
+
+    def told(q_BSD: Tensor, kv_BT2D: Tensor) -> Tensor:
+        packed = q_BSD.untyped_storage().data_ptr() == kv_BT2D.untyped_storage().data_ptr()
+        layout = PACKED if packed else TOKENS_FIRST if kv_BT2D.stride(0) < kv_BT2D.stride(1) else APART
+        sizes = {"B": len(q_BSD), "S": q_BSD.shape[1], "T": kv_BT2D.shape[1], "H": module.heads, "d": module.head_dim}
+        note(sizes | {"layout": layout}, q_BSD.dtype)
+        return attend(q_BSD, kv_BT2D)
+
+    module.attend = told  # type: ignore[method-assign]
+    return lambda: delattr(module, "attend")
+
+
+def _inputs(use: Use, device: torch.device, generator: torch.Generator) -> Sequence[Tensor]:
+    batch, queries, keys, width = use["B"], use["S"], use["T"], use["H"] * use["d"]
+    if use["layout"] == PACKED:
+        return [random_leaf((batch, queries, 3 * width), use, device, generator)]
+    kv_shape = (keys, batch, 2 * width) if use["layout"] == TOKENS_FIRST else (batch, keys, 2 * width)
+    return [random_leaf(shape, use, device, generator) for shape in ((batch, queries, width), kv_shape)]
+
+
+def _split(use: Use, leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    width = use["H"] * use["d"]
+    if use["layout"] == PACKED:
+        q, kv = leaves[0].split((width, 2 * width), dim=-1)
+    else:
+        q, kv = leaves
+    if use["layout"] == TOKENS_FIRST:
+        kv = kv.transpose(0, 1)
+    k, v = kv.chunk(2, dim=-1)
+    return tuple(x.unflatten(-1, (use["H"], use["d"])) for x in (q, k, v))  # type: ignore[return-value]
+
+
+def _on_leaves(name: str, use: Use) -> Implementation:
+    run = implementation(name)
+    return lambda *leaves: run(*_split(use, leaves)).flatten(2)
+
+
+def _candidates(use: Use, device: torch.device) -> Mapping[str, Implementation]:
+    return {name: _on_leaves(name, use) for name in CANDIDATES[device.type]}
+
+
+def _current(module: Any, in_region: bool) -> str:
+    return module.backend.name
+
+
+def _apply(model: Any, module: Any, name: str, in_region: bool) -> None:
+    model.set_layer_attention(module, AttentionBackend(name, "by the table of choices"))
+
+
+ATTENTION = Choice(
+    name="attention",
+    left_open=lambda model, run, in_region: model.config.attention == "auto",
+    watch=_watch,
+    inputs=_inputs,
+    candidates=_candidates,
+    reference=lambda use: _on_leaves("math", use),
+    tolerance={torch.bfloat16: 2e-2, torch.float32: 1e-4, torch.float64: 1e-9},
+    current=_current,
+    apply=_apply,
+)
