@@ -191,8 +191,8 @@ def test_a_folder_of_both_kinds_has_a_path_to_give(photo, jpeg_folder):
     with tarfile.open(folder / "a.tar", "w") as shard:
         add_member(shard, "0.png", photo(0, 32, 32))
     make_index(folder, progress=False)
-    named = re.search(r"--data (.*\.tar)", refusal(folder))[1]
-    source = open_source(named)
+    named = re.search(r"--data (.*), or", refusal(folder))[1]
+    source = open_source(*shlex.split(named))
     assert source.num_images == 1
     source.close()
     assert open_source(folder, layout="files").num_images == 2
