@@ -27,6 +27,8 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again to go on
 # What the operating system says of a path, and names it: the user knows what to do about it.
 OF_A_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
+# Before a rank other than 0 leaves; launchers look at their workers every second or so.
+PAUSE_S = 3
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -49,8 +51,9 @@ class NotSaved(RuntimeError):
 def run_entry_point(main: Callable[[], int | None]) -> None:
     """Call ``main`` and leave the process: an error of the user's becomes one line on stderr and an exit code.
 
-    On several ranks only rank 0 speaks. The others wait a moment before they leave, because a launcher that sees one
-    worker fail ends the rest, and would otherwise cut off the message. A lost rank is told by every rank that is left.
+    On several ranks rank 0 speaks first. The others wait a moment, because a launcher that sees one worker fail ends
+    the rest, and would otherwise cut off the message. Who is still there then tells its own error, since rank 0 may not
+    have it (the data of one host, the variables of one rank). A lost rank is told by every rank that is left.
     """
     open_streams()
     rank, wrong = _rank()
@@ -63,7 +66,7 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
         if ours or os.environ.get("MIRL_TRACEBACK") == "1":
             raise
         code = EXIT_USER_ERROR
-        _say(rank, f"error: {error}")
+        _say(rank, f"error: {error}", own=not getattr(error, "of_all_ranks", False))
     except Diverged as error:
         code = EXIT_DIVERGED
         _say(rank, f"error: {error}")
@@ -77,12 +80,12 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
         say(f"error: rank {rank}: {error}")
     except (Preempted, StorageLost) as error:
         code = EXIT_PREEMPTED
-        _say(rank, f"stopped: {error}")
+        _say(rank, f"stopped: {error}", own=isinstance(error, StorageLost))
     except OSError as error:
         if error.errno not in _FULL or os.environ.get("MIRL_TRACEBACK") == "1":
             raise
         code = EXIT_NOT_SAVED
-        _say(rank, f"error: what was being written does not fit ({error.strerror}): free space")
+        _say(rank, f"error: what was being written does not fit ({error.strerror}): free space", own=True)
         flush(sys.stdout)
     except KeyboardInterrupt:
         code = 130
@@ -95,11 +98,15 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
-def _say(rank: int, line: str) -> None:
+def _say(rank: int, line: str, *, own: bool = False) -> None:
+    """Say the line on rank 0; on another rank wait, and say it if it may be that rank's ``own``."""
     if rank == 0:
         say(line)
-    else:
-        time.sleep(3)
+        return
+    time.sleep(PAUSE_S)
+    if own:
+        kind, _, text = line.partition(": ")
+        say(f"{kind}: rank {rank}: {text}")
 
 
 def _rank() -> tuple[int, str]:

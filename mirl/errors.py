@@ -8,8 +8,10 @@ class UserError(ValueError):
 
     The message is one line of the form "X is V: give Y". It names the field or file, its value and the mend. A command
     prints it without a traceback and ends with exit code 2. Every other exception is a fault of ours and keeps its
-    traceback.
+    traceback. ``of_all_ranks``: rank 0 has the same error and tells it.
     """
+
+    of_all_ranks = False
 
 
 class StorageLost(RuntimeError):

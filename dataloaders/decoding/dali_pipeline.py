@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from mirl.dataloaders.decoding.at_exit import close_at_exit
+from mirl.dataloaders.sources.handles import mend_of_too_many, raise_file_limit
 from mirl.errors import UserError
 
 _MAX_EXCHANGES = 100
@@ -245,11 +246,12 @@ class DaliDecoder:
 
     def _build(self, batch_size: int, threads: int, depth: int):
         """A pipeline that is built, warm, and empty: DALI's first run takes `depth` batches at once, blanks here."""
+        raise_file_limit()
         try:
             from nvidia.dali import Pipeline, fn, types
         except (ImportError, OSError) as error:
             if os.strerror(errno.EMFILE) in str(error):  # DALI is there; the dynamic linker says this as an ImportError
-                raise UserError(f"the limit of open files is too low ({error}): raise it, ulimit -n 4096") from error
+                raise UserError(f"the limit of open files is too low ({error}): {mend_of_too_many()}") from error
             raise UserError(f"NVIDIA DALI cannot be imported ({error}), pictures need it; {_INSTALL}") from error
         on_gpu = self.device_id is not None
         pipe = Pipeline(

@@ -116,4 +116,17 @@ def raise_file_limit() -> int:
     return min(soft, _MOST)
 
 
+def mend_of_too_many() -> str:
+    """What to do where no more files can be opened, although `raise_file_limit` has done what it could."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= _MOST:
+        return "close other programs, or the system's limit is to be raised (sysctl fs.file-max)"
+    if hard == resource.RLIM_INFINITY or soft < hard:
+        return f"raise the limit of {soft} open files: ulimit -n {_MOST if hard == resource.RLIM_INFINITY else hard}"
+    return (
+        f"the limit of {hard} open files is a hard one (ulimit -Hn) and is raised from outside: in Docker by "
+        f"--ulimit nofile={_MOST}, of a service by LimitNOFILE={_MOST}, in a batch system by its administrator"
+    )
+
+
 POOL = HandlePool()

@@ -13,6 +13,7 @@ path are written as \\\\, \\t and \\n.
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from mirl.dataloaders.sources.paths import shown
 from mirl.disk import set_mode
 from mirl.errors import UserError
 
@@ -80,16 +82,27 @@ def read_manifest(path: Path) -> tuple[str, list[ManifestRow]]:
     """(root, rows); UserError with the line where it is damaged."""
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         magic, _, root = file.readline().rstrip("\n").partition("\t")
+        root = unescape(root)
+        command = manifest_command(path, root)
         if magic != _MAGIC or file.readline().rstrip("\n") != _COLUMNS:
-            raise UserError(f"{path} is not a manifest of this version; write it again with: mirl validate-data ROOT")
+            raise UserError(f"{shown(path)} is not a manifest of this version; write it again with: {command}")
         rows = []
         for number, line in enumerate(file, start=3):
             fields = line.rstrip("\n").split("\t")
             if len(fields) != 6 or not all(field.isdigit() for field in fields[1:4]):
-                raise UserError(f"{path} line {number} is damaged; write it again with: mirl validate-data {root}")
+                raise UserError(f"{shown(path)} line {number} is damaged; write it again with: {command}")
             name, size, height, width, kind, reason = fields
             rows.append(ManifestRow(unescape(name), int(size), int(height), int(width), kind, unescape(reason)))
-    return unescape(root), rows
+    return root, rows
+
+
+def manifest_command(path: Path, root: str) -> str:
+    """The command that writes the manifest `path` of the data set `root` again."""
+    moved = not root or not os.path.exists(root)
+    words = ["mirl", "validate-data", os.fspath(path.parent if moved else root)]
+    if moved or path.name != MANIFEST_NAME or os.path.realpath(path.parent) != os.path.realpath(root):
+        words += ["--manifest", os.fspath(path)]
+    return shown(shlex.join(words))
 
 
 def escape(text: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from mirl.dataloaders.sources import listing
 from mirl.dataloaders.sources.base import FileSource, JoinedSource, Source
 from mirl.dataloaders.sources.ledger import Ledger
-from mirl.dataloaders.sources.manifest import LEFT_OUT, MANIFEST_NAME, ManifestRow, read_manifest
+from mirl.dataloaders.sources.manifest import LEFT_OUT, MANIFEST_NAME, ManifestRow, manifest_command, read_manifest
 from mirl.dataloaders.sources.paths import PathTable, shard_of, shown
 from mirl.dataloaders.sources.tar_source import TarSource
 from mirl.errors import UserError
@@ -53,7 +53,7 @@ def _open_members(
         source.close()
         raise UserError(
             f"manifest {shown(manifest)} names {len(only)} members, the shards have {source.num_images} of them: "
-            "they changed; write it again with mirl validate-data"
+            f"they changed; write it again with: {manifest_command(manifest, root)}"
         )
     return source
 

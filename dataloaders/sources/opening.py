@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -131,9 +132,10 @@ def _open_folder(
     if folder != root:
         ledger.notes.append(listing.beside_split(root, folder))
     if layout == "auto" and shards and names:
+        one = shlex.quote(os.path.join(folder, shards[0]))
         raise UserError(
             f"{shown(folder)} holds {len(shards)} .tar files and {len(names)} images; choose layout tar or files: give "
-            f"one kind by itself, e.g. --data {shown(folder / shards[0])}, or a folder of its own"
+            f"one kind by itself, e.g. --data {shown(one)}, or a folder of its own"
         )
     broken = broken_names(root, folder) if use_manifest else set()
     if layout == "tar" or (shards and layout == "auto"):

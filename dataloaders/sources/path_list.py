@@ -127,7 +127,11 @@ def _first_problem(list_file: Path, path: str) -> str:
         head, _, tail = path.rpartition(mark)
         if head and _exists(folder, head.strip().strip('"')):
             script = rf"s/{mark}+ *([0-9]+)[[:space:]]*$/\t\1/"
-            mend = f"sed -E '{script}' {shown(shlex.quote(os.fspath(list_file)))} > NEW"
+            # Beside the list, where its relative paths begin.
+            new = list_file.with_name(f"{list_file.stem}-tabs{list_file.suffix}")
+            mend = (
+                f"sed -E '{script}' {shown(shlex.quote(os.fspath(list_file)))} > {shown(shlex.quote(os.fspath(new)))}"
+            )
             return f"{shown(path)!r} is a path, {kind} and {shown(tail.strip())!r}; put a tab before the label: {mend}"
     if _exists(folder, path.strip("\"'")):
         return f"{shown(path)!r} is a path in quotes; write it without them"

@@ -15,7 +15,7 @@ import numpy as np
 
 from mirl.dataloaders.errors import ImageError, StorageError, StorageLost
 from mirl.dataloaders.sources.class_names import CLASS_NAMES, class_names_beside
-from mirl.dataloaders.sources.handles import POOL, TOO_MANY
+from mirl.dataloaders.sources.handles import POOL, TOO_MANY, mend_of_too_many
 from mirl.dataloaders.sources.index_format import Part
 from mirl.dataloaders.sources.kinds import image_extensions
 from mirl.dataloaders.sources.ledger import Ledger
@@ -174,8 +174,7 @@ class TarSource:
 
     def _refusal(self, shard: Path, index: int, error: ImageError) -> UserError:
         if isinstance(cause := error.__cause__, OSError):
-            many = cause.errno in TOO_MANY
-            mend = "raise the limit, e.g. ulimit -n 4096" if many else "check the file and its disk"
+            mend = mend_of_too_many() if cause.errno in TOO_MANY else "check the file and its disk"
             return UserError(f"tar shard {shown(shard)} cannot be read ({cause.strerror}): {mend}")
         command = index_command(index_path(shard, self._index_dir), shard, "--force")
         return UserError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,5 +120,9 @@ def require_kind(state: dict[str, Any], asked: Path | str, command: str, *kinds:
     if kind in kinds:
         return
     source = ((state.get("config") or {}).get("finetune") or {}).get("checkpoint")
-    mend = f"give {source}" if source and kind == CLASSIFIER else _SOURCES[kinds[0]].format(given=asked)
+    mend = (
+        f"give {source}"
+        if source and kind == CLASSIFIER
+        else _SOURCES[kinds[0]].format(given=shlex.quote(os.fspath(asked)))
+    )
     raise UserError(f"{asked} is {describe(state)}: {command} needs {_NAMES[kinds[0]]}; {mend}")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mirl
-from mirl.engine.distributed.environment import integer, of_slurm, without_launcher
+from mirl.engine.distributed.environment import DEEPSPEED_INSTALL, integer, of_slurm, without_launcher
 
 OK, WARNING, ERROR = "ok", "warning", "error"
 SMALLEST_DISK_GIB = 20
@@ -109,7 +109,7 @@ def check_triton() -> Finding:
 
     if not HAS_TRITON:
         level = ERROR if torch.cuda.is_available() else OK
-        mend = "it comes with torch: reinstall torch (pip install torch)" if level == ERROR else ""
+        mend = "it comes with torch: pip install triton" if level == ERROR else ""
         return Finding(level, "triton", "not installed: the kernels run as plain torch", mend)
     if not torch.cuda.is_available():
         return Finding(OK, "triton", f"{TRITON_VERSION}: installed, not used without a GPU")
@@ -195,7 +195,7 @@ def check_deepspeed() -> Finding:
     )
     version = version_of("deepspeed")
     if version is None:
-        return Finding(ERROR, "deepspeed", "not installed", "pip install deepspeed")
+        return Finding(ERROR, "deepspeed", "not installed", DEEPSPEED_INSTALL)
     environment = without_launcher(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(Path(mirl.__file__).resolve().parents[1]), environment.get("PYTHONPATH", "")]
@@ -212,7 +212,7 @@ def check_deepspeed() -> Finding:
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
         if (mark := "mirl.errors.UserError: ") in last:  # the process could not start as it should
             return Finding(ERROR, "deepspeed", f"{version}: was not tried", last.split(mark)[1])
-        return Finding(ERROR, "deepspeed", f"{version}: {last[:160]}", "pip install --upgrade deepspeed")
+        return Finding(ERROR, "deepspeed", f"{version}: {last[:160]}", DEEPSPEED_INSTALL)
     return Finding(OK, "deepspeed", f"{version}: a ZeRO-2 step and an all-reduce ran")
 
 
@@ -303,7 +303,10 @@ def main(argv: Sequence[str]) -> int:
             finding = check()
         except Exception as error:  # noqa: BLE001 - a part that cannot even be imported is what this command is for
             finding = Finding(
-                ERROR, check.__name__.removeprefix("check_"), one_line(error), "reinstall: pip install mirl-engine"
+                ERROR,
+                check.__name__.removeprefix("check_"),
+                one_line(error),
+                "`pip check` names what does not fit",
             )
         print(finding, flush=True)
         worst = ERROR if ERROR in (worst, finding.level) else worst

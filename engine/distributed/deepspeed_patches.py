@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from mirl.engine.distributed.environment import DEEPSPEED_INSTALL
 from mirl.engine.distributed.flat_gradients import FlatGradients, FlatGroup
 from mirl.errors import UserError
 
 TESTED_VERSIONS = ("0.19.8",)
-INSTALL_LINE = "pip install 'deepspeed>=0.19.8,<0.20'"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -63,14 +63,14 @@ def remark_on_version() -> list[str]:
         return []
     return [
         f"deepspeed {VERSION} is not a version that this engine was tested with ({', '.join(TESTED_VERSIONS)}): "
-        f"gradients go through its own buckets, which is slower; {INSTALL_LINE} brings one that was"
+        f"gradients go through its own buckets, which is slower; {DEEPSPEED_INSTALL} brings one that was"
     ]
 
 
 def version_error(problem: str) -> UserError:
     """The error for an installed version that lacks what this engine cannot do without."""
     tested = ", ".join(TESTED_VERSIONS)
-    return UserError(f"deepspeed is {VERSION}, {problem}: this engine was tested with {tested}; {INSTALL_LINE}")
+    return UserError(f"deepspeed is {VERSION}, {problem}: this engine was tested with {tested}; {DEEPSPEED_INSTALL}")
 
 
 def import_muon_uncompiled() -> None:

@@ -78,7 +78,7 @@ def driver_version(root: Path = Path("/")) -> str | None:
 def _wheel(driver: str | None) -> str:
     """The build of torch that a driver can serve."""
     if driver is None:
-        return "install a CUDA build of torch (pip install torch)"
+        return "install a CUDA build of torch (pip install --force-reinstall 'torch>=2.11,<2.16')"
     major = int(driver.split(".")[0])
     fitting = [cuda for cuda, oldest in OLDEST_DRIVER.items() if major >= oldest]
     if not fitting:

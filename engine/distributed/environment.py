@@ -11,6 +11,8 @@ _NAMES = {
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK",
     "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
 }  # fmt: skip
+# What we replace inside DeepSpeed is there in these versions: engine/distributed/deepspeed_patches.py.
+DEEPSPEED_INSTALL = "pip install 'deepspeed>=0.19.8,<0.20'"
 _PREFIXES = ("SLURM_", "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_")
 
 

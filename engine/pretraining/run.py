@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -93,11 +94,12 @@ class Pretraining(RunKind[PretrainConfig]):
         if config.log.pictures:
             lines = [f"columns of the pictures: {'; '.join(legend(column_titles(config.model)))}"]
             lines += [NORMALISED] if config.model.norm_pix else []
+        run, checkpoint = (shlex.quote(os.fspath(path)) for path in (out, newest_checkpoint(out)))
         return [
             *lines,
-            f"reconstruct your own images: mirl visualize {os.fspath(newest_checkpoint(out))} IMAGE ...",
-            f"measure its features: mirl probe {out} --data TRAIN --val VAL",
-            f"make a classifier of it: mirl finetune --checkpoint {out} --data TRAIN --val VAL",
+            f"reconstruct your own images: mirl visualize {checkpoint} IMAGE ...",
+            f"measure its features: mirl probe {run} --data TRAIN --val VAL",
+            f"make a classifier of it: mirl finetune --checkpoint {run} --data TRAIN --val VAL",
         ]
 
 

@@ -113,7 +113,7 @@ def _mend(need: _Need, micro: int, allowed: list[int], free: FreeMemory) -> str:
             continue
         if fits and len(ways) < 3:
             ways.append(flag + (f" --micro-batch {allowed[-1]}" if need.plan.micro_batch_given else ""))
-    return f"give {', or '.join(ways)}" if ways else "give a smaller --model or --image-size, or a larger machine"
+    return f"give {', or '.join(ways)}" if ways else "give a smaller --model or --image-size, or more memory"
 
 
 def _changes(config: Any, sections: dict[str, type]) -> list[tuple[str, dict[str, Any]]]:

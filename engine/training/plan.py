@@ -108,7 +108,9 @@ def agree_on_main(ranks: Ranks, call: Callable[[], T]) -> T:
             problem = str(error)
     result, problem = ranks.broadcast((result, problem))
     if problem:
-        raise UserError(problem)
+        error = UserError(problem)
+        error.of_all_ranks = True
+        raise error
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def closing_lines(out: Path) -> list[str]:
         lines.append(f"  pictures    {pictures[-1]}")
     lines.append(f"  log         {out / 'log.txt'}, {out / 'metrics.jsonl'}")
     if (out / "tensorboard").is_dir():
-        lines.append(f"  tensorboard tensorboard --logdir {out / 'tensorboard'}")
+        lines.append(f"  tensorboard tensorboard --logdir {shlex.quote(str(out / 'tensorboard'))}")
     lines.append(f"  checkpoint  {newest_checkpoint(out)}")
     if best := read_best(out / "checkpoints"):
         lines.append(f"  best        {out / 'checkpoints' / best.checkpoint}: {best}")

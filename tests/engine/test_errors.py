@@ -205,3 +205,33 @@ def test_a_class_part_that_is_no_number_is_named_and_the_run_ends(server, tmp_pa
     assert run.end(60) == [2], run.output()[-2000:]
     assert "bad.tar::005.png: its cls part is b'zero', not a class number" in run.output()
     assert "Traceback" not in run.output() and not (tmp_path / "ft").exists()
+
+
+OWN = {
+    "its own": ("raise UserError('data is not here')", 2, "error: rank 3: data is not here\n"),
+    "a path": ("open('/nowhere/at/all')", 2, "error: rank 3: [Errno 2] No such file or directory: '/nowhere/at/all'\n"),
+    "rank 0's too": ("error = UserError('data is not here')\nerror.of_all_ranks = True\nraise error", 2, ""),
+    "a share": (
+        "from mirl.errors import StorageLost\nraise StorageLost('the share is gone')",
+        75,
+        "stopped: rank 3: the share is gone\n",
+    ),
+    "a request to stop": ("from mirl.engine.errors import Preempted\nraise Preempted('after step 3')", 75, ""),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_an_error_that_rank_0_may_not_have_is_told_by_the_rank_that_has_it(name):
+    body, code, told = OWN[name]
+    ended = end_of(body, RANK="3", WORLD_SIZE="4")
+    assert (ended.returncode, ended.stderr) == (code, told)
+
+
+def test_data_that_one_host_lacks_are_named(server, photographs, tmp_path):
+    """Both ranks are of one group here; the second looks into a folder where the data are not."""
+    run = server.start(
+        tmp_path, "--data", photographs, "--steps", 3, "--out", "out", inject={1: ["lack_data", str(tmp_path / "gone")]}
+    )
+    assert run.end(60) == [69, 2], run.output()[-2000:] + run.output(1)[-2000:]
+    assert f"error: rank 1: data folder {tmp_path / 'gone'} does not exist" in run.output(1)
+    assert "Traceback" not in run.output() + run.output(1)

@@ -20,6 +20,7 @@ import torch
 from mirl.dataloaders import Batch, TrainLoader
 from mirl.dataloaders.sources import patience
 from mirl.engine.checkpoints import writer as checkpoint
+from mirl.engine.training import run_data
 from mirl.errors import UserError
 
 # Phase of a save -> (rank that is killed, audit event, part of its first argument); no event: `kill_in_write`
@@ -117,6 +118,12 @@ def break_loader(kind: str) -> None:
         return next_micro_batch(loader)
 
     TrainLoader.next_micro_batch = fail_at_the_second
+
+
+def lack_data(instead: str) -> None:
+    """The data of this rank's host are not where those of the others are: it looks into ``instead``."""
+    build = run_data.build_train_loader
+    run_data.build_train_loader = lambda sources, **options: build([Path(instead)], **options)
 
 
 def refuse(call: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from mirl.engine.training.fitting import CLEARLY
 from tests.support.launch import launch_environment
 from tests.support.limits import control_group, under_ulimit
 from tests.support.runs import ENTRY, losses, records
@@ -56,7 +58,31 @@ def test_what_cannot_fit_is_refused_in_one_line_before_anything_is_written(photo
 
 
 def test_a_limit_of_the_address_space_counts_too(photographs, tmp_path):
-    done = pretrain(under_ulimit(6 * GIB), tmp_path, photographs, "--batch-size", "44", "--micro-batch", "44")
-    # torch reserves more addresses than memory; whatever is left is told, and is no crash.
-    assert done.returncode in (0, 2), done.stdout[-2000:] + done.stderr[-2000:]
-    assert "ulimit -v" in done.stdout + done.stderr
+    """The refusal tells how much is missing and what would do: with a little less than that the run does not begin,
+    with all of it it trains to its end, and so it does with the flag that is named.
+    """
+    flags, tight = ("--batch-size", "44", "--micro-batch", "44"), 6 * GIB
+
+    def refused_by(limit: int) -> tuple[str, float, float]:
+        done = pretrain(under_ulimit(limit), tmp_path, photographs, *flags)
+        assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-2000:]
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        bound = f"left by ulimit -v {limit // 1024}"
+        told = re.search(rf"memory is (\d+\.\d) GiB \({bound}\) and the run needs about (\d+\.\d) GiB", line)
+        assert told, line
+        assert not (tmp_path / "out").exists()
+        return line, float(told[1]), float(told[2])
+
+    def trains_under(limit: int, *flags: str) -> None:
+        done = pretrain(under_ulimit(limit), tmp_path, photographs, *flags)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        assert "may not be enough" not in done.stdout
+        assert set(losses(tmp_path / "out")) == {1}
+        shutil.rmtree(tmp_path / "out")
+
+    _, left, needed = refused_by(tight)
+    rounding = 0.15 * GIB  # of two figures with one digit behind the point
+    trains_under(tight + int((needed - left) * GIB + rounding), *flags)
+    less = tight + int((needed / CLEARLY - left) * GIB - rounding)
+    line, _, _ = refused_by(less)
+    trains_under(less, *flags[:2], *re.search(r": give (--micro-batch \d+)", line)[1].split())

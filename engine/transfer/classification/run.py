@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -217,11 +219,12 @@ class Finetuning(RunKind[FinetuneConfig]):
 def _next_commands(out: Path, evaluated: bool) -> list[str]:
     taken = "the best checkpoint" if read_best(out / "checkpoints") else "the newest checkpoint"
     val = "the set above or another one" if evaluated else "labelled images"
+    run = shlex.quote(os.fspath(out))
     return [
         f"these take {taken}, unless --which says otherwise:",
-        f"  mirl evaluate {out} --val VAL     {val}: accuracy by class, confusion",
-        f"  mirl predict {out} IMAGE ...      classes of images or folders",
-        f"  mirl export {out} --to timm --out DIR",
+        f"  mirl evaluate {run} --val VAL     {val}: accuracy by class, confusion",
+        f"  mirl predict {run} IMAGE ...      classes of images or folders",
+        f"  mirl export {run} --to timm --out DIR",
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -66,9 +67,9 @@ def test_a_rank_that_waits_says_so_once_and_gives_up_in_one_line(name, port):
     lines = [line for line in told.splitlines() if line.startswith(("warning: rank", "error:"))]
     assert lines[0].startswith(f"warning: {who} waits for {missing}") and why in lines[0]
     assert f" at 127.0.0.1:{port}: " in lines[0]
-    if not environment.get("RANK"):  # only rank 0 tells how a command ends
-        assert lines[1].startswith(f"error: {who} waited 0.0666667 minutes in vain for {missing}") and why in lines[1]
-    assert len(lines) == 2 - bool(environment.get("RANK"))
+    speaker = "rank 1: " if environment.get("RANK") else ""
+    assert lines[1].startswith(f"error: {speaker}{who} waited 0.0666667 minutes in vain for {missing}")
+    assert why in lines[1] and len(lines) == 2
     assert process.returncode == 2 and "Traceback" not in told
 
 
@@ -89,16 +90,40 @@ def test_ranks_that_meet_at_once_say_nothing(port):
     assert (process.returncode, out) == (0, "met 0 1\n") and "waits" not in told, time.monotonic() - started
 
 
-@pytest.mark.parametrize("address", [{}, {"MASTER_ADDR": "127.0.0.1"}])
-def test_done_as_told_one_process_runs(address, port):
-    """Without MASTER_ADDR and with it the line tells to unset SLURM_NTASKS."""
-    process = start(4, MASTER_PORT=port, **SLURM, **address)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "unset SLURM_NTASKS" in told and "srun" in told
-    told_to_unset = {name: value for name, value in SLURM.items() if name != "SLURM_NTASKS"}
-    out, _ = start(4, MASTER_PORT=port, **told_to_unset, **address).communicate(timeout=60)
+HERE = {"MASTER_ADDR": "127.0.0.1"}
+TOLD_TO_UNSET = {
+    "a Slurm shell": SLURM,
+    "a Slurm shell with MASTER_ADDR": SLURM | HERE,
+    "WORLD_SIZE alone": {"WORLD_SIZE": "3"} | HERE,
+    "both variables": {"RANK": "0", "WORLD_SIZE": "2"} | HERE,
+    "a rank that is none of them": {"RANK": "2", "WORLD_SIZE": "2"} | HERE,
+    "no number": {"RANK": "abc"},
+    "no number of ranks": {"RANK": "0", "WORLD_SIZE": "two"} | HERE,
+}
+
+
+@pytest.mark.parametrize("name", TOLD_TO_UNSET)
+def test_done_as_told_one_process_runs(name, port):
+    """What the line tells to unset is taken out of it and unset, and nothing else is."""
+    environment = TOLD_TO_UNSET[name]
+    while variables := variables_to_unset(start(4, MASTER_PORT=port, **environment), environment):
+        environment = {name: value for name, value in environment.items() if name not in variables}
+    out, _ = start(4, MASTER_PORT=port, **environment).communicate(timeout=60)
     assert out == "met 0 1\n"
+
+
+def variables_to_unset(process: subprocess.Popen[str], environment: dict[str, str]) -> set[str]:
+    """The variables that the last line of a process names with ``unset``; none if it ended well."""
+    _, told = process.communicate(timeout=60)
+    if process.returncode == 0:
+        return set()
+    assert process.returncode == 2 and "Traceback" not in told, told
+    line = told.splitlines()[-1]
+    named = re.search(r"unset ([A-Z_]+(?: and [A-Z_]+)*|both)|variable ([A-Z_]+) .* or unset", line)
+    assert named, line
+    names = set(re.findall(r"[A-Z_]{4,}", line if named[1] == "both" else named[1] or named[2])) & set(environment)
+    assert names, line
+    return names
 
 
 def test_who_is_missing():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 
 import pytest
 
@@ -63,6 +65,9 @@ def test_another_experiment_is_refused_and_a_change_on_purpose_is_told(kind, fla
     text = str(refused.value)
     setting = flags[0].removeprefix("--").removeprefix("no-").replace("-", "_")
     assert text.startswith(name) and f"{flag}" in text and f"--change {setting}" in text and "\n" not in text
+    as_before = shlex.split(re.search(r": give (.*) as before", text)[1])
+    assert compare(*flags, *as_before, kind=kind) == [], "a flag that comes later holds"
+    assert compare(*flags, *re.search(r"(--change .*)$", text)[1].split(), kind=kind) != []
     (line,) = compare(*flags, "--change", setting, kind=kind)
     assert f"{setting} " in line and " -> " in line
     assert compare(*flags, "--change", setting.replace("_", "-"), kind=kind) == [line]
