@@ -165,7 +165,7 @@ def test_a_resumed_run_keeps_its_micro_batch(free):
     assert fit_to_memory(plan_of(config, reader=old), of_pretraining).micro_batch == 512
     free(4)
     assert fit_to_memory(plan_of(config, reader=resumed(config, 512)), of_pretraining).micro_batch < 512
-    mixed = finetune_recipe("small_data", resume="auto", checkpoint="x", mixup=0.8)
+    mixed = finetune_recipe("small_data", resume="auto", checkpoint="x", mixup=0.8, batch_size=128)
     mixed = dataclasses.replace(mixed, model=encoder_config(model_config("vit_s")))
     with pytest.raises(UserError, match=r"with micro-batch 128: give --micro-batch"):
         fit_to_memory(plan_of(mixed, reader=resumed(mixed, 128)), of_finetuning)
