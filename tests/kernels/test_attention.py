@@ -2,9 +2,11 @@ import importlib
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mirl import kernels
 from mirl.errors import UserError
+from mirl.kernels.attention import CANDIDATES, implementation
 from tests.kernels.support import assert_near, leaf, randn, unit_roundoff
 
 attention_module = importlib.import_module("mirl.kernels.attention")
@@ -122,3 +124,13 @@ def test_refuses():
         kernels.attention(x, x[:, :, :1], x)
     with pytest.raises(ValueError, match="cast them to one dtype"):
         kernels.attention(x, x.half(), x)
+
+
+def test_kernels_of_sdpa_by_name_take_what_the_model_gives_them():
+    """On fake tensors of a GPU: arguments and shapes are checked, nothing is computed."""
+    with FakeTensorMode():
+        q = torch.empty(4, 197, 12, 32, device="cuda", dtype=torch.bfloat16)
+        kv = torch.empty(4, 147, 2, 12, 32, device="cuda", dtype=torch.bfloat16)
+        for name in set(CANDIDATES["cuda"]) - {"xformers"}:
+            out = implementation(name)(q, kv[:, :, 0], kv[:, :, 1])
+            assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device), name

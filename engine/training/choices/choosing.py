@@ -12,7 +12,7 @@ import torch
 from mirl.engine.configuration.config import RunConfig
 from mirl.engine.distributed.launch import Ranks
 from mirl.engine.training.choices.declaration import Choice
-from mirl.engine.training.choices.measuring import LIMIT_S, Deadline, Finding, measure, try_out
+from mirl.engine.training.choices.measuring import LIMIT_S, Deadline, Finding, measure, try_out, warm_up_compiler
 from mirl.engine.training.choices.registry import CHOICES
 from mirl.engine.training.choices.table import (
     DEFAULT,
@@ -119,6 +119,8 @@ def _fill(places: Sequence[Place], start: _Start, device: torch.device, limit_s:
     """A finding for each of ``places``: the known one, a measured one, or the default. What was measured goes into the
     user's cache, and a line comes back where it cannot.
     """
+    if start.measuring and any(place.use.in_region for place in places):
+        warm_up_compiler(device)
     deadline = Deadline(limit_s)
     findings: dict[str, dict[str, Finding]] = {}
     fresh: dict[str, dict[str, Finding]] = {}

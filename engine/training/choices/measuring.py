@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from mirl.engine.training.choices.declaration import Choice, Compiled, Implementation, Use
 
-LIMIT_S = 10.0
+LIMIT_S = 9.0  # nothing is begun later, so that what was begun ends within ten
 ROUNDS, FEWEST_ROUNDS = 7, 3
 ROUND_S = 1e-3  # at least, so that a clock's resolution and the start of a round do not count
 MOST_REPEATS = 8
@@ -34,7 +35,7 @@ class Deadline:
     limit_s: float = LIMIT_S
     clock: Callable[[], float] = time.perf_counter
     _begin: float = field(init=False)
-    _longest: float = field(init=False, default=0.0)
+    _longest: dict[str, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._begin = self.clock()
@@ -47,14 +48,13 @@ class Deadline:
     def over(self) -> bool:
         return self.spent >= self.limit_s
 
-    @property
-    def allows_another(self) -> bool:
-        """Whether one more candidate would end in time if it took as long to prepare as the longest so far."""
-        return self.spent + self._longest < self.limit_s
+    def allows(self, label: str) -> bool:
+        """Whether what ``label`` names would end in time if it took as long as the longest of that name so far."""
+        return self.spent + self._longest.get(label, 0.0) < self.limit_s
 
-    def note(self, begin: float) -> None:
-        """One candidate was prepared since ``begin`` of the clock."""
-        self._longest = max(self._longest, self.clock() - begin)
+    def note(self, label: str, begin: float) -> None:
+        """What ``label`` names took from ``begin`` of the clock until now."""
+        self._longest[label] = max(self._longest.get(label, 0.0), self.clock() - begin)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +86,17 @@ def try_out(choice: Choice, use: Use, name: str, device: torch.device) -> str | 
     return None
 
 
+def warm_up_compiler(device: torch.device) -> None:
+    """Have the compiler load what it needs: compiled regions would do it a moment later, so no choice pays for it."""
+    leaf = torch.ones(64, device=device, requires_grad=True)
+    with contextlib.suppress(Exception):  # the candidates will say what is missing
+        forward_backward(Compiled(lambda x: x.sin()), [leaf], None)
+
+
 def measure(choice: Choice, use: Use, default: str, device: torch.device, deadline: Deadline) -> Finding:
     """Choose a candidate for ``use``: the fastest of those that give the reference's result and gradients."""
     not_reached = f"not reached: {deadline.limit_s:g} s were over"
-    if not deadline.allows_another:
+    if not deadline.allows(choice.name):
         return Finding(chosen=default, default=default, reason=not_reached, measured=False)
     if use.dtype not in choice.tolerance:
         reason = f"{choice.name} declares no tolerance for {use.dtype}"
@@ -104,7 +111,7 @@ def measure(choice: Choice, use: Use, default: str, device: torch.device, deadli
             del outputs
             expected = forward_backward(choice.reference(use), leaves, cotangents)
             candidates = choice.candidates(use, device)
-            deadline.note(begin)
+            deadline.note(choice.name, begin)
         except Exception as error:  # noqa: BLE001 - memory for one
             reason = f"the reference failed: {first_line(error)}"
             return Finding(chosen=default, default=default, reason=reason, measured=False)
@@ -113,7 +120,8 @@ def measure(choice: Choice, use: Use, default: str, device: torch.device, deadli
         allowed: float | None = None
         # The default first: it says how much memory may be kept, and how fast the others must be.
         for name in sorted(candidates, key=lambda name: name != default):
-            if not deadline.allows_another:
+            label = _kind_of_work(choice, use, name, candidates[name])
+            if not deadline.allows(label):
                 excluded[name] = not_reached
                 continue
             begin = deadline.clock()
@@ -126,7 +134,7 @@ def measure(choice: Choice, use: Use, default: str, device: torch.device, deadli
                     problem = (
                         f"it keeps {kept / 1e6:.3g} MB for the backward pass, {default} {allowed / MOST_KEPT / 1e6:.3g}"
                     )
-            deadline.note(begin)
+            deadline.note(label, begin)
             if problem is not None:
                 excluded[name] = problem
                 continue
@@ -134,6 +142,13 @@ def measure(choice: Choice, use: Use, default: str, device: torch.device, deadli
         del expected
         times = _time(sound, device, deadline)
     return _choose(times, excluded, default, not_reached, len(candidates))
+
+
+def _kind_of_work(choice: Choice, use: Use, name: str, run: Implementation) -> str:
+    """What takes about as long as another of the same kind: in a region it is the compiler that takes the time."""
+    if not use.in_region:
+        return f"{choice.name}: {name}"
+    return "compiled" if isinstance(run, Compiled) else "traced"
 
 
 def _choose(
@@ -145,15 +160,20 @@ def _choose(
         reason = "no candidate runs" if len(excluded) == count else not_reached
         return Finding(chosen=default, default=default, reason=reason, excluded=excluded, measured=False)
     fastest = min(times, key=lambda name: times[name])
+    if excluded.get(default) == not_reached:
+        return Finding(
+            chosen=default, default=default, reason=not_reached, times_ms=shown, excluded=excluded, measured=False
+        )
+    complete = not_reached not in excluded.values()
     if default in times and times[fastest] > (1 - MARGIN) * times[default]:
-        fastest, reason = default, "no other is faster"
+        fastest, reason = default, "no other is faster" if complete else "no other that was reached is faster"
     elif default in times:
         reason = f"{times[default] / times[fastest]:.2f} times as fast as {default}"
     else:
         reason = f"{default} cannot be used here"
     return Finding(
         chosen=fastest, default=default, reason=reason, times_ms=shown, excluded=excluded,
-        measured=not_reached not in excluded.values(),
+        measured=complete,
     )  # fmt: skip
 
 

@@ -42,8 +42,9 @@ def find_places(
     """The places of ``choices`` in ``model`` that the settings leave open, for steps of ``batch`` images.
 
     ``compiled``: regions will be compiled, so it matters what is in them. A module that computes several shapes counts
-    with its largest. The order: the place with most work of each choice, then the second of each, and so on. All ranks
-    call this together: where their parameters are sharded the pass gathers them.
+    with its largest. The order: outside of compiled regions before inside, where measuring takes longer; there, the
+    place with most work of each choice, then the second of each, and so on. All ranks call this together: where their
+    parameters are sharded the pass gathers them.
     """
     largest: dict[tuple[str, int, bool], tuple[Choice, nn.Module, Use]] = {}
     inside = False
@@ -95,7 +96,8 @@ def find_places(
     ]
     places.sort(key=lambda place: (-place.weight, place.use.key))
     by_choice = [[place for place in places if place.choice.name == choice.name] for choice in choices]
-    return [place for row in itertools.zip_longest(*by_choice) for place in row if place is not None]
+    in_turns = [place for row in itertools.zip_longest(*by_choice) for place in row if place is not None]
+    return sorted(in_turns, key=lambda place: place.use.in_region)
 
 
 def _trial_pass(model: Any, device: torch.device, compiled: bool) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mirl.engine.training.choices import measuring
 from mirl.engine.training.choices.attention import APART, ATTENTION, PACKED, TOKENS_FIRST
-from mirl.engine.training.choices.declaration import Use
+from mirl.engine.training.choices.declaration import Compiled, Use
 from mirl.engine.training.choices.measuring import Deadline, kept_bytes, measure, try_out
 from mirl.engine.training.choices.pointwise import GELU, NORM
 from mirl.kernels.attention import CANDIDATES
@@ -184,30 +184,105 @@ class Clock:
 
 def test_what_the_time_does_not_reach_keeps_its_default():
     clock = Clock()
-    deadline = Deadline(10.0, clock)
     calls: list[str] = []
 
-    def candidates(run):
-        def noted(name, seconds):
-            inner = clock.taking(run, seconds)
+    def candidates(seconds: float):
+        def made(run):
+            def noted(name, inner):
+                return lambda *leaves: calls.append(name) or inner(*leaves)
 
-            def candidate(*leaves: Tensor) -> Tensor:
-                calls.append(name)
-                return inner(*leaves)
+            return {"first": noted("first", run), "long": noted("long", clock.taking(run, seconds))} | {
+                "late": noted("late", run)
+            }
 
-            return candidate
+        return made
 
-        return {"first": noted("first", 0.0), "long": noted("long", 6.0), "late": noted("late", 0.0)}
-
-    choice = with_candidates(candidates)
-    finding = measure(choice, attention_use(), "first", CPU, deadline)
-    # After six seconds another six would not end in time.
-    assert finding.excluded["late"] == "not reached: 10 s were over"
-    assert "late" not in calls and finding.chosen == "first" and not finding.measured
+    not_reached = "not reached: 10 s were over"
+    # What took long before is not begun where it would not end in time; the others are.
+    deadline = Deadline(10.0, clock)
+    finding = measure(with_candidates(candidates(0.5)), attention_use(), "first", CPU, deadline)
+    assert finding.measured and set(finding.times_ms) == {"first", "long", "late"}
+    clock.now += 9.3 - deadline.spent
     calls.clear()
-    second = measure(choice, attention_use(S=5, T=5), "late", CPU, deadline)
-    assert (second.chosen, second.measured, second.reason) == ("late", False, "not reached: 10 s were over")
+    finding = measure(with_candidates(candidates(0.5)), attention_use(S=5, T=5), "first", CPU, deadline)
+    assert finding.excluded == {"long": not_reached} and "long" not in calls
+    assert set(finding.times_ms) == {"first", "late"} and not finding.measured
+    # A default that was not reached is no reason to take another.
+    finding = measure(with_candidates(candidates(0.5)), attention_use(S=5, T=5), "long", CPU, deadline)
+    assert (finding.chosen, finding.reason, finding.measured) == ("long", not_reached, False)
+    # Nothing is begun when the time is over.
+    deadline = Deadline(10.0, clock)
+    finding = measure(with_candidates(candidates(11.0)), attention_use(), "first", CPU, deadline)
+    assert finding.excluded["late"] == not_reached and finding.chosen == "first" and not finding.measured
+    calls.clear()
+    second = measure(with_candidates(candidates(0.0)), attention_use(S=5, T=5), "late", CPU, deadline)
+    assert (second.chosen, second.measured, second.reason) == ("late", False, not_reached)
     assert calls == []
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_candidates_of_a_gpu(device, dtype):
+    use = attention_use(B=64, S=197, T=197, H=12, d=64, dtype=dtype)
+    finding = measure(ATTENTION, use, "sdpa", torch.device(device), Deadline())
+    assert set(finding.times_ms) | set(finding.excluded) == set(CANDIDATES["cuda"]) and finding.measured
+    assert "sdpa" in finding.times_ms and "math" in finding.excluded
+    if dtype == torch.bfloat16:
+        assert not [name for name, reason in finding.excluded.items() if reason.startswith("wrong")]
+        assert len(finding.times_ms) >= 2
+    for choice, sizes in POINTWISE.values():
+        sizes = sizes | {"B": 64, "S": 197}
+        use = Use(sizes=tuple(sizes.items()), dtype=dtype, in_region=False)
+        finding = measure(choice, use, "ours", torch.device(device), Deadline())
+        assert set(finding.times_ms) == {"torch", "ours"}, finding.excluded
+
+
+def test_what_one_compilation_took_is_expected_of_the_next(monkeypatch):
+    """Of whatever choice."""
+    clock = Clock()
+
+    def compiled(run):
+        made = Compiled.__new__(Compiled)
+        made._function = clock.taking(run, 0.0)
+        return made
+
+    deadline = Deadline(10.0, clock)
+    for choice, sizes in POINTWISE.values():
+        use = Use(sizes=tuple(sizes.items()), dtype=torch.float32, in_region=True)
+        one = with_candidates(lambda run: {"inductor": compiled(run)}, choice)
+        assert set(measure(one, use, "inductor", CPU, deadline).times_ms) == {"inductor"}
+        if choice is NORM:
+            deadline.note("compiled", clock.now - 4.0)
+            clock.now += 2.0
+    assert clock.now == 4.0
+    clock.now += 2.5
+    finding = measure(one, use, "inductor", CPU, deadline)
+    assert finding.excluded == {"inductor": "not reached: 10 s were over"} and not finding.measured
+
+
+def test_on_a_gpu_the_device_waits_until_the_host_has_queued_a_round(monkeypatch):
+    """The order of events and calls, which needs no GPU to be seen."""
+    seen: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            seen.append("event")
+
+        def synchronize(self) -> None:
+            seen.append("synchronised")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 6.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append("synchronised"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: seen.append("waits" if cycles > 1e6 else "too short"))
+    call = slow(lambda: seen.append("call"), 1e-3)
+    assert measuring._seconds(call, 3, torch.device("cuda")) == pytest.approx(2e-3)
+    assert seen == ["synchronised", "call", "waits", "event", "call", "call", "call", "event", "synchronised"]
 
 
 def test_the_limit_holds_for_candidates_that_take_long():
