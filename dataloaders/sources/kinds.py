@@ -11,6 +11,7 @@ import os
 import re
 
 from mirl.dataloaders.sources.patience import is_of_a_moment
+from mirl.dataloaders.sources.tar_header import is_header
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".gif")
 ARRAY_SUFFIXES = (".npy",)
@@ -24,11 +25,12 @@ _OTHERS = """
     .mat .h5 .hdf5 .npz .pkl .pickle .pyd .pt .pth .safetensors .parquet .arrow .db .sqlite .pdf .svg .mp4 .avi .mov
     .mkv .webm .wav .mp3 .flac .doc .docx .xls .xlsx .url
 """
+ARCHIVES = "archives (unpack them)"
 _REASONS = {
     "backup or unfinished copies": ".bak .orig .part .partial .crdownload .download .tmp .temp .swp .filepart .aria2",
     "camera raw (convert to TIFF or PNG)": ".dng .nef .cr2 .cr3 .arw .raf .orf .rw2 .pef .srw",
     "slide scans (cut them into tiles)": ".svs .ndpi .scn .mrxs .bif",
-    "archives (unpack them)": ".gz .tgz .bz2 .xz .zst .zip .7z .rar .lz4",
+    ARCHIVES: ".gz .tgz .bz2 .xz .zst .zip .7z .rar .lz4",
 }
 _REASON_OF = {suffix: suffix for suffix in _OTHERS.split()} | {
     suffix: reason for reason, suffixes in _REASONS.items() for suffix in suffixes.split()
@@ -74,12 +76,12 @@ def kind_by_content(head: bytes, name: str) -> str:
     """IMAGE, SHARD or the reason to leave the file out, by its first HEAD_BYTES bytes."""
     if image_format(head) is not None:
         return IMAGE
-    if head[257:262] == b"ustar":
+    if head[257:262] == b"ustar" or (len(head) == HEAD_BYTES and is_header(head)):  # the oldest tars have no mark
         return SHARD
     if not head:
         return "empty"
     if head.startswith(_ARCHIVES):
-        return "archives (unpack them)"
+        return ARCHIVES
     if (known := _undecoded_format(head)) is not None:
         return f"{known} (convert to JPEG or PNG)"
     suffix = os.path.splitext(name)[1].lower()

@@ -18,6 +18,7 @@ from mirl.dataloaders.sources.paths import shown
 from mirl.dataloaders.sources.patience import find_patiently, is_of_a_moment, patiently
 from mirl.errors import UserError
 
+_SPLITS = ("train", "val", "valid", "validation", "test")
 LIST_SUFFIXES = (".txt", ".lst", ".list", ".csv", ".tsv")
 
 
@@ -118,9 +119,14 @@ def split_folder(root: Path, split: str = "train") -> Path:
 
 
 def split_names(root: Path) -> list[str]:
-    """Returns the splits that root holds, train first; none unless train stands beside val or test."""
-    others = [name for name in ("val", "valid", "validation", "test") if (root / name).is_dir()]
-    return ["train", *others] if others and (root / "train").is_dir() else []
+    """Returns the splits that root holds, train first; none unless train stands beside val or test, in any case."""
+    try:
+        with os.scandir(root) as entries:
+            there = {entry.name.lower(): entry.name for entry in entries if entry.is_dir()}
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    train, *others = [there[name] for name in _SPLITS if name in there] or [""]
+    return [train, *others] if train.lower() == "train" and others else []
 
 
 def beside_split(root: Path, folder: Path) -> str:

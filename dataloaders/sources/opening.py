@@ -69,7 +69,26 @@ def open_source(
             ) from None
     if labels:
         _refuse_names_beside_numbers(roots, parts)
-    return parts[0] if len(parts) == 1 else JoinedSource(parts)
+    if len(parts) == 1:
+        return parts[0]
+    joined = JoinedSource(parts)
+    joined.ledger.notes += _overlaps(roots)
+    return joined
+
+
+def _overlaps(roots: Sequence[Path]) -> list[str]:
+    """A clause for the ledger where images are seen twice, since one place is another or lies inside it."""
+    places = [os.path.realpath(root.expanduser()) for root in roots]
+    known = {place: root for place, root in zip(places, roots, strict=True) if not os.path.isfile(place)}
+    notes, met = [], set()
+    for place, root in zip(places, roots, strict=True):
+        outer = next((above for above in map(os.fspath, Path(place).parents) if above in known), None)
+        if place in met:
+            notes.append(f"{shown(root)} is given twice: its images count twice")
+        elif outer is not None and not (os.path.isfile(place) and root.suffix.lower() in listing.LIST_SUFFIXES):
+            notes.append(f"{shown(root)} lies in {shown(known[outer])}: its images count twice")
+        met.add(place)
+    return notes[:3] + ([f"{len(notes) - 3} more overlap"] if len(notes) > 3 else [])
 
 
 def _refuse_names_beside_numbers(roots: Sequence[Path], parts: Sequence[Source]) -> None:

@@ -14,6 +14,7 @@ from mirl.dataloaders.sources.paths import shown
 from mirl.dataloaders.sources.patience import is_of_a_moment, patiently
 from mirl.errors import UserError
 
+_DIGITS = 9  # of a class number, at most
 _FEW = 32  # entries of one folder below which each is asked for by itself
 _BLANK = " \t\r\v\f"
 _UTF_16_OR_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
@@ -50,7 +51,7 @@ def read_path_list(list_file: Path) -> tuple[list[str], list[int] | None]:
         paths, labels = [], []
         for number, line in lines:
             path, _, label = line.rstrip(_BLANK).rpartition("\t")
-            if not path or not (label.strip().isascii() and label.strip().isdigit()):
+            if not path or not (label.strip().isascii() and label.strip().isdigit() and len(label.strip()) <= _DIGITS):
                 raise UserError(
                     f"list of paths {name}: {shown(line)!r} is not 'path<TAB>label' as the first entry is; "
                     f"mend line {number}"

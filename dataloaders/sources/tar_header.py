@@ -21,6 +21,11 @@ def header_matches(header: bytes, name: bytes, size: int) -> bool:
     return not name.isascii() and _is_part(short.translate(None, _NOT_ASCII), name.translate(None, _NOT_ASCII))
 
 
+def is_header(block: bytes) -> bool:
+    """Whether 512 bytes are the header of a tar member: it has a name and the right sum."""
+    return block[0] > 0 and _sum_is_right(block)
+
+
 def _is_part(short: bytes, name: bytes) -> bool:
     return name.startswith(short) or name.endswith(short)
 

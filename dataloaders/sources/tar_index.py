@@ -16,15 +16,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mirl.dataloaders.sources.index_format import DamagedIndex, Part, ShardIndex, parse_index_text, write_index_text
-from mirl.dataloaders.sources.kinds import HEAD_BYTES, IMAGE, image_format, kind_by_content, kind_by_name
+from mirl.dataloaders.sources.kinds import (
+    ARCHIVES,
+    HEAD_BYTES,
+    IMAGE,
+    image_format,
+    kind_by_content,
+    kind_by_name,
+    read_head,
+)
 from mirl.dataloaders.sources.listing import find_files
 from mirl.dataloaders.sources.manifest import atomic_writer
 from mirl.dataloaders.sources.paths import shown
 from mirl.dataloaders.sources.patience import find_patiently, is_of_a_moment
+from mirl.dataloaders.sources.tar_members import TarMembers
 from mirl.dataloaders.sources.tar_samples import AmbiguousSample, choose_images, is_image
 from mirl.errors import UserError
-
-BLOCK = 512
 
 
 def index_path(shard: Path, index_dir: Path | None = None) -> Path:
@@ -111,20 +118,15 @@ def scan_shard(shard: Path, *, allow_cut: bool = False, image_part: str | None =
     total = os.path.getsize(shard)
     mend = "copy or write it again, or index its whole members with allow_cut (--allow-cut)"
     index = ShardIndex([], [], image_part)
-    last = None
+    last, members = None, TarMembers(shard)
     try:
-        # Names are bytes to us: pax headers are UTF-8 by their standard, the others whatever the writer's disk had.
-        with (
-            tarfile.open(shard, "r:", encoding="utf-8", errors="surrogateescape") as tar,
-            open(shard, "rb", buffering=0) as file,
-        ):
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile remembers every member; a shard can have millions
+        with open(shard, "rb", buffering=0) as file:
+            for member in members:
                 if member.isdir():
                     continue
                 if member.isreg() and not member.issparse() and member.offset_data + member.size > total:
                     raise tarfile.ReadError(f"{shown(member.name)} ends beyond byte {total}, the last of the file")
-                part = _part(member, file.fileno())
+                part = part_of(member, file.fileno())
                 if isinstance(part, str):
                     index.left_out.append((member.name, part))
                     continue
@@ -134,10 +136,13 @@ def scan_shard(shard: Path, *, allow_cut: bool = False, image_part: str | None =
                     index.samples.append([])
                 last = key
                 index.samples[-1].append(part)
-            end = tar.offset
-        if not allow_cut and not _has_end_mark(shard, end):
+        if not allow_cut and not members.whole:
             raise tarfile.ReadError("no end-of-archive mark")
     except (tarfile.TarError, ValueError) as error:  # tarfile lets ValueErrors of damaged sparse headers through
+        if not index.samples and kind_by_content(read_head(shard), shard.name) == ARCHIVES:
+            raise UserError(
+                f"tar shard {shown(shard)} is compressed, or an archive of another kind: unpack it"
+            ) from None
         if not allow_cut or not index.samples:
             raise UserError(f"tar shard {shown(shard)} is cut or damaged ({error}); {mend}") from None
     except OSError as error:
@@ -149,7 +154,7 @@ def scan_shard(shard: Path, *, allow_cut: bool = False, image_part: str | None =
     return index
 
 
-def _part(member: tarfile.TarInfo, handle: int) -> Part | str:
+def part_of(member: tarfile.TarInfo, handle: int) -> Part | str:
     """The part that a member is, or the reason why it is in no sample.
 
     A member whose suffix tells nothing but whose first bytes are an image's gets the usual suffix behind its own.
@@ -227,10 +232,3 @@ def _has_choice(target: Path, wanted: str) -> bool:
         return load_index(target).image_part == wanted
     except UserError:
         return False
-
-
-def _has_end_mark(shard: Path, end: int) -> bool:
-    """Whether a block of zeros follows the last member, as it does in every tar that was written to its end."""
-    with open(shard, "rb") as file:
-        file.seek(end)
-        return file.read(BLOCK) == bytes(BLOCK)

@@ -7,6 +7,7 @@ at the end of the file; and at every read, which takes in the 512-byte tar heade
 from __future__ import annotations
 
 import os
+import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,15 +17,19 @@ import numpy as np
 from mirl.dataloaders.errors import ImageError, StorageError, StorageLost
 from mirl.dataloaders.sources.class_names import CLASS_NAMES, class_names_beside
 from mirl.dataloaders.sources.handles import POOL, TOO_MANY, mend_of_too_many
-from mirl.dataloaders.sources.index_format import Part
+from mirl.dataloaders.sources.index_format import Part, ShardIndex
 from mirl.dataloaders.sources.kinds import image_extensions
 from mirl.dataloaders.sources.ledger import Ledger
 from mirl.dataloaders.sources.paths import PathTable, shown
 from mirl.dataloaders.sources.patience import patiently
 from mirl.dataloaders.sources.tar_header import BLOCK, header_matches
-from mirl.dataloaders.sources.tar_index import ambiguity, index_command, index_path, load_index
-from mirl.dataloaders.sources.tar_samples import AmbiguousSample, choose_images
+from mirl.dataloaders.sources.tar_index import ambiguity, index_command, index_path, load_index, part_of
+from mirl.dataloaders.sources.tar_members import TarMembers
+from mirl.dataloaders.sources.tar_samples import AmbiguousSample, choose_images, is_image
 from mirl.errors import UserError
+
+_MOST_DIGITS = 9  # of a class number
+_USUAL_END = 2**16  # tars end with zeros up to a multiple of 10 KiB
 
 
 class TarSource:
@@ -97,6 +102,12 @@ class TarSource:
     def _images(self, shard: Path, path: str) -> Iterator[tuple[Part, str, Part | None]]:
         """(part, extension, label's part) of every image of one shard; what is none goes into the ledger."""
         index = load_index(index_path(shard, self._index_dir), shard)
+        if (unlisted := _unlisted_image(shard, index, self._tail(path, index))) is not None:
+            command = index_command(index_path(shard, self._index_dir), shard, "--force")
+            raise UserError(
+                f"index of {shown(shard)} does not match the tar: {shown(unlisted)} and what follows was added after "
+                f"the index was made; run: {command}"
+            )
         for name, reason in index.left_out:
             self.ledger.leave_out(reason, path, name)
         for parts in index.samples:
@@ -107,6 +118,10 @@ class TarSource:
             for part, reason in chosen.left_out:
                 self.ledger.leave_out(reason, path, part.name)
             yield from chosen.images
+
+    def _tail(self, path: str, index: ShardIndex) -> bytes:
+        """What stands behind the last member that the index names, as much as an end of a tar usually has."""
+        return patiently(lambda: self._pread_once(path, _end_of(index), _USUAL_END), path)
 
     def path(self, index: int) -> str:
         return f"{self.shards[self._shard(index)]}::{self._names.name(index)}"
@@ -131,10 +146,9 @@ class TarSource:
             text = self._pread(self._shard(index), int(offset), int(size))
         except OSError as error:
             raise ImageError(f"its cls part cannot be read: {error.strerror}") from error
-        try:
-            number = int(text)
-        except ValueError:
-            raise ImageError(f"its cls part is {text[:20]!r}, not a class number") from None
+        if not (digits := text.strip()).isdigit() or len(digits) > _MOST_DIGITS:
+            raise ImageError(f"its cls part is {text[:20]!r}, not a class number")
+        number = int(digits)
         if self.classes is not None and not 0 <= number < len(self.classes):
             raise ImageError(f"its cls part is {number}, but {CLASS_NAMES} names {len(self.classes)} classes")
         return number
@@ -181,6 +195,30 @@ class TarSource:
             f"index of {shown(shard)} does not match the tar at sample {shown(self._names.name(index))} "
             f"(the tar was cut, or written again after the index); check the tar, then run: {command}"
         )
+
+
+def _end_of(index: ShardIndex) -> int:
+    """The byte behind the data, in whole blocks, of the last member that the index names."""
+    end = max((part.offset + part.size for part in index.samples[-1]), default=0) if index.samples else 0
+    return -(-end // BLOCK) * BLOCK
+
+
+def _unlisted_image(shard: Path, index: ShardIndex, tail: bytes) -> str | None:
+    """The first image behind what the index names; its data may be cut, which an index made so leaves out."""
+    if len(tail) < _USUAL_END and not tail.strip(b"\0"):
+        return None
+    known, total = {name for name, _ in index.left_out}, os.path.getsize(shard)
+    try:
+        with open(shard, "rb", buffering=0) as file:
+            for member in TarMembers(shard, _end_of(index)):
+                if member.isdir() or member.name in known or member.offset_data + member.size > total:
+                    continue
+                part = part_of(member, file.fileno())
+                if isinstance(part, Part) and is_image(part.extension):
+                    return part.name
+    except (tarfile.TarError, ValueError):  # cut: the whole members are known
+        pass
+    return None
 
 
 def _field(extension: str) -> str:

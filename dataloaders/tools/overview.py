@@ -26,7 +26,8 @@ _ROWS_AT_ONCE = 2**20  # pixels that are turned into floats at a time
 @dataclass(frozen=True, slots=True)
 class Look:
     """What was seen of one decoded image. mean, square: of its values and their squares, by channel, in [0, 1] where
-    they are integers. mode: Pillow's name of what is stored, or the type of number of an array.
+    they are integers. mode: Pillow's name of what is stored, or the type of number of an array. pages: in the file, of
+    which the first is the image.
     """
 
     height: int
@@ -35,9 +36,10 @@ class Look:
     grey: bool
     mean: tuple[float, ...]
     square: tuple[float, ...]
+    pages: int = 1
 
 
-def look_at(pixels_HWC: np.ndarray, mode: str) -> Look:
+def look_at(pixels_HWC: np.ndarray, mode: str, pages: int = 1) -> Look:
     """Look at an image as training has it, uint8, uint16 or float32."""
     height, width, channels = pixels_HWC.shape
     rows_NC = pixels_HWC.reshape(-1, channels)
@@ -47,13 +49,18 @@ def look_at(pixels_HWC: np.ndarray, mode: str) -> Look:
         sums += values_NC.sum(axis=0), np.square(values_NC).sum(axis=0)
     scale = np.iinfo(pixels_HWC.dtype).max if np.issubdtype(pixels_HWC.dtype, np.integer) else 1
     mean_C, square_C = sums[0] / scale / len(rows_NC), sums[1] / scale**2 / len(rows_NC)
-    return Look(height, width, mode, is_grey(pixels_HWC), tuple(mean_C.tolist()), tuple(square_C.tolist()))
+    return Look(height, width, mode, is_grey(pixels_HWC), tuple(mean_C.tolist()), tuple(square_C.tolist()), pages)
 
 
-def picture_mode(data: bytes) -> str:
-    """Pillow's name of how a picture that it can decode is stored: RGB, L, CMYK, ..."""
+def picture_form(data: bytes) -> tuple[str, int]:
+    """Of a picture that Pillow can decode: its name of how it is stored (RGB, L, CMYK, ...), and pages or frames."""
     with Image.open(io.BytesIO(data)) as image:
-        return image.mode
+        mode = image.mode
+        try:
+            # A JPEG of several pictures (MPO) has previews of one, or another view of it.
+            return mode, getattr(image, "n_frames", 1) if image.format not in ("JPEG", "MPO") else 1
+        except Exception:  # damage behind the first page
+            return mode, 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +68,8 @@ class Overview:
     """Of one folder, list or split. counts: images of each class in the order of the labels, None without labels.
 
     heights, widths: least, median and greatest, in upright pixels. modes: how many images of each. grey: how many have
-    one value in all channels, of several. mean, std: by channel; empty where no image is good.
+    one value in all channels, of several. paged, unused: files of several pages or frames, and pages that are no image.
+    mean, std: by channel; empty where no image is good.
     """
 
     name: str
@@ -71,6 +79,8 @@ class Overview:
     widths: tuple[float, float, float]
     modes: dict[str, int]
     grey: int
+    paged: int
+    unused: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -91,6 +101,8 @@ class Overview:
             widths=_spread([look.width for look in looks]),
             modes=dict(Counter(look.mode for look in looks).most_common()),
             grey=sum(look.grey for look in looks),
+            paged=sum(look.pages > 1 for look in looks),
+            unused=sum(look.pages - 1 for look in looks),
             mean=tuple(mean_C.tolist()),
             std=tuple(np.sqrt(np.maximum(square_C - mean_C**2, 0)).tolist()),
         )
@@ -113,6 +125,11 @@ class Overview:
         several = len(self.mean) > 1
         grey = f"; {'all' if self.grey == self.images else self.grey} of them grey" if several and self.grey else ""
         lines.append(f"stored as {modes}{grey}; used with {len(self.mean)} channel{'s' if several else ''}")
+        if self.paged:
+            lines.append(
+                f"warning: {self.paged} of the files have several pages or frames, of which the first is the image: "
+                f"{self.unused} pages are not used; write each into a file of its own to use them"
+            )
         return [f"{self.name}: {line}" if self.name else line for line in [*lines, *self._lines_of_statistics()]]
 
     def _lines_of_classes(self) -> list[str]:

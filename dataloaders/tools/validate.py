@@ -21,7 +21,7 @@ from mirl.dataloaders.sources.manifest import LEFT_OUT, MANIFEST_NAME, ManifestR
 from mirl.dataloaders.sources.opening import open_source
 from mirl.dataloaders.sources.paths import below, shown
 from mirl.dataloaders.sources.patience import read_image
-from mirl.dataloaders.tools.overview import Look, Overview, look_at, picture_mode
+from mirl.dataloaders.tools.overview import Look, Overview, look_at, picture_form
 from mirl.dataloaders.train_loader import first_array_format
 from mirl.errors import UserError
 
@@ -198,7 +198,7 @@ def _look_at(
             kind = header.format
             pixels = decode_with_pillow(data, channels)
             height, width, _ = pixels.shape
-            seen = look_at(pixels, picture_mode(data))
+            seen = look_at(pixels, *picture_form(data))
     except ImageError as error:
         reason = str(error)
     label = _label(source, index) if labelled and seen is not None else -1

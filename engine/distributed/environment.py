@@ -22,8 +22,8 @@ def hide_gpus(device: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def integer(name: str, default: int) -> int:
-    """The number in an environment variable; ``default`` where it is not set, or empty.
+def integer(name: str, default: int, least: int | None = None, most: int | None = None) -> int:
+    """The number in an environment variable, from ``least`` to ``most``; ``default`` where it is not set, or empty.
 
     Raises:
         UserError: it holds something else.
@@ -32,11 +32,14 @@ def integer(name: str, default: int) -> int:
     if not text:
         return default
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
-        raise UserError(
-            f"the environment variable {name} is {text!r}: it must be a number, or unset for one process"
-        ) from None
+        wanted = "a number"
+    else:
+        if (least is None or number >= least) and (most is None or number <= most):
+            return number
+        wanted = f"{least} or more" if most is None else f"from {least} to {most}"
+    raise UserError(f"the environment variable {name} is {text!r}: it must be {wanted}, or unset for one process")
 
 
 def adopt_slurm() -> None:
@@ -54,8 +57,11 @@ def adopt_slurm() -> None:
             "export MASTER_ADDR=$(scontrol show hostnames | head -n 1) in the batch script and start them with srun"
         )
     for ours, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
-        os.environ[ours] = os.environ.get(slurm, "0")
-    os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0]
+        os.environ[ours] = str(integer(slurm, 0))  # refused by the name that the user's shell has
+    here = os.environ.get("SLURM_NTASKS_PER_NODE", "1").split("(")[0]
+    if not here.isdigit():
+        raise UserError(f"the environment variable SLURM_NTASKS_PER_NODE is {here!r}: it must be a number, or unset")
+    os.environ["LOCAL_WORLD_SIZE"] = here
 
 
 def of_slurm(environment: Mapping[str, str]) -> bool:

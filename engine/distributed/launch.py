@@ -91,8 +91,10 @@ def join(device: str = "auto") -> Ranks:
     """
     adopt_slurm()
     rank, world_size = integer("RANK", 0), integer("WORLD_SIZE", 1)
-    local_rank = integer("LOCAL_RANK", 0)
-    local_world_size = integer("LOCAL_WORLD_SIZE", integer("LOCAL_SIZE", world_size if _one_host() else 1))
+    local_rank = integer("LOCAL_RANK", 0, least=0)
+    here = integer("LOCAL_SIZE", world_size if _one_host() else 1, least=1)
+    local_world_size = integer("LOCAL_WORLD_SIZE", here, least=1)
+    integer("MASTER_PORT", 0, least=0, most=65535)
     if not 0 <= rank < world_size:
         raise UserError(
             f"RANK is {rank} and WORLD_SIZE is {world_size}: start the ranks with one launcher, or unset both for "

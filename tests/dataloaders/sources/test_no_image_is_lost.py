@@ -125,6 +125,18 @@ def test_a_tar_without_a_suffix_and_formats_that_nothing_here_decodes(tmp_path):
         assert reason in text
 
 
+def test_an_avif_is_an_image_whatever_it_is_called(tmp_path):
+    from PIL import features
+
+    if not features.check("avif"):
+        pytest.skip("this build of Pillow has no AVIF")
+    names_of = ["a.avif", "b.AVIF", "c.jpg", "d", "e.avif?width=1200", "f.avif.1"]
+    for name in names_of:
+        (tmp_path / name).write_bytes(picture("AVIF"))
+    report = validate_data(tmp_path, progress=False)
+    assert (report.num_images, report.formats, report.bad) == (len(names_of), {"AVIF": len(names_of)}, [])
+
+
 def test_what_lies_beside_a_split_is_named(tmp_path):
     for folder in ("train", "val", "extra"):
         (tmp_path / folder).mkdir()

@@ -99,16 +99,21 @@ TOLD_TO_UNSET = {
     "a rank that is none of them": {"RANK": "2", "WORLD_SIZE": "2"} | HERE,
     "no number": {"RANK": "abc"},
     "no number of ranks": {"RANK": "0", "WORLD_SIZE": "two"} | HERE,
+    "no number of tasks": SLURM | {"SLURM_NTASKS": "many"} | HERE,
+    "no number of tasks a host": SLURM | {"SLURM_NTASKS_PER_NODE": "x"} | HERE,
+    "no ranks on this host": {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "0"},
+    "no port": {"MASTER_PORT": "abc"},
+    "a port that is too large": {"MASTER_PORT": "99999"},
 }
 
 
 @pytest.mark.parametrize("name", TOLD_TO_UNSET)
 def test_done_as_told_one_process_runs(name, port):
-    """What the line tells to unset is taken out of it and unset, and nothing else is."""
+    """What the line tells to unset is unset, and nothing else is."""
     environment = TOLD_TO_UNSET[name]
-    while variables := variables_to_unset(start(4, MASTER_PORT=port, **environment), environment):
+    while variables := variables_to_unset(start(4, **{"MASTER_PORT": port} | environment), environment):
         environment = {name: value for name, value in environment.items() if name not in variables}
-    out, _ = start(4, MASTER_PORT=port, **environment).communicate(timeout=60)
+    out, _ = start(4, **{"MASTER_PORT": port} | environment).communicate(timeout=60)
     assert out == "met 0 1\n"
 
 
