@@ -121,6 +121,8 @@ def test_a_class_that_is_no_number_is_named(text, tmp_path):
     with pytest.raises(ImageError, match="its cls part is .*, not a class number"):
         source.label(1)
     source.close()
+    told = str(validate_data(tmp_path, progress=False))
+    assert "1 of 2 images have no class number that can be used" in told and "classes 1: 7 1" in told
 
 
 def test_images_that_are_named_twice_are_told(tmp_path):
