@@ -48,12 +48,22 @@ class NotSaved(RuntimeError):
     """The last checkpoint of the run could not be written."""
 
 
+_met = False
+
+
+def begin_to_meet() -> None:
+    """From here on this rank may meet errors that others do not have."""
+    global _met
+    _met = True
+
+
 def run_entry_point(main: Callable[[], int | None]) -> None:
     """Call ``main`` and leave the process: an error of the user's becomes one line on stderr and an exit code.
 
     On several ranks rank 0 speaks first. The others wait a moment, because a launcher that sees one worker fail ends
     the rest, and would otherwise cut off the message. Who is still there then tells its own error, since rank 0 may not
-    have it (the data of one host, the variables of one rank). A lost rank is told by every rank that is left.
+    have it (the data of one host, the variables of one rank); what comes before `begin_to_meet` is of the command line,
+    which all ranks have. A lost rank is told by every rank that is left.
     """
     open_streams()
     rank, wrong = _rank()
@@ -66,7 +76,7 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
         if ours or os.environ.get("MIRL_TRACEBACK") == "1":
             raise
         code = EXIT_USER_ERROR
-        _say(rank, f"error: {error}", own=not getattr(error, "of_all_ranks", False))
+        _say(rank, f"error: {error}", own=_met and not getattr(error, "of_all_ranks", False))
     except Diverged as error:
         code = EXIT_DIVERGED
         _say(rank, f"error: {error}")

@@ -122,9 +122,10 @@ def split_names(root: Path) -> list[str]:
     """Returns the splits that root holds, train first; none unless train stands beside val or test, in any case."""
     try:
         with os.scandir(root) as entries:
-            there = {entry.name.lower(): entry.name for entry in entries if entry.is_dir()}
+            folders = sorted(entry.name for entry in entries if entry.name.lower() in _SPLITS and entry.is_dir())
     except (FileNotFoundError, NotADirectoryError):
         return []
+    there = {name.lower(): name for name in folders}  # of Train/ beside train/ the latter, which sorts behind
     train, *others = [there[name] for name in _SPLITS if name in there] or [""]
     return [train, *others] if train.lower() == "train" and others else []
 

@@ -14,7 +14,7 @@ from mirl.dataloaders.sources.kinds import IMAGE, SHARD, is_text, kind_of_file, 
 from mirl.dataloaders.sources.ledger import Ledger, join_ledgers
 from mirl.dataloaders.sources.manifest import MANIFEST_NAME, is_manifest
 from mirl.dataloaders.sources.manifest_source import broken_names, open_manifest
-from mirl.dataloaders.sources.path_list import existing_entries, read_path_list
+from mirl.dataloaders.sources.path_list import existing_entries, read_path_list, refuse_misspelt
 from mirl.dataloaders.sources.paths import PathTable, shown
 from mirl.dataloaders.sources.patience import find_patiently, is_of_a_moment
 from mirl.dataloaders.sources.tar_index import index_path
@@ -118,6 +118,8 @@ def _open_one(
             ledger = Ledger(every_name=every_name)
             there = existing_entries(root.parent, paths, ledger)
             if len(there) < len(paths):
+                kept = set(there)
+                refuse_misspelt(root, (path for entry, path in enumerate(paths) if entry not in kept))
                 paths = [paths[entry] for entry in there]
                 numbers = numbers and [numbers[entry] for entry in there]
             return FileSource(PathTable(root.parent, paths), labels=numbers if labels else None, ledger=ledger)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import codecs
 import os
 import shlex
+from collections.abc import Iterable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
-from mirl.dataloaders.sources.kinds import is_text
+from mirl.dataloaders.sources.kinds import SHARD, is_text, kind_by_content, read_head
 from mirl.dataloaders.sources.ledger import Ledger
 from mirl.dataloaders.sources.paths import shown
 from mirl.dataloaders.sources.patience import is_of_a_moment, patiently
 from mirl.errors import UserError
 
 _DIGITS = 9  # of a class number, at most
+_ASKED = 100  # entries that are not there which are looked at for what is wrong with them
 _FEW = 32  # entries of one folder below which each is asked for by itself
 _BLANK = " \t\r\v\f"
 _UTF_16_OR_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
@@ -60,7 +63,19 @@ def read_path_list(list_file: Path) -> tuple[list[str], list[int] | None]:
             labels.append(int(label))
     if not (folder / paths[0]).is_file():
         raise UserError(f"list of paths {name}: its first entry {_first_problem(list_file, paths[0])}")
+    if kind_by_content(read_head(folder / paths[0]), paths[0]) == SHARD:
+        raise UserError(
+            f"list of paths {name}: its first entry {shown(paths[0])!r} is a tar shard; give the shards, or a folder"
+        )
     return paths, labels
+
+
+def refuse_misspelt(list_file: Path, missing: Iterable[str]) -> None:
+    """UserError if one of the first entries that are not there is a file that is, with quotes, a label or the like."""
+    for path in islice(missing, _ASKED):
+        problem = _misspelling(list_file, path)
+        if problem is not None:
+            raise UserError(f"list of paths {shown(list_file)}: its entry {problem}")
 
 
 def existing_entries(folder: Path, paths: list[str], ledger: Ledger) -> list[int]:
@@ -124,6 +139,18 @@ def _first_problem(list_file: Path, path: str) -> str:
     folder = list_file.parent
     if (folder / path).is_dir():
         return f"{shown(folder / path)} is a folder; give the files in it, or the folder itself in place of the list"
+    return _misspelling(list_file, path) or (
+        f"{shown(folder / path)} does not exist; use absolute paths or paths relative to the folder of the list, "
+        "one a line, without a heading"
+    )
+
+
+def _misspelling(list_file: Path, path: str) -> str | None:
+    """What is wrong with an entry whose file is there under a name that is part of it, and the mend."""
+    folder = list_file.parent
+    head, _, tail = path.rpartition("\t")
+    if head and _exists(folder, head):
+        return f"{shown(path)!r} has a label, {shown(tail.strip())!r}, and the first entry has none; give all or none"
     for mark, kind in ((" ", "a space"), (",", "a comma"), (";", "a semicolon")):
         head, _, tail = path.rpartition(mark)
         if head and _exists(folder, head.strip().strip('"')):
@@ -138,7 +165,4 @@ def _first_problem(list_file: Path, path: str) -> str:
         return f"{shown(path)!r} is a path in quotes; write it without them"
     if "\\" in path and _exists(folder, path.replace("\\", "/")):
         return f"{shown(path)!r} has backslashes between folders; write /"
-    return (
-        f"{shown(folder / path)} does not exist; use absolute paths or paths relative to the folder of the list, "
-        "one a line, without a heading"
-    )
+    return None

@@ -66,6 +66,7 @@ def picture_form(data: bytes) -> tuple[str, int]:
 @dataclass(frozen=True, kw_only=True)
 class Overview:
     """Of one folder, list or split. counts: images of each class in the order of the labels, None without labels.
+    unlabelled: images whose class number cannot be used, in a set that has labels.
 
     heights, widths: least, median and greatest, in upright pixels. modes: how many images of each. grey: how many have
     one value in all channels, of several. paged, unused: files of several pages or frames, and pages that are no image.
@@ -75,6 +76,7 @@ class Overview:
     name: str
     images: int
     counts: dict[str, int] | None
+    unlabelled: int
     heights: tuple[float, float, float]
     widths: tuple[float, float, float]
     modes: dict[str, int]
@@ -91,12 +93,14 @@ class Overview:
         """From the good images. labels: one for each of ``looks``, -1 where one has none. classes: names of the labels,
         also of those that no good image has.
         """
+        labels = None if labels is None else list(labels)
         mean_C = np.mean([look.mean for look in looks], axis=0) if looks else np.empty(0)
         square_C = np.mean([look.square for look in looks], axis=0) if looks else np.empty(0)
         return cls(
             name=name,
             images=len(looks),
             counts=None if labels is None else _counts(labels, classes),
+            unlabelled=0 if labels is None else labels.count(-1),
             heights=_spread([look.height for look in looks]),
             widths=_spread([look.width for look in looks]),
             modes=dict(Counter(look.mode for look in looks).most_common()),
@@ -119,6 +123,11 @@ class Overview:
         if not self.images:
             return []
         lines = self._lines_of_classes()
+        if self.unlabelled:
+            lines.append(
+                f"warning: {self.unlabelled} of {self.images} images have no class number that can be used (their cls "
+                "parts); training without labels takes them, fine-tuning calls them broken"
+            )
         height, width = (" / ".join(f"{value:g}" for value in values) for values in (self.heights, self.widths))
         lines.append(f"height {height}, width {width} pixels (least / median / greatest)")
         modes = ", ".join(f"{count} {mode}" for mode, count in self.modes.items())

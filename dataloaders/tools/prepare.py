@@ -177,7 +177,9 @@ def _split_tasks(
     """The tasks of one split and how many they are."""
     source, label = split.source, numbering.of(split)
     if shard_size is None:
-        return (FileTask(source, index, target / name) for index, name in _target_names(split)), source.num_images
+        return (
+            FileTask(source, index, target / name, label) for index, name in _target_names(split)
+        ), source.num_images
     if label is not None and numbering.names is not None:
         write_class_names(target, numbering.names)
     starts = range(0, source.num_images, shard_size)

@@ -59,17 +59,20 @@ class Done:
 
 @dataclass(frozen=True)
 class FileTask:
-    """One image to one file."""
+    """One image to one file; one whose class number `label` cannot give is broken, as it is in a shard."""
 
     source: Source
     index: int
     target: Path
+    label: Callable[[int], int] | None
 
     def run(self, encode: Encoder) -> Done:
         if self.target.exists():
             return Done(kept=1)
         try:
             data = encode(self.source.read(self.index))
+            if self.label is not None:
+                self.label(self.index)
         except ImageError as error:
             return Done(broken=[(self.source.path(self.index), str(error))])
         with atomic_writer(self.target, "wb") as file:

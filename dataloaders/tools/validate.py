@@ -106,7 +106,7 @@ def validate_data(
         found = _look_at_all(source, base, channels, workers or default_workers(), progress, labelled)
         passed_over = [
             ManifestRow(below(_absolute(path), base), 0, 0, 0, "", LEFT_OUT + reason)
-            for path, reason in source.ledger.names or ()
+            for path, reason in sorted(source.ledger.names or ())
         ]
         write_manifest(target, base, [*(look.row for look in found), *passed_over])
         prefix = f"{place.name}/" if splits else ""

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from mirl.engine.distributed.device import choose_device
 from mirl.engine.distributed.environment import adopt_slurm, integer, who_is_missing, why_alone
+from mirl.engine.errors import begin_to_meet
 from mirl.engine.streams import say
 from mirl.errors import UserError
 
@@ -89,6 +90,7 @@ def join(device: str = "auto") -> Ranks:
         UserError: the environment of the launcher is incomplete or contradicts itself, more ranks than GPUs were
         started, or torch cannot use the GPU of this machine.
     """
+    begin_to_meet()
     adopt_slurm()
     rank, world_size = integer("RANK", 0), integer("WORLD_SIZE", 1)
     local_rank = integer("LOCAL_RANK", 0, least=0)

@@ -223,6 +223,7 @@ OWN = {
 @pytest.mark.parametrize("name", OWN)
 def test_an_error_that_rank_0_may_not_have_is_told_by_the_rank_that_has_it(name):
     body, code, told = OWN[name]
+    body = f"from mirl.engine.errors import begin_to_meet\nbegin_to_meet()\n{body}"
     ended = end_of(body, RANK="3", WORLD_SIZE="4")
     assert (ended.returncode, ended.stderr) == (code, told)
 

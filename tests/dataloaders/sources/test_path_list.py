@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import tarfile
 
 import pytest
 
@@ -120,3 +121,28 @@ def test_what_is_listed_and_not_there_is_left_out_and_counted(count, tmp_path):
         str(source.ledger) == f"{2 * count - 3} images from {2 * count + 1} files (4 left out: 4 listed but not there)"
     )
     assert {path for path, _ in source.ledger.names} == {str(tmp_path / name) for name in gone}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ('"img dir/1.jpg"', "its entry '\"img dir/1.jpg\"' is a path in quotes; write it without them"),
+        ("img dir/1.jpg\t3", r"its entry .* has a label, '3', and the first entry has none; give all or none"),
+        ("img dir/1.jpg,3", "its entry 'img dir/1.jpg,3' is a path, a comma and '3'; put a tab before the label"),
+        ("img dir\\1.jpg", "its entry .* has backslashes between folders; write /"),
+    ],
+)
+@pytest.mark.parametrize("gone", [0, 99])
+def test_what_is_wrong_with_a_later_entry_is_said_too(folder, entry, message, gone):
+    """Such an image was counted as one that is not there."""
+    lines = [NAMES[0], *(f"img dir/gone {number}.jpg" for number in range(gone)), entry]
+    with pytest.raises(UserError, match=message):
+        read(folder, "\n".join(lines).encode())
+    assert read(folder, "\n".join(lines[:-1]).encode()) == [NAMES[0]]
+
+
+def test_a_list_of_shards_is_told_from_one_of_images(folder):
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        tar.add(folder / NAMES[0])
+    with pytest.raises(UserError, match="its first entry 'a.tar' is a tar shard; give the shards, or a folder"):
+        read(folder, b"a.tar\n")

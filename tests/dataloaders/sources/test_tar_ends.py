@@ -121,6 +121,8 @@ def test_a_class_that_is_no_number_is_named(text, tmp_path):
     with pytest.raises(ImageError, match="its cls part is .*, not a class number"):
         source.label(1)
     source.close()
+    told = str(validate_data(tmp_path, progress=False))
+    assert "1 of 2 images have no class number that can be used" in told and "classes 1: 7 1" in told
 
 
 def test_images_that_are_named_twice_are_told(tmp_path):
@@ -143,6 +145,10 @@ def test_splits_are_found_in_any_case(tmp_path):
         source = open_source(tmp_path, labels=True, split=split)
         assert source.classes == ["ant", "bee"] and f"/{name}/" in source.path(0)
         assert f"{name}/ of {tmp_path} is read" in str(source.ledger)
+    (tmp_path / "train/ant").mkdir(parents=True)
+    (tmp_path / "train/ant/1.jpg").write_bytes(picture())
+    source = open_source(tmp_path)
+    assert source.num_images == 1 and "is read, not Train, VAL" in str(source.ledger)
 
 
 def test_pages_that_are_no_image_are_told(tmp_path):

@@ -114,6 +114,28 @@ def test_numbers_of_shards_without_names_are_kept(tmp_path, photo):
         open_source(tmp_path / "shards", labels=True).label(0)
 
 
+@pytest.mark.parametrize("names", [None, ["a", "b", "c"]])
+@pytest.mark.parametrize("shard_size", [None, 2])
+def test_an_image_whose_class_cannot_be_told_is_broken_in_every_copy(names, shard_size, tmp_path, photo):
+    """In a copy of loose files it stood beside the class folders, and so was a class of its own."""
+    (tmp_path / "src").mkdir()
+    with tarfile.open(tmp_path / "src/x.tar", "w") as shard:
+        for number, label in enumerate([b"2", b"-1", b"cat", b"0"]):
+            add_member(shard, f"{number}.png", photo(number))
+            add_member(shard, f"{number}.cls", label)
+    make_index(tmp_path / "src", progress=False)
+    if names:
+        write_class_names(tmp_path / "src", names)
+    report = prepare(tmp_path / "src", tmp_path / "dst", shard_size=shard_size)
+    assert report.written == 2 and [path[-5] for path, _ in report.broken] == ["1", "2"]
+    assert all("not a class number" in reason for _, reason in report.broken)
+    copy = tmp_path / "dst" / (LIST_NAME if shard_size is None and not names else "")
+    assert len(labels_of(copy)) == 2
+    if names:
+        source = open_source(copy, labels=True)
+        assert {source.classes[source.label(index)] for index in range(2)} == {"a", "c"}
+
+
 def test_lost_labels_are_told(jpeg_folder, tmp_path):
     jpeg_folder(2, name="set/a")
     root = jpeg_folder(1, name="set/b").parent

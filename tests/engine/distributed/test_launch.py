@@ -35,7 +35,7 @@ def test_cores_are_shared_once(monkeypatch, environment, expected) -> None:
 
 @pytest.mark.parametrize(("task", "lines"), [("0", 1), ("1", 0)])
 def test_one_rank_of_srun_tells_what_is_wrong(task, lines) -> None:
-    """Also before the ranks have met: they read srun's variables, as there is no RANK yet."""
+    """Also before the ranks have met: they read srun's variables, as there is no RANK yet. All have what is wrong."""
     command = "from mirl import UserError\nfrom mirl.engine.errors import run_entry_point\n"
     command += "def main(): raise UserError('so it is')\n"
     result = subprocess.run(

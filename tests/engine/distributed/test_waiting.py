@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import re
 import socket
@@ -91,44 +93,80 @@ def test_ranks_that_meet_at_once_say_nothing(port):
 
 
 HERE = {"MASTER_ADDR": "127.0.0.1"}
-TOLD_TO_UNSET = {
+WAITING = {
     "a Slurm shell": SLURM,
     "a Slurm shell with MASTER_ADDR": SLURM | HERE,
     "WORLD_SIZE alone": {"WORLD_SIZE": "3"} | HERE,
-    "both variables": {"RANK": "0", "WORLD_SIZE": "2"} | HERE,
+}
+REFUSED = {
     "a rank that is none of them": {"RANK": "2", "WORLD_SIZE": "2"} | HERE,
     "no number": {"RANK": "abc"},
     "no number of ranks": {"RANK": "0", "WORLD_SIZE": "two"} | HERE,
     "no number of tasks": SLURM | {"SLURM_NTASKS": "many"} | HERE,
-    "no number of tasks a host": SLURM | {"SLURM_NTASKS_PER_NODE": "x"} | HERE,
+    "no number of tasks a host": SLURM | {"SLURM_NTASKS": "3", "SLURM_NTASKS_PER_NODE": "x"} | HERE,
     "no ranks on this host": {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "0"},
     "no port": {"MASTER_PORT": "abc"},
     "a port that is too large": {"MASTER_PORT": "99999"},
 }
+# Joins in each environment, without what each refusal names until none is left.
+DONE_AS_TOLD = """
+import datetime, json, os, re, sys
+from mirl.engine.distributed import launch
+from mirl.errors import UserError
+launch.RENDEZVOUS_TIMEOUT = datetime.timedelta(seconds=2)
+clean, ends = dict(os.environ), {}
+for name, environment in json.loads(sys.argv[1]).items():
+    left, told, ranks = dict(environment), [], None
+    while ranks is None:
+        os.environ.clear()
+        os.environ.update(clean | left)
+        try:
+            ranks = launch.join()
+        except UserError as error:
+            told.append(str(error))
+            for variable in told_to_unset(told[-1], left):
+                del left[variable]
+    ends[name] = [told, ranks.rank, ranks.world_size]
+    launch.leave()
+print(json.dumps(ends))
+"""
 
 
-@pytest.mark.parametrize("name", TOLD_TO_UNSET)
-def test_done_as_told_one_process_runs(name, port):
-    """What the line tells to unset is unset, and nothing else is."""
-    environment = TOLD_TO_UNSET[name]
-    while variables := variables_to_unset(start(4, **{"MASTER_PORT": port} | environment), environment):
-        environment = {name: value for name, value in environment.items() if name not in variables}
-    out, _ = start(4, **{"MASTER_PORT": port} | environment).communicate(timeout=60)
-    assert out == "met 0 1\n"
-
-
-def variables_to_unset(process: subprocess.Popen[str], environment: dict[str, str]) -> set[str]:
-    """The variables that the last line of a process names with ``unset``; none if it ended well."""
-    _, told = process.communicate(timeout=60)
-    if process.returncode == 0:
-        return set()
-    assert process.returncode == 2 and "Traceback" not in told, told
-    line = told.splitlines()[-1]
+def told_to_unset(line: str, environment: dict[str, str]) -> set[str]:
+    """The variables of ``environment`` that a refusal tells to unset."""
     named = re.search(r"unset ([A-Z_]+(?: and [A-Z_]+)*|both)|variable ([A-Z_]+) .* or unset", line)
     assert named, line
     names = set(re.findall(r"[A-Z_]{4,}", line if named[1] == "both" else named[1] or named[2])) & set(environment)
     assert names, line
     return names
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_done_as_told_a_command_that_waited_runs(name, port):
+    """What the line tells to unset is unset, and nothing else is."""
+    environment = WAITING[name]
+    process = start(1, MASTER_PORT=port, **environment)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in told, told
+    unset = told_to_unset(told.splitlines()[-1], environment)
+    left = {name: value for name, value in environment.items() if name not in unset}
+    out, _ = start(4, MASTER_PORT=port, **left).communicate(timeout=60)
+    assert out == "met 0 1\n"
+
+
+def test_done_as_told_a_command_that_was_refused_runs():
+    clean = {name: value for name, value in launch_environment().items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        [sys.executable, "-c", inspect.getsource(told_to_unset) + DONE_AS_TOLD, json.dumps(REFUSED)],
+        cwd=CHECKOUT, env=clean, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ends = json.loads(done.stdout.splitlines()[-1])
+    assert ends.keys() == REFUSED.keys()
+    for name, (told, *met) in ends.items():
+        assert told and met == [0, 1], name
+        # By the name that the user's shell has.
+        assert all(any(variable in line for variable in REFUSED[name]) for line in told), name
 
 
 def test_who_is_missing():

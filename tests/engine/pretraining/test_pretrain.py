@@ -252,6 +252,10 @@ def test_a_run_that_diverges_stops_on_all_ranks_and_keeps_its_checkpoint(tmp_pat
     skipped = events(tmp_path / "out", "skipped_step")
     assert [event["in_a_row"] for event in skipped][-3:] == [1, 2, 3]
     assert find_newest_good(tmp_path / "out" / "checkpoints")[0].name == "step-00000003"
+    assert "Lower --base-lr" in text
+    lowered = run(*base, "--resume", "auto", "--steps", "5")  # as told: the rate of before, which is lower
+    assert lowered.returncode == 0, lowered.stderr[-3000:]
+    assert max(losses(tmp_path / "out")) == 5
 
 
 # --- what a run leaves
