@@ -18,6 +18,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -80,8 +81,7 @@ def losses(case: str, seed: int, *, model: str, steps: int, work: Path) -> list[
         command += [*CASES[case].flags, "--seed", str(seed), "--steps", str(steps), "--warmup-steps", str(steps // 20)]
         # A fresh start: a resumed one would be right too, but would not be the run that a user sees.
         command += ["--checkpoint-every", str(steps), "--out", str(out)]
-        for file in out.glob("metrics.jsonl"):
-            file.unlink()
+        shutil.rmtree(out, ignore_errors=True)
         threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
         if threads:
             command += ["--cpu-threads", "1", "--loader-threads", "1"]

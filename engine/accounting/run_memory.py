@@ -23,7 +23,11 @@ from mirl.engine.accounting.memory import BUCKET_VALUES, GIB, parameter_bytes, r
 from mirl.engine.configuration.config import PretrainConfig
 from mirl.engine.models.config import ModelConfig
 
-PROCESS_BYTES = 1.1 * GIB  # resident after a step of a tiny model: torch 2.14, DeepSpeed 0.19.8, DALI on Linux
+# Resident after a step of a tiny model, with torch 2.14, DeepSpeed 0.19.8 and DALI on Linux: pages of the libraries'
+# files, and what the process has of its own. Of the former 0.35 GiB more after a fresh installation, by how the page
+# cache came by them; they are the first that the kernel takes back.
+LIBRARY_BYTES, OWN_BYTES = 0.5 * GIB, 0.6 * GIB
+PROCESS_BYTES = LIBRARY_BYTES + OWN_BYTES
 GPU_BYTES = 1.0 * GIB  # not measured: CUDA's context and the work space of its libraries
 GPU_ALLOCATOR = 1.1  # work space of kernels and rounding of torch's allocator
 FINISHED_BATCHES = 4  # two that wait, one in use, one in the making
