@@ -41,6 +41,7 @@ class Saver:
         self._started = time.perf_counter()
         self._saved_step: int | None = progress.step or None  # a fresh run has none
         self._parameter_shapes: dict[str, list[int]] = {}
+        self._failure: str | None = None  # of the newest checkpoint, if it was not written
         # On rank 0: what is recorded, and what will be once its checkpoint is on disk.
         self._best: Best | None = self._restored_best() if ranks.is_main else None
         self._candidate: Best | None = None
@@ -157,9 +158,9 @@ class Saver:
             NotSaved: the last checkpoint could not be written.
         """
         self._writer.wait()
-        published, failure = self._writer.poll()
-        self._report(published, failure)
-        failures = [text for text in self._ranks.gather(failure) if text]
+        self.report()
+        # It may have been told of before: a full disk can answer before the last step is over.
+        failures = [text for text in self._ranks.gather(self._failure) if text]
         if failures:
             raise NotSaved(
                 f"{failures[0]}; earlier checkpoints in {self.folder} are intact: make room, and the same "
@@ -172,6 +173,7 @@ class Saver:
 
     def _report(self, published: Path | None, failure: str | None) -> None:
         if published is not None:
+            self._failure = None
             self._log.event(
                 "checkpoint",
                 self._progress.step,
@@ -180,6 +182,7 @@ class Saver:
                 stall_percent=100 * self._writer.stall_seconds / (time.perf_counter() - self._started),
             )
         if failure is not None:
+            self._failure = failure
             self._log.say(f"warning: {failure}; training goes on, earlier checkpoints are intact")
             self._log.event("checkpoint_failed", self._progress.step, reason=failure)
         self._settle_best(failure)

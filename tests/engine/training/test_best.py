@@ -15,6 +15,7 @@ from mirl.engine.checkpoints.finding import verify
 from mirl.engine.checkpoints.kinds import given
 from mirl.engine.distributed.ds_engine import Fragment
 from mirl.engine.distributed.launch import Ranks
+from mirl.engine.errors import NotSaved
 from mirl.engine.training.run_folder import Progress
 from mirl.engine.training.saving import Saver
 from mirl.errors import UserError
@@ -121,6 +122,24 @@ def test_one_that_could_not_be_written_is_no_best(tmp_path, monkeypatch):
     assert steps_in(tmp_path) == [1] and read_best(tmp_path / "checkpoints").step == 1
     run.steps(40).finish()  # worse than the lost one, better than the one that is there
     assert read_best(tmp_path / "checkpoints").step == 3 and steps_in(tmp_path) == [3]
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["at the end", "before the end"])
+def test_a_last_checkpoint_that_is_lost_is_no_success_whenever_it_is_told(told, tmp_path, monkeypatch):
+    def fail(*arguments: object) -> None:
+        raise OSError("No space left on device")
+
+    run = Run(tmp_path).steps(30).finish()
+    with monkeypatch.context() as patch:
+        patch.setattr("mirl.engine.checkpoints.writer.save_tensors", fail)
+        run.progress.step += 1
+        run.saver.save()
+        run.saver.wait()
+        if told:
+            run.saver.report()
+    with pytest.raises(NotSaved, match="the checkpoint of step 2 was not written"):
+        run.finish()
+    run.steps(10).finish()  # a later one is written
 
 
 def test_a_record_that_cannot_be_written_costs_no_training(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def chosen_by(ranks: Ranks, fast: str, broken: str, run: RunConfig) -> dict[str,
     def candidates(use, device):
         found = ATTENTION.candidates(use, device)
         return {
-            name: failing if name == broken else made if name == fast else slow(made, 0.01)
+            name: failing if name == broken else made if name == fast else slow(made, 0.03)
             for name, made in found.items()
         }
 

@@ -135,7 +135,7 @@ def test_one_that_would_break_a_compiled_region_is_left_out_of_it():
 
         return candidate
 
-    choice = with_candidates(lambda run: {"plain": slow(run, 1e-3), "breaking": breaking(run)})
+    choice = with_candidates(lambda run: {"plain": slow(run), "breaking": breaking(run)})
     assert measure(choice, attention_use(), "plain", CPU, Deadline()).chosen == "breaking"
     choice = with_candidates(lambda run: {"plain": run, "breaking": breaking(run)})
     inside = measure(choice, attention_use(in_region=True), "plain", CPU, Deadline())
