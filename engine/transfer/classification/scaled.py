@@ -2,7 +2,7 @@
 
 | epochs            | strength s          | why                                                             |
 |-------------------|---------------------|-----------------------------------------------------------------|
-| up to `MILD`      | 0                   | measured at 6 (benchmarks/LOG.md): more cost 16 points of top-1 |
+| up to `MILD`      | 0                   | measured at 6 (benchmarks/LOG.md): 1 cost 13 points of top-1    |
 | `MILD` .. `FULL`  | rises linearly to 1 | a straight line between the two, not measured                   |
 | `FULL` and longer | 1                   | MAE fine-tunes its ViT-B for 100 epochs with the values below   |
 
@@ -16,9 +16,8 @@
 | crop_scale      | from 0.6 - 0.4 s of the area, but never fewer than `SIDE` x `SIDE` pixels, to 1  |
 
 Also ``centre_crops``, the share of images that are shown as evaluation shows them: 1 at no epochs, 0 from `VARIED` on.
-Features of an encoder that was pre-trained briefly depend on where a thing stands in the image: a probe that is right
-for 78 % of centred training images is right for 67 % of the same ones moved by up to 4 of 56 pixels. To learn otherwise
-takes more passes than a short run has (benchmarks/LOG.md).
+Features of an encoder that was pre-trained briefly depend on where a thing stands in the image. To learn otherwise
+takes more passes than a short run has: without centred crops 6 epochs cost 2.6 points (benchmarks/LOG.md).
 
 The average of the weights needs no such rule: its decay rises with the steps taken (`ShardedEma`), so that it looks
 back at most a ninth of the run so far. The warm-up is a share of the run in itself (``warmup_share``).
