@@ -20,6 +20,11 @@ from mirl.engine.training.run_log import RunLog
 from mirl.engine.training.task import Task
 
 
+def _is_better(found: Best, before: Best) -> bool:
+    """Of equal ones the earlier stays; but the start of a run, which nothing has trained, gives way."""
+    return (found.top1_percent, not before.step) > (before.top1_percent, False)
+
+
 class Saver:
     """Checkpoints of one run. All ranks make the same calls in the same order."""
 
@@ -68,7 +73,7 @@ class Saver:
             epoch=round(self._progress.step / self._loader.steps_per_epoch, 3),
         )  # fmt: skip
         before = self._candidate or self._best
-        if self._ranks.broadcast(before is None or found.top1_percent > before.top1_percent):
+        if self._ranks.broadcast(before is None or _is_better(found, before)):
             # The one before may have reached the disk, and be all that is left if this one does not.
             began = time.perf_counter()
             self._writer.wait()

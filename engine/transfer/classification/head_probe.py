@@ -97,14 +97,14 @@ def recorded_start(out: Path) -> float | None:
 def compare_with_start(reached: float | None, probe: float | None, unknown: str) -> str:
     """One line that holds the top-1 of the classifier, ``reached``, against that of the probe; all in per cent.
 
-    reached: None where no evaluation was better than the start, which was the probe. unknown: why there is no
+    reached: None where no evaluation was as good as the start, which was the probe. unknown: why there is no
     ``probe``.
     """
     if probe is None:
         return f"not compared with a linear probe of the encoder it began from: {unknown}"
     if reached is None:
         return (
-            f"NOT BETTER THAN THE PROBE: no evaluation was above the {probe:.2f}% of the linear probe that the "
+            f"NOT AS GOOD AS THE PROBE: no evaluation reached the {probe:.2f}% of the linear probe that the "
             "run began with, which is kept as the best checkpoint: train longer or with a lower --lr "
             "(docs/finetuning.md)"
         )

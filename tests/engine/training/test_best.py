@@ -83,11 +83,11 @@ def test_the_start_is_the_best_until_a_step_is_better(tmp_path):
         run.saver.keep_if_best(Standing(weights="last", top1_percent=45, images=10))
         return run
 
-    begin(tmp_path / "worse").steps(30, 45).finish()
+    begin(tmp_path / "worse").steps(30, 44).finish()
     assert read_best(tmp_path / "worse" / "checkpoints").step == 0 and steps_in(tmp_path / "worse") == [0, 2]
     assert Run(tmp_path / "worse", step=2).said[0].startswith("best so far: epoch 0 (step 0), top-1 45.00%")
-    begin(tmp_path / "better").steps(30, 46).finish()
-    assert read_best(tmp_path / "better" / "checkpoints").step == 2 and steps_in(tmp_path / "better") == [2]
+    begin(tmp_path / "better").steps(30, 45, 45).finish()
+    assert read_best(tmp_path / "better" / "checkpoints").step == 2 and steps_in(tmp_path / "better") == [2, 3]
 
 
 def test_a_resumed_run_keeps_the_best_so_far(tmp_path):
