@@ -10,6 +10,8 @@ from typing import Any
 
 from mirl.engine.checkpoints.best import Best, read_best
 from mirl.engine.checkpoints.finding import locate, read_state, verify
+from mirl.engine.configuration.config import section_from_dict
+from mirl.engine.models.config import ModelConfig
 from mirl.errors import UserError
 
 PRETRAINED, ENCODER, CLASSIFIER = "pre-trained model", "encoder", "classifier"
@@ -107,11 +109,19 @@ def describe(state: dict[str, Any]) -> str:
     """What a checkpoint is, in a few words, with what it was made from."""
     config, kind = state.get("config") or {}, kind_of(state)
     if kind != CLASSIFIER:
-        model = (config.get("model") or {}).get("name")
+        model = _label(config.get("model") or {})
         return _NAMES[kind] + (f" ({model})" if model else "")
     source = config["finetune"].get("checkpoint")
     classes = (state.get("parameters") or {}).get("head.weight", [len(config.get("classes", ()))])[0]
     return f"{_NAMES[kind]} of {classes} classes" + (f", made from {source}" if source else "")
+
+
+def _label(model: dict[str, Any]) -> str | None:
+    """The name of the size, or that it was changed; of a model that this version cannot read, the name it was given."""
+    try:
+        return section_from_dict(ModelConfig, model, source="").label if model else None
+    except (UserError, TypeError):
+        return model.get("name")
 
 
 def require_kind(state: dict[str, Any], asked: Path | str, command: str, *kinds: str) -> None:
