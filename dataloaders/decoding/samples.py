@@ -23,6 +23,7 @@ from mirl.keyed import keyed_u64
 
 _REPLACEMENT_STREAM = 3
 _MAX_REPLACEMENTS = 100
+_NO_DATA = np.empty(0, np.uint8)
 _CHUNK = 8  # samples a thread reads per task: a task costs about 20 us, a sample about 40
 
 
@@ -78,9 +79,9 @@ class SampleReader:
     def read(self, index: int, epoch: int, position: int) -> Sample:
         """One sample, or its first readable stand-in."""
         try:
-            return self._load(Sample(index, index, epoch, position, np.empty(0, np.uint8), 0, 0))
+            return self._load(Sample(index, index, epoch, position, _NO_DATA, 0, 0))
         except ImageError as error:
-            shown = self.replace(Sample(index, index, epoch, position, np.empty(0, np.uint8), 0, 0), str(error))
+            shown = self.replace(Sample(index, index, epoch, position, _NO_DATA, 0, 0), str(error))
             if isinstance(error, KnownBroken):
                 shown.reason = ""
             return shown

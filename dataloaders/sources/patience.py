@@ -78,13 +78,14 @@ def patiently(read: Callable[[], T], name: str, *, afresh: Callable[[], None] | 
     name: of what is read. afresh: called before each new try, to drop what was open.
     StorageError if it lasts; any other OSError as it comes.
     """
-    since, wait = time.monotonic(), _FIRST_WAIT_S
+    since, wait = None, _FIRST_WAIT_S
     while True:
         try:
             result = read()
         except OSError as error:
             if not is_of_a_moment(error):
                 raise
+            since = time.monotonic() if since is None else since  # a read that works pays for no clock
             left = _outage.failed(name, since, error)
             if left <= 0:
                 raise StorageError(f"cannot be read: {error.strerror}") from error
