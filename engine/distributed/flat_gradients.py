@@ -206,7 +206,8 @@ class FlatGradients:
             if any(piece.reducing for piece in slot.pieces):
                 raise RuntimeError(
                     f"the gradient of {slot.name} came again after it had been reduced: this backward pass visits a "
-                    "parameter more than once (reentrant activation checkpointing?); give --no-flat-gradients"
+                    "parameter more than once, as reentrant recomputation does: give torch.utils.checkpoint "
+                    "use_reentrant=False"
                 )
             (more if slot.written else firsts).append((slot.view, gradient))
             slot.written = True

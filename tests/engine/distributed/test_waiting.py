@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -40,10 +41,13 @@ def port() -> str:
         return str(probe.getsockname()[1])
 
 
+def clean_environment() -> dict[str, str]:
+    return {name: value for name, value in launch_environment().items() if not name.startswith("SLURM_")}
+
+
 def start(limit_s: float, **environment: str) -> subprocess.Popen[str]:
-    clean = {name: value for name, value in launch_environment().items() if not name.startswith("SLURM_")}
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(limit_s)], cwd=CHECKOUT, env=clean | environment, text=True,
+        [sys.executable, "-c", PROGRAM, str(limit_s)], cwd=CHECKOUT, env=clean_environment() | environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -155,10 +159,9 @@ def test_done_as_told_a_command_that_waited_runs(name, port):
 
 
 def test_done_as_told_a_command_that_was_refused_runs():
-    clean = {name: value for name, value in launch_environment().items() if not name.startswith("SLURM_")}
     done = subprocess.run(
         [sys.executable, "-c", inspect.getsource(told_to_unset) + DONE_AS_TOLD, json.dumps(REFUSED)],
-        cwd=CHECKOUT, env=clean, capture_output=True, text=True, timeout=120, check=False,
+        cwd=CHECKOUT, env=clean_environment(), capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     ends = json.loads(done.stdout.splitlines()[-1])
@@ -167,6 +170,43 @@ def test_done_as_told_a_command_that_was_refused_runs():
         assert told and met == [0, 1], name
         # By the name that the user's shell has.
         assert all(any(variable in line for variable in REFUSED[name]) for line in told), name
+
+
+LAUNCHERS = {
+    "deepspeed": ("--master_port N", ["--num_gpus", "2", "--no_local_rank"]),
+    "torchrun": ("--rdzv-endpoint HOST:N", ["--nproc-per-node", "2", "--rdzv-backend", "c10d"]),
+}
+
+
+@pytest.fixture(scope="module")
+def taken() -> Iterator[tuple[str, str]]:
+    """A port at which another program listens, and what a rank that wants it says; the port is taken for a while."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        number = str(other.getsockname()[1])
+        process = start(4, MASTER_ADDR="127.0.0.1", MASTER_PORT=number, RANK="0", WORLD_SIZE="2")
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 2 and "Traceback" not in told, told
+        (line,) = [line for line in told.splitlines() if line.startswith("error:")]
+        yield number, line
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_done_as_told_ranks_meet_at_another_port(launcher, taken, port, tmp_path):
+    number, line = taken
+    flag, words = LAUNCHERS[launcher]
+    assert f"port {number} of 127.0.0.1 is taken" in line and f"{launcher} {flag}" in line
+    script = tmp_path / "meet.py"
+    script.write_text(PROGRAM)
+    flag = flag.replace("HOST", "127.0.0.1").replace("N", port)
+    done = subprocess.run(
+        [launcher, *words, *flag.split(), str(script), "60"],
+        cwd=CHECKOUT, env=clean_environment() | {"MASTER_PORT": number}, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert {"met 0 2", "met 1 2"} <= set(done.stdout.splitlines())
 
 
 def test_who_is_missing():

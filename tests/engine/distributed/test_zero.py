@@ -38,6 +38,7 @@ POISONED = {
     for precision in ("fp32", "bf16")
     for value in ("nan", "-inf")
 }
+VISITED_TWICE = {f"twice-{kind}": {"visited_twice": kind} for kind in ("reentrant", "as the message says")}
 
 
 # One rank communicates with nobody: there the stages themselves are enough.
@@ -47,7 +48,7 @@ CASES_OF = {1: {name: case for name, case in CASES.items() if name.endswith("-pa
 def train(tmp_path: Path, world_size: int) -> dict[str, list[float]]:
     """Losses of every case, trained by ``world_size`` processes."""
     out = tmp_path / "losses.json"
-    cases = CASES_OF[world_size] | (POISONED if world_size == 2 else {})
+    cases = CASES_OF[world_size] | (POISONED | VISITED_TWICE if world_size == 2 else {})
     run_ranks("tests.engine.distributed.zero_worker", world_size, cases, str(out))
     return json.loads(out.read_text())
 
@@ -84,3 +85,10 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(case, l
     assert found["applied"] == [True, False, True]
     before, after, later = found["states"]
     assert after == before and later != before and later == later  # no NaN
+
+
+def test_a_model_that_visits_its_weights_twice_trains_as_it_is_told(losses):
+    """DeepSpeed's own buckets refuse it too, so that it is recomputation that has to change."""
+    assert "use_reentrant=False" in losses[2]["twice-reentrant"]
+    first, *_, last = losses[2]["twice-as the message says"]
+    assert last < first

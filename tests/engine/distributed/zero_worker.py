@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from mirl.engine.configuration.config import DataConfig, OptimConfig, PretrainConfig, RunConfig
 from mirl.engine.distributed import deepspeed_patches, flat_gradients
@@ -66,8 +67,10 @@ def bare_loop(case: dict) -> list[float]:
     return losses
 
 
-def train(case: dict, ranks: Ranks) -> list[float] | dict:
-    """Losses of every step; of a poisoned case what came of it instead, see `poisoned`."""
+def train(case: dict, ranks: Ranks) -> list[float] | dict | str:
+    """Losses of every step; see `poisoned` and `visited_twice` for what comes of such cases."""
+    if "visited_twice" in case:
+        return visited_twice(case["visited_twice"] == "reentrant", ranks)
     config, model = build(case)
     micro, accumulation = resolve_batch(config, ranks.world_size)
     ds_config = resolve_ds_config(
@@ -102,6 +105,42 @@ def train(case: dict, ranks: Ranks) -> list[float] | dict:
         if ranks.world_size > 1:
             torch.distributed.all_reduce(total)
         losses.append(total.item() / ranks.world_size)
+    return losses
+
+
+class VisitedTwice(torch.nn.Module):
+    """Recomputed in two parts, of the same weights: by reentrant recomputation each is a backward pass of its own."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.reentrant = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), reentrant
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        def part(y_BD: torch.Tensor) -> torch.Tensor:
+            return self.second(torch.tanh(self.first(y_BD)))
+
+        return sum(checkpoint(part, x_BD * scale, use_reentrant=self.reentrant) for scale in (1, 2)).square().mean()
+
+
+def visited_twice(reentrant: bool, ranks: Ranks) -> list[float] | str:
+    """Losses of a model whose gradients come again after they were reduced; or what the engine says."""
+    flat_gradients.COPIED_TOGETHER = flat_gradients.LEAST_PIECE = 1
+    model = VisitedTwice(reentrant)
+    ds_config = {
+        "train_batch_size": 2 * ranks.world_size, "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True,
+    }  # fmt: skip
+    engine = TrainEngine(model, torch.optim.AdamW(model.parameters()), ds_config)
+    losses = []
+    try:
+        for _ in range(STEPS):
+            loss = engine.forward(torch.ones(2, 8, requires_grad=True))
+            engine.backward(loss)
+            engine.step(LR)
+            losses.append(loss.item())
+    except RuntimeError as error:
+        return str(error)
     return losses
 
 
