@@ -5,7 +5,9 @@ each host, and the batch script of docs/clusters.md under Slurm with one. See tw
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 import textwrap
 import time
 from collections.abc import Iterator
@@ -22,6 +24,16 @@ from tests.support.runs import ENTRY, TINY, events, losses
 from tests.support.started_ranks import MARK, RankServer, marked_processes
 
 # pdsh passes no OMP_NUM_THREADS on, and each host would count all cores as its own: other threads, other sums.
+MEET = """
+from mirl.engine.distributed import launch
+from mirl.engine.errors import run_entry_point
+def main():
+    ranks = launch.join()
+    ranks.barrier()
+    launch.leave()
+    print("met", ranks.rank, ranks.world_size, flush=True)
+run_entry_point(main)
+"""
 FLAGS = ["--steps", "8", "--checkpoint-every", "8", "--pictures", "0", "--cpu-threads", "1"]
 
 
@@ -121,6 +133,30 @@ def test_the_documented_slurm_script_goes_on_after_its_time_limit(slurm, server,
         assert time.monotonic() < deadline, job
         time.sleep(0.1)
     assert "Restarts=1" in job and "ExitCode=0:0" in job
+
+
+@pytest.mark.slow
+def test_a_batch_script_without_an_address_is_refused_and_does_as_it_is_told(slurm, environment, tmp_path):
+    """The line that each task's refusal tells to export is put above srun, word for word."""
+    program = tmp_path / "meet.py"
+    program.write_text(MEET)
+    head = ["#!/bin/bash", "#SBATCH --nodes=2 --ntasks-per-node=1", "export OMP_NUM_THREADS=1"]
+    environment = {name: value for name, value in environment.items() if name != "MASTER_ADDR"}
+
+    def job(number: int, *lines: str) -> str:
+        (tmp_path / "job.sh").write_text(
+            "\n".join([*head, *lines, f"srun {sys.executable} {program}; echo ended"]) + "\n"
+        )
+        slurm.run("sbatch", "--parsable", "--output", f"{number}.out", "job.sh", env=environment, cwd=tmp_path)
+        wait_for(tmp_path / f"{number}.out", "ended")
+        return (tmp_path / f"{number}.out").read_text()
+
+    refused = job(1)
+    lines = [line for line in refused.splitlines() if line.startswith("error: ")]
+    assert lines and "Traceback" not in refused, refused
+    told = re.search(r"for 2, (export MASTER_ADDR=.*) in the batch script and start them with srun$", lines[0])[1]
+    met = job(2, told)
+    assert {"met 0 2", "met 1 2"} <= set(met.splitlines()), met
 
 
 def documented_script(replaced: dict[str, str]) -> str:
