@@ -51,6 +51,12 @@ def _probe(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def _embed(argv: Sequence[str]) -> int:
+    from mirl.engine.commands.embed import main
+
+    return main(argv)
+
+
 def _depth_report(argv: Sequence[str]) -> int:
     from mirl.engine.commands.depth_report import main
 
@@ -103,6 +109,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "evaluate": (_evaluate, "accuracy of a fine-tuned classifier, by class and in all, and its confusions"),
     "predict": (_predict, "classes of images, by a fine-tuned classifier"),
     "probe": (_probe, "linear probe and nearest neighbours on frozen features"),
+    "embed": (_embed, "features of every image of a data set, to a .npz, .parquet or .safetensors file"),
     "depth-report": (_depth_report, "what each block does: gradient norm, probe accuracy, effect of making it fresh"),
     "import": (_import, "read a checkpoint of the MIRL release or of MAE"),
     "export": (_export, "write the encoder for timm, Hugging Face, or as plain safetensors"),
