@@ -113,7 +113,7 @@ def require_pyarrow() -> tuple[Any, Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise UserError(f"parquet files need pyarrow ({error}): pip install pyarrow, or give a .npz file") from error
+        raise UserError(f"parquet files need pyarrow ({error}): give a .npz file, or pip install pyarrow") from error
     return pyarrow, parquet
 
 
