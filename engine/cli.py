@@ -93,6 +93,12 @@ def _doctor(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def _config(argv: Sequence[str]) -> int:
+    from mirl.engine.commands.config_command import main
+
+    return main(argv)
+
+
 def _plan(argv: Sequence[str]) -> int:
     from mirl.engine.commands.plan import main
 
@@ -120,6 +126,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "bench-loader": (_data_command("bench_loader"), "measure the training loader"),
     "doctor": (_doctor, "check that every part the engine needs runs on this machine"),
     "summary": (_summary, "parameters, FLOPs, memory and time of a run, or of the models of the paper"),
+    "config": (_config, "print the settings that a run would have, for its --config"),
     "plan": (_plan, "predict speed, memory and days of a run on GPUs that need not be here"),
 }
 
