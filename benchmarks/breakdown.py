@@ -6,7 +6,6 @@ without that of the operators they call, is device time, and the rest of the ste
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,38 +13,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-CLASSES = ("gemm", "attention", "norm_elementwise", "masked_kernels", "loss", "optimizer", "communication", "other")
-
-# First match wins. Kernel names of a GPU (cuBLAS, CUTLASS, FlashAttention, cuDNN, ours, inductor's, torch's) and
-# operator names of a CPU together: they do not meet.
-_PATTERNS: tuple[tuple[str, str], ...] = (
-    ("communication", r"nccl|all_reduce|allreduce|reduce_scatter|all_gather|gloo|c10d"),
-    ("optimizer", r"adam|multi_tensor|_foreach"),
-    ("attention", r"flash|fmha|attention|attn|softmax|\baten::bmm|mha"),
-    ("loss", r"_loss_kernel|_finish_kernel|_scale_kernel|SharedGradient|masked_residual_mse|aten::dot$"),
-    (
-        "masked_kernels",
-        r"_gather_|_scatter_|_assemble_|gather_patches|gather_tokens|scatter_tokens|index_select|aten::index_add|"
-        r"aten::embedding|aten::gather|indexSelect|_scatter_gather|aten::sort|argsort|radixSort|bitonic",
-    ),
-    ("gemm", r"gemm|cutlass|nvjet|xmma|cublas|aten::(addmm|mm|linear|_?convolution|mkldnn)|mkldnn|onednn|splitK"),
-    (
-        "norm_elementwise",
-        r"norm|gelu|elementwise|vectorized|reduce|_forward_kernel|_backward_kernel|_column_sum|triton_|"
-        r"aten::(add|mul|sub|div|sum|mean|copy_|_to_copy|cat|clone|fill_|zero_|square|where|neg|pow|sqrt|rsqrt|var|"
-        r"std|stack|native_)|cpp_fused|CatArray|FillFunctor|Memcpy|Memset",
-    ),
-)
-
-OPERATORS = ("aten::", "mkldnn::", "mirl_kernels::", "c10d::", "cpp_fused", "SharedGradient", "xformers")
-
-
-def classify(name: str) -> str:
-    """The class of a kernel or operator, by its name."""
-    for kind, pattern in _PATTERNS:
-        if re.search(pattern, name):
-            return kind
-    return "other"
+from mirl.engine.accounting.profile_classes import CLASSES, classify, is_operator
 
 
 def profile_step(step: Callable[[], Any], device: torch.device, steps: int = 2) -> dict[str, Any]:
@@ -73,8 +41,7 @@ def profile_step(step: Callable[[], Any], device: torch.device, steps: int = 2) 
                 continue
             microseconds = event.self_device_time_total
         else:
-            # "autograd::engine::..." is the engine's own work, not an operator's.
-            microseconds = event.self_cpu_time_total if event.key.startswith(OPERATORS) else 0
+            microseconds = event.self_cpu_time_total if is_operator(event.key) else 0
         by_class[classify(event.key)] += microseconds / 1e3 / steps
     device_ms = sum(by_class.values())
     if not on_gpu:

@@ -45,7 +45,7 @@ def test_step(results, case: StepCase) -> None:
     row = measure_case(case, PLACE, find_peak(PLACE, case.precision))
     assert set(row["all"]) | set(row["left_out"]) == set(case.contestants)
     assert row["images_per_s"] > 0 and row["device_ms"] > 0
-    # What no class knows: a new kernel has to be given one in benchmarks/breakdown.py.
+    # What no class knows: a new kernel has to be given one in engine/accounting/profile_classes.py.
     assert row["breakdown_ms"]["other"] < 0.15 * row["device_ms"]
     results.add_step(row)
 

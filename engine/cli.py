@@ -51,6 +51,12 @@ def _probe(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def _embed(argv: Sequence[str]) -> int:
+    from mirl.engine.commands.embed import main
+
+    return main(argv)
+
+
 def _depth_report(argv: Sequence[str]) -> int:
     from mirl.engine.commands.depth_report import main
 
@@ -87,6 +93,12 @@ def _doctor(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def _config(argv: Sequence[str]) -> int:
+    from mirl.engine.commands.config_command import main
+
+    return main(argv)
+
+
 def _plan(argv: Sequence[str]) -> int:
     from mirl.engine.commands.plan import main
 
@@ -103,6 +115,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "evaluate": (_evaluate, "accuracy of a fine-tuned classifier, by class and in all, and its confusions"),
     "predict": (_predict, "classes of images, by a fine-tuned classifier"),
     "probe": (_probe, "linear probe and nearest neighbours on frozen features"),
+    "embed": (_embed, "features of every image of a data set, to a .npz, .parquet or .safetensors file"),
     "depth-report": (_depth_report, "what each block does: gradient norm, probe accuracy, effect of making it fresh"),
     "import": (_import, "read a checkpoint of the MIRL release or of MAE"),
     "export": (_export, "write the encoder for timm, Hugging Face, or as plain safetensors"),
@@ -113,6 +126,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "bench-loader": (_data_command("bench_loader"), "measure the training loader"),
     "doctor": (_doctor, "check that every part the engine needs runs on this machine"),
     "summary": (_summary, "parameters, FLOPs, memory and time of a run, or of the models of the paper"),
+    "config": (_config, "print the settings that a run would have, for its --config"),
     "plan": (_plan, "predict speed, memory and days of a run on GPUs that need not be here"),
 }
 

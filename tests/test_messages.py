@@ -86,7 +86,8 @@ def test_every_mirl_command_of_a_message_exists_and_has_the_flags_beside_it():
 
 def requirements() -> dict[str, Requirement]:
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
-    return {requirement.name: requirement for requirement in map(Requirement, project["dependencies"])}
+    lines = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    return {requirement.name: requirement for requirement in map(Requirement, lines)}
 
 
 PIP = [

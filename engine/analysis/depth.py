@@ -11,6 +11,7 @@ Letters: n images, L blocks, B of a batch.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -82,10 +83,22 @@ def load_labelled(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class GradientNorms:
+    """Of each block: ``norm`` of the gradient over all images, and ``noise``, the norm of its sampling error.
+
+    The error is half the difference between the mean gradients of two halves of the images, which has the variance of
+    their mean: norm^2 is about that of the true gradient + noise^2. None where the images are one batch.
+    """
+
+    norm: list[float]
+    noise: list[float] | None
+
+
 def gradient_norms(
     model: MIRL, images: Tensor, *, seed: int, batch_size: int = GRADIENT_BATCH, advance: Advance = ignore
-) -> list[float]:
-    """Norm of the pre-training loss's gradient in each block's parameters, the loss averaged over all of ``images``.
+) -> GradientNorms:
+    """Norms of the pre-training loss's gradient in each block's parameters, the loss averaged over all of ``images``.
 
     Masks are those of ``seed``. The teacher of a feature loss is a copy of the encoder itself; a VGG loss is left out.
     advance: told how many images were done.
@@ -94,7 +107,13 @@ def gradient_norms(
     teacher = EmaTeacher(model, config, decay=0.0) if config.feature_loss else None
     model.eval()  # without stochastic depth, the norms are a function of the images and the seed
     model.zero_grad()
-    for first in range(0, len(images), batch_size):
+    parameters = [list(block.parameters()) for block in model.encoder.blocks]
+    starts = list(range(0, len(images), batch_size))
+    middle = starts[len(starts) // 2]  # 0 where there is one batch
+    first_half: list[list[Tensor]] = []
+    for first in starts:
+        if first == middle and middle:
+            first_half = [[_gradient(parameter).clone() for parameter in block] for block in parameters]
         batch = images[first : first + batch_size]
         noise = mask_noise(seed, 0, first, len(batch), config.num_patches).to(batch.device)
         features = {} if teacher is None else {"teacher_features": teacher(batch)}
@@ -102,12 +121,26 @@ def gradient_norms(
         output = model(batch, noise=noise, full=bool(config.vgg_loss), **features)
         (output.loss * (len(batch) / len(images))).backward()
         advance(len(batch))
-    norms = [
-        torch.stack([parameter.grad.norm() for parameter in block.parameters()]).norm().item()
-        for block in model.encoder.blocks
-    ]
+    norms = [_norm(_gradient(parameter) for parameter in block) for block in parameters]
+    noises = None
+    if middle:
+        # The sum of both halves is g. Of their means a / share and (g - a) / (1 - share), half the difference.
+        share = middle / len(images)
+        noises = [
+            _norm((half / share - (_gradient(parameter) - half) / (1 - share)) / 2 for parameter, half in pairs)
+            for pairs in (zip(block, halves, strict=True) for block, halves in zip(parameters, first_half, strict=True))
+        ]
     model.zero_grad()
-    return norms
+    return GradientNorms(norms, noises)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None, "a block's parameter has no gradient"
+    return parameter.grad
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return torch.stack([tensor.norm() for tensor in tensors]).norm().item()
 
 
 def features_by_block(

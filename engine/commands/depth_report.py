@@ -10,6 +10,7 @@ from typing import Any
 from mirl.engine.checkpoints.files import write_whole
 from mirl.engine.checkpoints.kinds import ENCODER, PRETRAINED, given
 from mirl.engine.commands.checkpoint_flags import add_checkpoint
+from mirl.engine.commands.depth_picture import draw, noise_of_accuracies
 from mirl.engine.commands.device_flag import add_device, device_of_process
 from mirl.engine.configuration.flags import Parser, seed
 from mirl.errors import UserError
@@ -78,9 +79,8 @@ def main(argv: Sequence[str]) -> int:
     arguments.out.mkdir(parents=True)
     if model is not None and images is not None:
         print(f"gradient norms over {len(images)} images ...", flush=True)
-        report["gradient_norm"] = depth.gradient_norms(
-            model, images, seed=arguments.seed, advance=plan.begin(GRADIENTS)
-        )
+        gradients = depth.gradient_norms(model, images, seed=arguments.seed, advance=plan.begin(GRADIENTS))
+        report |= {"gradient_norm": gradients.norm, "gradient_noise": gradients.noise}
         report["gradient_images"] = len(images)
         _write(report, arguments.out)
     if encoder is not None and train is not None and val is not None:
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
             report["finetune_steps"] = arguments.steps
 
     _write(report, arguments.out)
-    written = ["depth.json"] + (["depth.png"] if _draw(report, arguments.out / "depth.png") else [])
+    written = ["depth.json"] + (["depth.png"] if draw(report, arguments.out / "depth.png") else [])
     print(table(report))
     print(f"wrote {' and '.join(str(arguments.out / name) for name in written)}")
     return 0
@@ -136,8 +136,7 @@ def reading(report: dict[str, Any]) -> list[str]:
         )
     if fresh_from := {int(first): value for first, value in report.get("reinit_top1_percent", {}).items()}:
         whole = fresh_from.pop(report["depth"])
-        # Two standard errors of the difference of two accuracies on so many images; what the seed does comes on top.
-        error = 2 * (2 * whole * (100 - whole) / report["val_images"]) ** 0.5
+        error = noise_of_accuracies(whole, report["val_images"])
         lines.append(f"fine-tuned with every block as pre-trained: {whole:.2f} %; less than {error:.2f} apart is noise")
         harmless = []
         for first, value in sorted(fresh_from.items(), reverse=True):
@@ -151,41 +150,6 @@ def reading(report: dict[str, Any]) -> list[str]:
             else "initialising even the last blocks afresh costs accuracy: the whole depth is of use"
         )
     return lines
-
-
-def _draw(report: dict[str, Any], path: Path) -> bool:
-    """A panel for each measurement; False where there is none."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = [name for name in ("gradient_norm", "probe_top1_percent", "reinit_top1_percent") if name in report]
-    if not panels:
-        return False
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), squeeze=False)
-    titles = {
-        "gradient_norm": ("gradient norm of the pre-training loss", "block"),
-        "probe_top1_percent": ("linear probe, top-1 %", "block"),
-        "reinit_top1_percent": ("fine-tuned, top-1 %", "first fresh block (the depth: none)"),
-    }
-    for axis, name in zip(axes[0], panels, strict=True):
-        values = report[name]
-        points = [int(key) for key in values] if isinstance(values, dict) else range(len(values))
-        axis.plot(points, list(values.values()) if isinstance(values, dict) else values, marker="o", markersize=3)
-        axis.set_title(titles[name][0], fontsize=10)
-        axis.set_xlabel(titles[name][1])
-        axis.grid(alpha=0.3)
-    axes[0][0].set_yscale("log" if panels[0] == "gradient_norm" else "linear")
-    step = report["depth"] // report["segments"]
-    for axis in axes[0]:
-        for border in range(step, report["depth"], step):
-            axis.axvline(border - 0.5, color="grey", linewidth=0.5, linestyle=":")
-    figure.suptitle(f"{report['model']}, {report['objective']}, depth {report['depth']}", fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return True
 
 
 def _parser() -> Parser:

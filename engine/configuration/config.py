@@ -228,6 +228,9 @@ class RunConfig(Section):
             )
 
 
+MOST_PROFILED_STEPS = 100  # about 20,000 events and 1 MB a step of a model of 48 blocks
+
+
 @dataclass(frozen=True, kw_only=True)
 class LogConfig(Section):
     """What the run tells while it goes on."""
@@ -236,9 +239,17 @@ class LogConfig(Section):
     picture_every: int = setting(0, "optimiser steps between picture grids; 0: six in a run", of="model")
     pictures: int = setting(4, "images in a picture grid; 0: no pictures", of="model")
     tensorboard: bool = setting(True, "write TensorBoard event files")
+    profile: int = setting(
+        0,
+        "trace this many steps of this start for Perfetto, with a table by class of operators; 0: none (docs/plan.md)",
+    )
 
     def check(self) -> None:
-        for name in ("log_every", "picture_every", "pictures"):
+        if self.profile > MOST_PROFILED_STEPS:
+            raise UserError(
+                f"profile is {self.profile}: a trace holds every operator, give {MOST_PROFILED_STEPS} or fewer"
+            )
+        for name in ("log_every", "picture_every", "pictures", "profile"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}: give zero or more")
 

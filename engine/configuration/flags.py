@@ -9,9 +9,11 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mirl.engine.configuration.config import Config
+from mirl.engine.configuration.config_file import config_of_file
 from mirl.engine.configuration.help_lines import describe_recipe, nearest, shown_default, usage
 from mirl.engine.configuration.overrides import override
 from mirl.engine.models import MODEL_NAMES
@@ -99,32 +101,45 @@ def parse(command: CommandLine, argv: Sequence[str]) -> Any:
         be.
     """
     tokens = [_dashed(token) for token in argv]
-    parser = build_parser(command, _recipe_in(command, tokens))
+    recipe, file = _base_in(command, tokens)
+    parser = build_parser(command, recipe)
     known, unknown = parser.parse_known_args(tokens)
     if unknown:
         _refuse_unknown(parser, unknown)
-    base = command.recipes[known.recipe]()
-    given = {key: value for key, value in vars(known).items() if value is not _ABSENT}
-    return override(dataclasses.replace(base, recipe=known.recipe), given)
+    if file is not None:
+        base = config_of_file(file, command.recipes, command.default, recipe)
+    else:
+        name = recipe or command.default
+        base = dataclasses.replace(command.recipes[name](), recipe=name)
+    return override(base, {key: value for key, value in vars(known).items() if value is not _ABSENT})
 
 
 _ABSENT = object()
 
 
-def _recipe_in(command: CommandLine, tokens: Sequence[str]) -> str:
-    """The recipe that ``tokens`` name, wherever it stands among them; the default where there is none."""
+def _base_in(command: CommandLine, tokens: Sequence[str]) -> tuple[str | None, Path | None]:
+    """The recipe and the configuration file that ``tokens`` name, wherever they stand among them."""
     parser = Parser(add_help=False, allow_abbrev=False)
-    _add_recipe(parser, command)
-    return parser.parse_known_args([token for token in tokens if token not in ("-h", "--help")])[0].recipe
+    _add_base(parser, command, absent=None)
+    known = parser.parse_known_args([token for token in tokens if token not in ("-h", "--help")])[0]
+    return known.recipe, known.config
 
 
-def _add_recipe(parser: Parser, command: CommandLine) -> None:
+def _add_base(parser: Parser, command: CommandLine, *, absent: Any) -> None:
     parser.add_argument(
         "--recipe",
-        default=command.default,
+        default=absent,
         choices=list(command.recipes),
         metavar="NAME",
         help=f"where the defaults come from: {', '.join(command.recipes)} [{command.default}]",
+    )
+    parser.add_argument(
+        "--config",
+        default=absent,
+        type=Path,
+        metavar="FILE",
+        help="settings that take the place of the recipe's: config.json of a run, or a .yaml, .toml or .json file; "
+        "flags go before them (docs/recipes.md) [none]",
     )
 
 
@@ -140,7 +155,7 @@ def build_parser(command: CommandLine, recipe: str | None = None) -> Parser:
         f"{recipe};\n--recipe NAME --help shows those of another.",
         formatter_class=HelpFormatter,
     )
-    _add_recipe(parser, command)
+    _add_base(parser, command, absent=_ABSENT)
     shown = command.recipes[recipe]()
     sections = command.kind.sections()
     for section, kind in sections.items():

@@ -38,6 +38,11 @@ def override_by_keyword(base: C, changes: Mapping[str, Any]) -> C:
     Raises:
         UserError: a name that no flag has, with the nearest one, or fields that do not fit together.
     """
+    return override(base, by_section(base, changes))
+
+
+def by_section(base: Config, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``changes`` with keys as `override` takes them; UserError for a name that no flag has."""
     homes = {
         item.name: section
         for section, kind in base.sections().items()
@@ -63,7 +68,7 @@ def override_by_keyword(base: C, changes: Mapping[str, Any]) -> C:
         else:
             near = difflib.get_close_matches(key, [*homes, "image_size", "model"], n=1)
             raise UserError(f"{key} is no setting: {f'did you mean {near[0]}?' if near else 'see --help for all'}")
-    return override(base, given)
+    return given
 
 
 def _override(section: Any, kind: type, given: Mapping[str, Any], name: str) -> Any:

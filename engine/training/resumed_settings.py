@@ -32,7 +32,7 @@ FREE: Mapping[str, frozenset[str]] = {
         "recompute_pointwise", "flat_gradients", "max_minutes", "max_nonfinite_steps", "watchdog_minutes",
         "cpu_threads",
     }),
-    "log": frozenset({"log_every", "picture_every", "pictures", "tensorboard"}),
+    "log": frozenset({"log_every", "picture_every", "pictures", "tensorboard", "profile"}),
     "finetune": frozenset({"checkpoint", "val", "eval_every", "attention", "head_init"}),
 }  # fmt: skip
 # The order of images, or the shapes of the weights, rest on these: no run can go on with others.

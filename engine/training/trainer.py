@@ -12,6 +12,7 @@ from mirl.engine.distributed.launch import Ranks
 from mirl.engine.distributed.stop_request import StopRequest
 from mirl.engine.distributed.watchdog import Watchdog
 from mirl.engine.errors import EXIT_PREEMPTED, Diverged, LostRank, Preempted
+from mirl.engine.training.profiling import StepProfile
 from mirl.engine.training.run_folder import Progress
 from mirl.engine.training.run_lock import RunLock
 from mirl.engine.training.run_log import RunLog
@@ -51,6 +52,7 @@ class Trainer:
             ranks=ranks, engine=engine, task=task, loader=loader, durations=durations, schedule=self.schedule, log=log,
             progress=progress, accumulation=accumulation, batch_size=config.optim.batch_size,
         )  # fmt: skip
+        self.profile = StepProfile(config.log.profile, out=log.out, log=log, device=ranks.device)
         self._seen: list[SeenMicroBatch] = []
 
     def run(self) -> None:
@@ -63,7 +65,7 @@ class Trainer:
         """
         try:
             # The signals are held until the last checkpoint is written; the watchdog sees the end of the run too.
-            with self.stop, self.watchdog:
+            with self.stop, self.watchdog, self.profile.over(self.progress.step, self.durations.total_steps):
                 self._run()
         except BaseException:
             self.saver.abandon()
@@ -95,6 +97,7 @@ class Trainer:
             if standing is not None:
                 self.saver.keep_if_best(standing)
             self.saver.report()
+            self.profile.step_ended()
             self.watchdog.beat(f"step {step + 1}")
         self._agree(None, may_stop=False)
         self.saver.finish()

@@ -6,6 +6,8 @@ Shapes: B batch, H W image, C channels, N patches, D width, L depth.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -97,14 +99,22 @@ class Classifier(ComputeChoices):
     @torch.no_grad()
     def block_features(self, images: Tensor) -> list[Tensor]:
         """Mean of the patch tokens after each of the L blocks, not normalised: L tensors [B, D]."""
+        return [pool_tokens(x_BSD, "avg") for x_BSD in self._after_blocks(images)]
+
+    @torch.no_grad()
+    def features_after(self, images: Tensor, block: int, pool: str) -> Tensor:
+        """The pooled tokens after ``block``, counted from 0, not normalised: [B, D]. Later blocks are not computed."""
+        (x_BSD,) = islice(self._after_blocks(images), block, block + 1)
+        return pool_tokens(x_BSD, pool)
+
+    def _after_blocks(self, images: Tensor) -> Iterator[Tensor]:
+        """The tokens [B, 1 + N, D] after each block."""
         self.choose(images, plain=True)
         mask = all_visible(len(images), self.config.num_patches, images.device)
         x_BSD, delta_BSD = self.encoder.embed(images, mask.ids_keep), None
-        features = []
         for block in self.encoder.blocks:
             x_BSD, delta_BSD = block.branches(x_BSD, delta_BSD)
-            features.append(pool_tokens(x_BSD + delta_BSD, "avg"))
-        return features
+            yield x_BSD + delta_BSD
 
 
 def encoder_config(config: ModelConfig, drop_path: float = 0.0, attention: str = "auto") -> ModelConfig:

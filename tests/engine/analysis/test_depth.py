@@ -11,6 +11,7 @@ import torch
 from mirl.engine.analysis.depth import cut_depths, gradient_norms
 from mirl.engine.analysis.in_memory import ShortFinetune, accuracy_percent, finetune_in_memory, shift_and_flip
 from mirl.engine.cli import dispatch
+from mirl.engine.commands.depth_picture import bands
 from mirl.engine.commands.depth_report import reading, table
 from mirl.engine.models import MIRL
 from mirl.engine.models.teacher import EmaTeacher
@@ -27,7 +28,7 @@ def test_gradient_norms_are_those_of_one_backward_pass(settings):
     torch.manual_seed(0)
     model = MIRL(config)
     images, _ = make_inputs(config, batch=5)
-    norms = gradient_norms(model, images, seed=7, batch_size=2)  # 2 + 2 + 1: unequal parts
+    found = gradient_norms(model, images, seed=7, batch_size=2)  # 2 + 2 + 1: unequal parts
     assert all(parameter.grad is None for parameter in model.parameters())
     noise = mask_noise(7, 0, 0, 5, config.num_patches)
     features = EmaTeacher(model, config, decay=0.0)(images) if config.feature_loss else None
@@ -38,7 +39,38 @@ def test_gradient_norms_are_those_of_one_backward_pass(settings):
         torch.cat([parameter.grad.flatten() for parameter in block.parameters()]).norm().item()
         for block in model.encoder.blocks
     ]
-    assert norms == pytest.approx(expected, rel=1e-4)  # float32 sums in another order
+    assert found.norm == pytest.approx(expected, rel=1e-4)  # float32 sums in another order
+
+
+def test_the_noise_of_a_gradient_is_half_the_difference_of_two_halves():
+    config = tiny_config(segments=2, head_init="xavier")
+    torch.manual_seed(0)
+    model = MIRL(config)
+    images, _ = make_inputs(config, batch=6)
+
+    def gradient(first: int, last: int) -> list[torch.Tensor]:
+        model.eval().zero_grad()
+        noise = mask_noise(7, 0, first, last - first, config.num_patches)
+        model(images[first:last], noise=noise).loss.backward()
+        return [torch.cat([p.grad.flatten() for p in block.parameters()]) for block in model.encoder.blocks]
+
+    pairs = zip(gradient(0, 2), gradient(2, 6), strict=True)  # batches 2, 2, 2: the middle is before the second
+    expected = [((first - second) / 2).norm().item() for first, second in pairs]
+    model.zero_grad()
+    assert gradient_norms(model, images, seed=7, batch_size=2).noise == pytest.approx(expected, rel=1e-4)
+    assert gradient_norms(model, images, seed=7, batch_size=6).noise is None
+
+
+def test_bands_are_the_noise_that_is_stated():
+    report = {
+        "gradient_norm": [5.0, 1.0], "gradient_noise": [3.0, 2.0], "gradient_images": 64, "val_images": 100,
+        "probe_top1_percent": [50.0, 90.0], "reinit_top1_percent": {"0": 50.0, "2": 90.0},
+    }  # fmt: skip
+    assert bands(report, "gradient_norm") == ([4.0, 0.0], [5.0, 1.0], "without the noise of 64 images")
+    for name in ("probe_top1_percent", "reinit_top1_percent"):
+        lower, upper, what = bands(report, name)
+        assert (lower, upper) == (pytest.approx([40.0, 84.0]), pytest.approx([60.0, 96.0])) and "100 images" in what
+    assert bands(report | {"gradient_noise": None}, "gradient_norm") is None
 
 
 def test_cuts_are_spread_over_the_depth_and_end_with_none():
