@@ -99,6 +99,12 @@ def _config(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def _report(argv: Sequence[str]) -> int:
+    from mirl.engine.commands.report import main
+
+    return main(argv)
+
+
 def _plan(argv: Sequence[str]) -> int:
     from mirl.engine.commands.plan import main
 
@@ -126,6 +132,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "bench-loader": (_data_command("bench_loader"), "measure the training loader"),
     "doctor": (_doctor, "check that every part the engine needs runs on this machine"),
     "summary": (_summary, "parameters, FLOPs, memory and time of a run, or of the models of the paper"),
+    "report": (_report, "runs as one HTML page: curves, pictures, settings, events"),
     "config": (_config, "print the settings that a run would have, for its --config"),
     "plan": (_plan, "predict speed, memory and days of a run on GPUs that need not be here"),
 }

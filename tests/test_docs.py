@@ -8,6 +8,7 @@ import shlex
 import sys
 
 from mirl import load_pretrained
+from mirl.engine.pretraining.command_line import parse_pretrain
 from tests.engine.conftest import write_classes
 from tests.support.launch import CHECKOUT
 from tests.support.runs import write_photographs
@@ -58,3 +59,12 @@ def test_the_page_from_a_folder_to_a_classifier_runs_as_it_is_written(run, tmp_p
     # Whatever the page shows is in the repository.
     for picture in re.findall(r"!\[[^]]*\]\(([^)]*)\)", page):
         assert (CHECKOUT / "docs" / picture).is_file(), picture
+
+
+def test_every_command_of_the_papers_tables_is_one():
+    """Each row that was not measured has flags that a run takes, and no two rows of a table the same."""
+    rows = [line for line in (CHECKOUT / "docs" / "paper.md").read_text().splitlines() if "| not measured |" in line]
+    flags = [line.rsplit("| `", 1)[1].removesuffix("` |") for line in rows]
+    assert len(flags) == 23
+    for words in flags:
+        assert parse_pretrain([*shlex.split(words), "--data", "imagenet/train"]).recipe in words

@@ -1,5 +1,5 @@
-"""`mirl export CHECKPOINT --to timm|hf|safetensors --out PATH`: a checkpoint for other libraries: the encoder, or the
-classifier.
+"""`mirl export CHECKPOINT --to timm|hf|safetensors|onnx|torch-export --out PATH`: a checkpoint for other libraries: the
+encoder, or the classifier.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ LOADING = {
     "timm": 'timm.create_model("local-dir:{out}", pretrained=True)',
     "hf": 'transformers.ViTModel.from_pretrained("{out}", add_pooling_layer=False)',
     "safetensors": 'safetensors.torch.load_file("{out}")',
+    "onnx": 'onnxruntime.InferenceSession("{out}")',
+    "torch-export": 'torch.export.load("{out}").module()',
 }
+SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
+POOLED = ("timm", "onnx", "torch-export")
 LOADING_CLASSIFIER = LOADING | {"hf": 'transformers.ViTForImageClassification.from_pretrained("{out}")'}
 
 
@@ -27,10 +31,13 @@ def run(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.out.exists():
         raise UserError(f"out is {arguments.out}, which exists: give another name")
-    if arguments.to == "safetensors" and arguments.out.suffix != ".safetensors":
-        raise UserError(f"out is {arguments.out}: give a file name that ends in .safetensors")
-    if arguments.pool and arguments.to != "timm":
-        raise UserError(f"pool is {arguments.pool!r} and to is {arguments.to!r}: only timm's model pools an encoder")
+    suffix = SUFFIXES.get(arguments.to)
+    if suffix and arguments.out.suffix != suffix:
+        raise UserError(f"out is {arguments.out}: give a file name that ends in {suffix}")
+    if arguments.pool and arguments.to not in POOLED:
+        raise UserError(
+            f"pool is {arguments.pool!r} and to is {arguments.to!r}: an encoder is pooled in {', '.join(POOLED)} alone"
+        )
     found = given(arguments.checkpoint, arguments.which)
     if found.kind != CLASSIFIER and arguments.weights:
         raise UserError(
@@ -52,7 +59,12 @@ def run(argv: Sequence[str]) -> int:
         exported = read_encoder(found.checkpoint, **common)
     config, encoder, size = exported.config, exported.encoder, exported.image_size
     grid = grid_of(config, size)
-    EXPORTS[arguments.to](arguments.out, exported)
+    if arguments.to in ("onnx", "torch-export"):
+        from mirl.engine.commands.export_graphs import export_onnx, export_torch
+
+        (export_onnx if arguments.to == "onnx" else export_torch)(arguments.out, exported)
+    else:
+        EXPORTS[arguments.to](arguments.out, exported)
     kind = "classifier" if exported.is_classifier else "encoder"
     positions = f"positions of {config.grid[0]}x{config.grid[1]} patches"
     if grid != config.grid:
@@ -79,7 +91,8 @@ def _parser() -> Parser:
     add_checkpoint(parser, "a pre-trained model, an encoder or a fine-tuned classifier")
     parser.add_argument(
         "--to", required=True, choices=sorted(LOADING),
-        help="timm: a folder for timm.create_model; hf: a folder for transformers' ViTModel; safetensors: one file",
+        help="timm: a folder for timm.create_model; hf: a folder for transformers' ViTModel; safetensors: one file; "
+        "onnx and torch-export: one file with a graph that runs without this package",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="what to write; must not exist")
     parser.add_argument(
@@ -87,7 +100,9 @@ def _parser() -> Parser:
         help="size of the images it will see; positions are resampled [the checkpoint's]",
     )  # fmt: skip
     parser.add_argument(
-        "--pool", choices=("avg", "token"), help="timm: mean of the patch tokens, or the class token [avg]"
+        "--pool",
+        choices=("avg", "token"),
+        help="of an encoder, in timm and graphs: mean of the patch tokens, or the class token [avg]",
     )
     parser.add_argument(
         "--encoder-only", action="store_true", help="of a classifier: its encoder as fine-tuned, without the head"
