@@ -34,12 +34,10 @@ HOPPER_MULTIPROCESSORS = 132
 INSTRUCTIONS_PER_S, BYTES_PER_S = HOPPER_MULTIPROCESSORS * 4 * 1.755e9, 3.0e12
 # A kernel whose instructions take this share of the time of its bytes, or more, does not run at the memory's speed.
 BOUND = 0.8
-# Those of which that is known: erf on both sides of its branch; one channel constant a load.
-BOUND_BY_INSTRUCTIONS = {"bias_gelu", "bias_gelu_backward", "masked_residual_mse"}
 # Persistent kernels keep sums in registers, the loss keeps a patch; others have 37 % at least.
 LEAST_OCCUPANCY = {
-    "residual_layer_norm_backward": 0.25, "scatter_tokens_backward": 0.31, "masked_residual_mse": 0.28,
-    "masked_residual_mse_three_pairs": 0.29,
+    "residual_layer_norm_backward": 0.25, "scatter_tokens_backward": 0.31, "masked_residual_mse": 0.35,
+    "masked_residual_mse_three_pairs": 0.32,
 }  # fmt: skip
 # Bytes that each launch of a training step moves at least: bfloat16 at width 768, or 512 in decoders, uint8 pixels.
 BYTES = {
@@ -240,7 +238,7 @@ def instructions(kernel: Any, folder: Path) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", BYTES)
-def test_programs_fill_the_gpu_and_kernels_bound_by_instructions_are_known(name, compiled, tmp_path):
+def test_programs_fill_the_gpu_and_no_kernel_is_bound_by_its_instructions(name, compiled, tmp_path):
     width, moved = BYTES[name]
     LAUNCHES[name](width)
     first = launches[0]
@@ -252,4 +250,4 @@ def test_programs_fill_the_gpu_and_kernels_bound_by_instructions_are_known(name,
     executed = first.warps * (loop * first.turns if first.turns else whole * first.programs)
     ratio = executed / INSTRUCTIONS_PER_S / (moved / BYTES_PER_S)
     print(f"{name}: {whole} instructions, loop {loop}, {ratio:.2f} of the bytes' time, occupancy {occupancy:.0%}")
-    assert (ratio >= BOUND) == (name in BOUND_BY_INSTRUCTIONS), f"{name} needs {ratio:.2f} of the time of its bytes"
+    assert ratio < BOUND, f"{name} needs {ratio:.2f} of the time of its bytes"
