@@ -17,6 +17,7 @@ from mirl.kernels.dispatch import describe_dispatch
 from mirl.kernels.gather_patches import gather_patches
 from mirl.kernels.gather_tokens import assemble_tokens, gather_tokens
 from mirl.kernels.masked_residual_mse import masked_residual_mse, masked_residual_mse_full
+from mirl.kernels.registration import set_inlined
 from mirl.kernels.residual_layer_norm import residual_layer_norm
 from mirl.kernels.scatter_tokens import scatter_tokens
 
@@ -34,4 +35,5 @@ __all__ = [
     "resolve_attention_backend",
     "scatter_tokens",
     "set_debug",
+    "set_inlined",
 ]

@@ -23,7 +23,7 @@ from mirl.kernels.launch import (
     on_device_of,
     row_block,
 )
-from mirl.kernels.registration import KernelOp
+from mirl.kernels.registration import KernelOp, wrap_triton
 from mirl.kernels.triton_import import tl, triton
 
 
@@ -110,7 +110,7 @@ def _bias_gelu(x: Tensor, bias_F: Tensor | None) -> Tensor:
     rows, tile = x.numel() // features, _tile(features)
     out = torch.empty_like(x)
     with on_device_of(x):
-        _gelu_kernel[(ceil_div(rows, tile["ROWS"]), ceil_div(features, tile["COLUMNS"]))](
+        wrap_triton(_gelu_kernel)[(ceil_div(rows, tile["ROWS"]), ceil_div(features, tile["COLUMNS"]))](
             x, x if bias_F is None else bias_F.contiguous(), out, rows, features, HAS_BIAS=bias_F is not None, **tile
         )
     return out
@@ -127,7 +127,7 @@ def _bias_gelu_backward(x: Tensor, bias_F: Tensor | None, grad: Tensor) -> tuple
     grad_x = torch.empty_like(x)
     partial_1PF = torch.empty(1, 0 if bias_F is None else programs, features, device=x.device, dtype=torch.float32)
     with on_device_of(x):
-        _gelu_backward_kernel[(programs, column_tiles)](
+        wrap_triton(_gelu_backward_kernel)[(programs, column_tiles)](
             x, x if bias_F is None else bias_F.contiguous(), grad, grad_x, partial_1PF, rows, tiles, features,
             HAS_BIAS=bias_F is not None, **tile,
         )  # fmt: skip
@@ -137,6 +137,7 @@ def _bias_gelu_backward(x: Tensor, bias_F: Tensor | None, grad: Tensor) -> tuple
 bias_gelu_backward_op = KernelOp(
     _bias_gelu_backward,
     lambda x, bias, grad: (x.new_empty(x.shape), x.new_empty(0) if bias is None else torch.empty_like(bias)),
+    inline=True,
 )
 
 
@@ -150,7 +151,9 @@ def _backward(ctx, grad):
     return grad_x, None if bias_F is None else grad_bias
 
 
-bias_gelu_op = KernelOp(_bias_gelu, lambda x, bias: x.new_empty(x.shape), setup_context=_setup, backward=_backward)
+bias_gelu_op = KernelOp(
+    _bias_gelu, lambda x, bias: x.new_empty(x.shape), setup_context=_setup, backward=_backward, inline=True
+)
 
 
 def bias_gelu(x: Tensor, bias_F: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from mirl.kernels.checks import check_device, check_float, check_shape
 from mirl.kernels.column_sum import column_sum
 from mirl.kernels.dispatch import uses_triton
 from mirl.kernels.launch import ceil_div, multiprocessors, next_power_of_two, on_device_of, row_block
-from mirl.kernels.registration import KernelOp
+from mirl.kernels.registration import KernelOp, wrap_triton
 from mirl.kernels.triton_import import tl, triton
 
 
@@ -118,7 +118,7 @@ def _launch_forward(x, delta, weight_D, bias_D, eps):
     mean_R, rstd_R = (torch.empty(rows, device=x.device, dtype=torch.float32) for _ in range(2))
     tile = _tile(width)
     with on_device_of(x):
-        _forward_kernel[(ceil_div(rows, tile["ROWS"]),)](
+        wrap_triton(_forward_kernel)[(ceil_div(rows, tile["ROWS"]),)](
             x, x if delta is None else delta, weight_D.contiguous(), bias_D.contiguous(), total, normed, mean_R, rstd_R,
             rows, width, eps, HAS_DELTA=delta is not None, num_warps=4, **tile,
         )  # fmt: skip
@@ -138,7 +138,7 @@ def _residual_layer_norm_backward(
     grad_x = torch.empty_like(total)
     partial_2PD = torch.empty(2, programs, width, device=total.device, dtype=torch.float32)
     with on_device_of(total):
-        _backward_kernel[(programs,)](
+        wrap_triton(_backward_kernel)[(programs,)](
             total, mean_R, rstd_R, weight_D.contiguous(), grad_normed, total if grad_total is None else grad_total,
             grad_x, partial_2PD, rows, tiles, width, HAS_GRAD_TOTAL=grad_total is not None, num_warps=8, **tile,
         )  # fmt: skip
@@ -151,6 +151,7 @@ residual_layer_norm_backward_op = KernelOp(
         total.new_empty(total.shape),
         weight.new_empty(2, weight.shape[0]),
     ),
+    inline=True,
 )
 
 
@@ -195,12 +196,14 @@ residual_layer_norm_op = KernelOp(
     lambda x, delta, weight, bias, eps: (x.new_empty(x.shape), x.new_empty(x.shape), *_row_statistics(x)),
     setup_context=_residual_setup,
     backward=_residual_backward,
+    inline=True,
 )
 layer_norm_op = KernelOp(
     _layer_norm,
     lambda x, weight, bias, eps: (x.new_empty(x.shape), *_row_statistics(x)),
     setup_context=_norm_setup,
     backward=_norm_backward,
+    inline=True,
 )
 
 

@@ -128,6 +128,21 @@ def test_compile_keeps_the_ops_in_one_graph(monkeypatch):
         assert torch.allclose(eager, traced, rtol=1e-5, atol=1e-6 * float(eager.abs().max()))
 
 
+@pytest.mark.gpu
+def test_inductor_launches_the_kernels_itself_with_the_same_results(monkeypatch):
+    """As in compiled regions: what is inlined gives what the eager kernels give."""
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    kernels.set_inlined(True)
+    try:
+        compiled = run(torch.compile(everything, fullgraph=True))
+    finally:
+        kernels.set_inlined(False)
+        torch._dynamo.reset()
+    for eager, traced in zip(run(everything), compiled, strict=True):
+        assert torch.allclose(eager, traced, rtol=1e-4, atol=1e-5 * float(eager.abs().max()))
+
+
 @pytest.mark.parametrize("graph", ["eager", "op"])
 def test_both_ways_into_an_op_agree(graph, monkeypatch):
     """Plain eager calls skip the library's dispatcher; forced through it, outputs and gradients keep their bits."""
