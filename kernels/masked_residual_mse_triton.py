@@ -194,6 +194,7 @@ def _setup(ctx, inputs, output):
     main, residual, _, ids_BM, _, scale, shift, *_, weights, _, _ = inputs
     _, terms, differences = output
     ctx.mark_non_differentiable(terms, *differences)
+    ctx.set_materialize_grads(False)  # zeros as large as the predictions, for nobody
     ctx.residuals = len(residual)
     # Of normalised images these lists are empty, and torch.library takes an empty list for one of tensors.
     ctx.scale_shift = [None if values else [] for values in (scale, shift)]

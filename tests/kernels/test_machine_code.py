@@ -44,6 +44,7 @@ BYTES = {
     "gather_patches": (0, 3 * B_K * 768),
     "gather_tokens": (512, 2 * 2 * B_M * 512),
     "gather_tokens_backward": (512, 2 * (B_M + B_N) * 512),
+    "gather_tokens_backward_and_add": (512, 2 * (B_M + 2 * B_N) * 512),
     "assemble_tokens": (768, 2 * (B_K + B_KEPT) * 768),
     "scatter_tokens": (512, 2 * (B_KEPT + B_ALL) * 512),
     "scatter_tokens_backward": (512, 2 * (B_KEPT + B_ALL) * 512),
@@ -100,7 +101,12 @@ LAUNCHES = {
         "gather_patches", "_gather_patches", images(), ids(K), 16, *STATISTICS, "BHWC", torch.bfloat16
     ),
     "gather_tokens": lambda d: launch("gather_tokens", "_gather_tokens", bf16(B, N, d), ids(M)),
-    "gather_tokens_backward": lambda d: launch("gather_tokens", "_gather_tokens_backward", bf16(B, M, d), ids(M), N),
+    "gather_tokens_backward": lambda d: launch(
+        "gather_tokens", "_gather_tokens_backward", bf16(B, M, d), ids(M), N, None
+    ),
+    "gather_tokens_backward_and_add": lambda d: launch(
+        "gather_tokens", "_gather_tokens_backward", bf16(B, M, d), ids(M), N, bf16(B, N, d)
+    ),
     "assemble_tokens": lambda d: launch(
         "gather_tokens", "_assemble_tokens", bf16(B, K, d), ids(K), fp32(N, d), fp32(d)
     ),
@@ -111,11 +117,11 @@ LAUNCHES = {
         "scatter_tokens", "_scatter_tokens_backward", bf16(B, 1 + N, d), ids(N), K, False, torch.float32, True
     ),
     "residual_layer_norm": lambda d: launch(
-        "residual_layer_norm", "_residual_layer_norm", bf16(B, 50, d), bf16(B, 50, d), fp32(d), fp32(d), 1e-6
+        "residual_layer_norm", "_residual_layer_norm", bf16(B, 50, d), bf16(B, 50, d), fp32(d), fp32(d), fp32(d), 1e-6
     ),
     "residual_layer_norm_backward": lambda d: launch(
         "residual_layer_norm", "_residual_layer_norm_backward",
-        bf16(B, 50, d), fp32(B * 50), fp32(B * 50), fp32(d), bf16(B, 50, d), bf16(B, 50, d),
+        bf16(B, 50, d), fp32(B * 50), fp32(B * 50), fp32(d), bf16(B, 50, d), bf16(B, 50, d), True,
     ),
     "bias_gelu": lambda d: launch("bias_gelu", "_bias_gelu", bf16(B, 50, 4 * d), fp32(4 * d)),
     "bias_gelu_backward": lambda d: launch(
@@ -196,7 +202,9 @@ def test_compiles_for_hopper(name, width, compiled, tmp_path):
         assert registers <= 168, f"{name} uses {registers} registers a thread: too few programs fit a multiprocessor"
     # The first kernel is the one that moves the data (the second stages read a few partial sums).
     assembly = compiled[0].asm["ptx"]
-    assert re.search(r"ld\.global\S*\.v4\.b32", assembly) and re.search(r"st\.global\S*\.v4\.b32", assembly)
+    # A load of 16 bytes, or a copy to shared memory, of which this kind is always that large.
+    assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.", assembly)
+    assert re.search(r"st\.global\S*\.v4\.b32", assembly)
 
 
 def resources(kernel: Any, folder: Path) -> tuple[int, int]:
