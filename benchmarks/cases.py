@@ -193,6 +193,21 @@ def residual_layer_norm(size: Size, backward: bool) -> Case:
     return Case("residual_layer_norm", str(size), ours, eager, arguments, once * (1 + backward), grads)
 
 
+def residual_layer_norm_with_bias(size: Size, backward: bool) -> Case:
+    """The bytes of `residual_layer_norm`: the bias of the Linear before it is a vector, and so is its gradient."""
+    plain = residual_layer_norm(size, backward)
+    linear_bias = _random(size, size.width, grad=backward)
+
+    def eager(x, delta, weight, bias, linear_bias):
+        return plain.eager(x, delta + linear_bias, weight, bias)
+
+    def ours(x, delta, weight, bias, linear_bias):
+        return kernels.residual_layer_norm(x, delta, weight, bias, delta_bias_D=linear_bias)
+
+    arguments = (*plain.arguments, linear_bias)
+    return Case("residual_layer_norm_with_bias", str(size), ours, eager, arguments, plain.bytes, plain.grads)
+
+
 def bias_gelu(size: Size, backward: bool) -> Case:
     x = _random(size, size.batch, 1 + size.kept, 4 * size.width, grad=backward)
     bias = _random(size, 4 * size.width, grad=backward)
@@ -214,5 +229,6 @@ KERNELS: list[tuple[str, Callable[[Size, bool], Case], tuple[str, ...]]] = [
     ("masked_residual_mse_1_pair", lambda size, b: masked_residual_mse(size, b, 1), ("forward_backward",)),
     ("masked_residual_mse_3_pairs", lambda size, b: masked_residual_mse(size, b, 3), ("forward_backward",)),
     ("residual_layer_norm", residual_layer_norm, ("forward", "forward_backward")),
+    ("residual_layer_norm_with_bias", residual_layer_norm_with_bias, ("forward_backward",)),
     ("bias_gelu", bias_gelu, ("forward", "forward_backward")),
 ]

@@ -15,8 +15,9 @@ from mirl.kernels.bias_gelu import bias_gelu
 from mirl.kernels.checks import set_debug
 from mirl.kernels.dispatch import describe_dispatch
 from mirl.kernels.gather_patches import gather_patches
-from mirl.kernels.gather_tokens import assemble_tokens, gather_tokens
+from mirl.kernels.gather_tokens import assemble_tokens, gather_tokens, gather_tokens_passing_on
 from mirl.kernels.masked_residual_mse import masked_residual_mse, masked_residual_mse_full
+from mirl.kernels.registration import set_inlined
 from mirl.kernels.residual_layer_norm import residual_layer_norm
 from mirl.kernels.scatter_tokens import scatter_tokens
 
@@ -28,10 +29,12 @@ __all__ = [
     "describe_dispatch",
     "gather_patches",
     "gather_tokens",
+    "gather_tokens_passing_on",
     "masked_residual_mse",
     "masked_residual_mse_full",
     "residual_layer_norm",
     "resolve_attention_backend",
     "scatter_tokens",
     "set_debug",
+    "set_inlined",
 ]

@@ -15,13 +15,13 @@ from mirl.kernels.checks import FLOAT_DTYPES, check_device, check_ids, check_sha
 from mirl.kernels.dispatch import uses_triton
 from mirl.kernels.launch import TILE_WARPS, ceil_div, column_block, on_device_of, row_block
 from mirl.kernels.pixels import (
-    device_floats,
     gather_patch_pixels,
     image_geometry,
     load_pixels,
     normalise_pixels,
     patch_base,
     pixel_scale_shift,
+    row_table,
 )
 from mirl.kernels.registration import KernelOp
 from mirl.kernels.triton_import import tl, triton
@@ -77,8 +77,8 @@ def _gather_patches(
     rows = row_block(columns)
     with on_device_of(images):
         _gather_patches_kernel[(ceil_div(batch * kept, rows), ceil_div(pixels, columns))](
-            images, ids_BK.contiguous(), device_floats(tuple(scale), images.device),
-            device_floats(tuple(shift), images.device), out_BKQ, batch * kept, kept, geometry.grid_width,
+            images, ids_BK.contiguous(), row_table(scale, patch_size, images.device),
+            row_table(shift, patch_size, images.device), out_BKQ, batch * kept, kept, geometry.grid_width,
             geometry.stride_b, geometry.stride_h, geometry.stride_w, geometry.stride_c,
             P=patch_size, C=geometry.channels, PIXEL_ROWS=geometry.pixel_rows, NORMALISE=len(scale) > 0,
             ROWS=rows, COLUMNS=columns, num_warps=TILE_WARPS,

@@ -4,7 +4,8 @@ Letters: B batch, N patches, K chosen ones, D width.
 
 Bytes at least, forward: K rows read and written a sample. Backward of gather_tokens: K rows read, N written (zeros
 at the others); each program finds for its rows of dx which chosen token they belong to, so every row is written once
-and nothing is added atomically.
+and nothing is added atomically. Where x goes on beside its chosen rows, the gradient of what went on is added in the
+same pass: N rows read besides.
 """
 
 import torch
@@ -55,8 +56,8 @@ def _gather_kernel(
 
 @triton.jit
 def _gather_backward_kernel(
-    grad_ptr, ids_ptr, out_ptr, chosen, patches, tiles, stride_b, stride_k, D,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr,
+    grad_ptr, ids_ptr, passed_ptr, out_ptr, chosen, patches, tiles, stride_b, stride_k, D,
+    HAS_PASSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     patch = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
@@ -69,6 +70,9 @@ def _gather_backward_kernel(
     source = batch * stride_b + slot.to(tl.int64)[:, None] * stride_k + column[None, :]
     value = tl.load(grad_ptr + source, mask=inside & (slot[:, None] >= 0), other=0.0)
     out = (batch * patches + patch)[:, None] * D + column[None, :]
+    if HAS_PASSED:
+        passed = tl.load(passed_ptr + out, mask=inside, other=0.0).to(tl.float32)
+        value = (value.to(tl.float32) + passed).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + out, value, mask=inside)
 
 
@@ -113,21 +117,23 @@ def _gather_tokens(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
     return out_BKD
 
 
-def _gather_tokens_backward(grad_BKD: Tensor, ids_BK: Tensor, patches: int) -> Tensor:
+def _gather_tokens_backward(grad_BKD: Tensor, ids_BK: Tensor, patches: int, passed_BND: Tensor | None) -> Tensor:
+    """-> [B, N, D]: the rows of the gradient at their places, zeros or those of `passed` elsewhere, added."""
     grad_BKD = rows_contiguous(grad_BKD)
     batch, chosen, width = grad_BKD.shape
     out_BND = torch.empty(batch, patches, width, device=grad_BKD.device, dtype=grad_BKD.dtype)
     (tiles, column_tiles), tile = _tile(patches, width)
     with on_device_of(grad_BKD):
         _gather_backward_kernel[(batch * tiles, column_tiles)](
-            grad_BKD, ids_BK.contiguous(), out_BND, chosen, patches, tiles,
-            grad_BKD.stride(0), grad_BKD.stride(1), width, CHOSEN=next_power_of_two(chosen), **tile,
+            grad_BKD, ids_BK.contiguous(), grad_BKD if passed_BND is None else passed_BND.contiguous(), out_BND,
+            chosen, patches, tiles, grad_BKD.stride(0), grad_BKD.stride(1), width,
+            HAS_PASSED=passed_BND is not None, CHOSEN=next_power_of_two(chosen), **tile,
         )  # fmt: skip
     return out_BND
 
 
 gather_tokens_backward_op = KernelOp(
-    _gather_tokens_backward, lambda grad, ids, patches: grad.new_empty(grad.shape[0], patches, grad.shape[2])
+    _gather_tokens_backward, lambda grad, ids, patches, passed: grad.new_empty(grad.shape[0], patches, grad.shape[2])
 )
 
 
@@ -138,7 +144,7 @@ def _gather_setup(ctx, inputs, output):
 
 
 def _gather_backward(ctx, grad_BKD):
-    return gather_tokens_backward_op(grad_BKD, ctx.saved_tensors[0], ctx.patches), None
+    return gather_tokens_backward_op(grad_BKD, ctx.saved_tensors[0], ctx.patches, None), None
 
 
 gather_tokens_op = KernelOp(
@@ -147,6 +153,24 @@ gather_tokens_op = KernelOp(
     setup_context=_gather_setup,
     backward=_gather_backward,
 )
+
+
+class _GatherPassingOn(torch.autograd.Function):
+    """(x, ids) -> x, rows: x goes on through it, so that both gradients are added where the rows are put in place."""
+
+    @staticmethod
+    def forward(ctx, x_BND, ids_BK):
+        ctx.set_materialize_grads(False)
+        ctx.patches = x_BND.shape[1]
+        ctx.save_for_backward(ids_BK)
+        return x_BND, gather_tokens_op(x_BND, ids_BK)
+
+    @staticmethod
+    def backward(ctx, grad_BND, grad_BKD):
+        if grad_BKD is None:
+            return grad_BND, None
+        (ids_BK,) = ctx.saved_tensors
+        return gather_tokens_backward_op(grad_BKD, ids_BK, ctx.patches, grad_BND), None
 
 
 def _assemble_tokens(x_BKD: Tensor, ids_BK: Tensor, pos_ND: Tensor, cls_token_D: Tensor) -> Tensor:
@@ -174,7 +198,7 @@ def _assemble_backward(ctx, grad_B1KD):
     grad_BKD, grad_pos, grad_cls = grad_B1KD[:, 1:], None, None
     if ctx.needs_input_grad[2]:
         patches, dtype = ctx.pos
-        grad_pos = gather_tokens_backward_op(grad_BKD, ids_BK, patches).sum(0, dtype=torch.float32).to(dtype)
+        grad_pos = gather_tokens_backward_op(grad_BKD, ids_BK, patches, None).sum(0, dtype=torch.float32).to(dtype)
     if ctx.needs_input_grad[3]:
         grad_cls = grad_B1KD[:, 0].sum(0, dtype=torch.float32).to(ctx.cls_dtype)
     return grad_BKD, None, grad_pos, grad_cls
@@ -188,6 +212,14 @@ assemble_tokens_op = KernelOp(
 )
 
 
+def _check_gather(x_BND: Tensor, ids_BK: Tensor) -> None:
+    check_float("x_BND", x_BND)
+    check_shape("x_BND", x_BND, (None, None, None), "[B, N, D]")
+    check_shape("ids_BK", ids_BK, (x_BND.shape[0], None), "[B, K]")
+    check_ids("ids_BK", ids_BK, x_BND.shape[1])
+    check_device(x_BND, ids_BK=ids_BK)
+
+
 def gather_tokens(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
     """out[b, k] = x[b, ids[b, k]]: [B, K, D] in the dtype of x. Differentiable; the ids of a sample must be distinct.
 
@@ -195,12 +227,21 @@ def gather_tokens(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
     [6]]].
     Raises: ValueError for wrong shapes, dtypes, devices; with set_debug(True) for ids out of range or repeated.
     """
-    check_float("x_BND", x_BND)
-    check_shape("x_BND", x_BND, (None, None, None), "[B, N, D]")
-    check_shape("ids_BK", ids_BK, (x_BND.shape[0], None), "[B, K]")
-    check_ids("ids_BK", ids_BK, x_BND.shape[1])
-    check_device(x_BND, ids_BK=ids_BK)
+    _check_gather(x_BND, ids_BK)
     return (gather_tokens_op if uses_triton(x_BND) else gather_tokens_reference)(x_BND, ids_BK)
+
+
+def gather_tokens_passing_on(x_BND: Tensor, ids_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, gather_tokens(x, ids)), for an x that is used further: both gradients are added in one pass.
+
+    Example: x = [[[1], [2], [3]]], ids = [[0, 2]] gives x and [[[1], [3]]]; gradients [[[1], [1], [1]]] and [[[5],
+    [6]]] give dx [[[6], [1], [7]]].
+    Raises: as `gather_tokens`.
+    """
+    if not uses_triton(x_BND) or torch.compiler.is_compiling():  # no operator may return its argument
+        return x_BND, gather_tokens(x_BND, ids_BK)
+    _check_gather(x_BND, ids_BK)
+    return _GatherPassingOn.apply(x_BND, ids_BK)
 
 
 def assemble_tokens(x_BKD: Tensor, ids_BK: Tensor, pos_ND: Tensor, cls_token_D: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mirl.kernels.launch import ceil_div, next_power_of_two, on_device_of
 from mirl.kernels.masked_residual_mse_cpu import VARIANCE_EPS
-from mirl.kernels.pixels import device_floats, image_geometry, load_pixels, patch_base
+from mirl.kernels.pixels import device_floats, image_geometry, load_pixels, patch_base, row_table
 from mirl.kernels.registration import KernelOp, traced
 from mirl.kernels.triton_import import tl, triton
 
@@ -147,7 +147,7 @@ def _masked_residual_mse(
         _loss_kernel[(batch * rows,)](
             tuple(predictions[:pairs]), tuple(predictions[pairs:] or predictions[:pairs]),
             tuple(differences or predictions[:pairs]), images, ids_BM.contiguous(),
-            device_floats(tuple(scale), device), device_floats(tuple(shift), device),
+            row_table(scale, patch_size, device), row_table(shift, patch_size, device),
             device_floats(tuple(units), device), partial_GR, rows, masked, geometry.grid_width, VARIANCE_EPS,
             geometry.stride_b, geometry.stride_h, geometry.stride_w, geometry.stride_c,
             predictions[0].stride(0), predictions[0].stride(1),
@@ -194,6 +194,7 @@ def _setup(ctx, inputs, output):
     main, residual, _, ids_BM, _, scale, shift, *_, weights, _, _ = inputs
     _, terms, differences = output
     ctx.mark_non_differentiable(terms, *differences)
+    ctx.set_materialize_grads(False)  # zeros as large as the predictions, for nobody
     ctx.residuals = len(residual)
     # Of normalised images these lists are empty, and torch.library takes an empty list for one of tensors.
     ctx.scale_shift = [None if values else [] for values in (scale, shift)]

@@ -100,6 +100,11 @@ def device_floats(values: tuple[float, ...], device: torch.device, dtype: torch.
         return torch.tensor(values, dtype=dtype, device=device)
 
 
+def row_table(values: Sequence[float], patch_size: int, device: torch.device) -> Tensor:
+    """One value a channel -> [P*C], one a pixel of a patch row: `load_pixels` reads four of its neighbours at once."""
+    return device_floats(tuple(values) * patch_size, device)
+
+
 def gather_patch_pixels(images: Tensor, ids_BK: Tensor, patch_size: int, layout: str) -> Tensor:
     """[B, K, P, P*C] in the dtype of `images`: a copy of the chosen patches only, in (p, q, c) order. Plain torch."""
     geometry = image_geometry(images, patch_size, layout)
@@ -143,8 +148,8 @@ def load_pixels(
 ):  # fmt: skip
     """float32 pixels at `offset` (0..Q-1 in (p, q, c) order) of the patch whose first element is at `base` (int64).
 
-    With PIXEL_ROWS the compiler sees that P*C neighbouring offsets are neighbours in memory, and loads 16 bytes at
-    once.
+    scale, shift: a `row_table` each. With PIXEL_ROWS the compiler sees that P*C neighbouring offsets are neighbours in
+    memory, and loads 16 bytes at once.
     """
     in_row = offset % (P * C)
     if PIXEL_ROWS:
@@ -153,8 +158,7 @@ def load_pixels(
         address = base + (offset // (P * C)) * stride_h + (in_row // C) * stride_w + (in_row % C) * stride_c
     pixel = tl.load(images_ptr + address, mask=mask, other=0).to(tl.float32)
     if NORMALISE:
-        channel = in_row % C
-        pixel = pixel * tl.load(scale_ptr + channel) + tl.load(shift_ptr + channel)
+        pixel = pixel * tl.load(scale_ptr + in_row) + tl.load(shift_ptr + in_row)
     return pixel
 
 

@@ -3,21 +3,39 @@
 The library op is what torch.compile keeps in its graph. Its dispatcher costs tens of microseconds a call in eager
 mode, which hundreds of calls a step would pay, so plain tensors outside a trace go to an autograd.Function made of
 the same three functions instead. Both ways run the same launch, setup_context and backward.
+
+After `set_inlined` the ops that allow it are taken apart when a graph is lowered: Inductor then launches their kernels
+itself, without a dispatcher in between, and plans the memory that they write to. Such an op is a second one,
+NAME_inlined, made when it is first wanted: torch loads its compiler for it.
 """
 
+import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-NAMESPACE = "mirl_kernels"
+from mirl.kernels.triton_import import HAS_TRITON, INTERPRETED
+
+NAMESPACE, INLINED = "mirl_kernels", "_inlined"
 _PLAIN = (Tensor, torch.nn.Parameter)
+_taken_apart = threading.local()
 
 
 def traced(tensor: Tensor) -> bool:
     """True while torch.compile, export or a fake-tensor mode looks on: then only registered ops may run."""
     return torch.compiler.is_compiling() or type(tensor) not in _PLAIN
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """The kernel for a launch in an inlined op: itself, but while the op is taken apart what torch puts into the graph.
+
+    torch's own function of this name costs a millisecond a launch in eager mode. torch looks for calls of this name to
+    know which kernels an op has.
+    """
+    return torch.library.wrap_triton(kernel) if getattr(_taken_apart, "now", False) else kernel
 
 
 class KernelOp:
@@ -27,6 +45,7 @@ class KernelOp:
     fake           shapes and dtypes of the outputs from those of the inputs
     setup_context  (ctx, inputs, output), backward (ctx, *grads): as in torch.library.register_autograd; both or none
     direct         False for ops with lists of tensors, which autograd.Function cannot see into
+    inline         True where `set_inlined` may take the op apart: every launch in it goes through `wrap_triton`
     """
 
     def __init__(
@@ -37,20 +56,62 @@ class KernelOp:
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         direct: bool = True,
+        inline: bool = False,
     ):
         name = launch.__name__.lstrip("_")
-        definition = torch.library.custom_op(f"{NAMESPACE}::{name}", launch, mutates_args=())
-        definition.register_fake(fake)
-        self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        self._name, self._launch, self._fake = name, launch, fake
+        self._setup_context, self._backward = setup_context, backward
+        self.overload = self._register(name, torch.library.custom_op, launch)
+        self._in_graphs, self._inlined = self.overload, None
+        if inline:
+            _INLINABLE.append(self)
         self._direct = launch if direct else None
-        if backward is not None:
-            definition.register_autograd(backward, setup_context=setup_context)
-            if direct:
-                members = {"forward": launch, "setup_context": setup_context, "backward": backward}
-                function = type(name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in members.items()})
-                self._direct = function.apply
+        if backward is not None and direct:
+            members = {"forward": launch, "setup_context": setup_context, "backward": backward}
+            function = type(name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in members.items()})
+            self._direct = function.apply
 
     def __call__(self, *args: Any) -> Any:
         if self._direct is None or traced(args[0]):
-            return self.overload(*args)
+            return self._in_graphs(*args)
         return self._direct(*args)
+
+    def _register(self, name: str, register: Callable[..., Any], launch: Callable[..., Any]) -> Any:
+        definition = register(f"{NAMESPACE}::{name}", launch, mutates_args=())
+        definition.register_fake(self._fake)
+        if self._backward is not None:
+            definition.register_autograd(self._backward, setup_context=self._setup_context)
+        return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def inline(self, on: bool) -> None:
+        """See `set_inlined`."""
+        if on and self._inlined is None:
+            launch = _taking_apart(self._launch)
+            self._inlined = self._register(self._name + INLINED, torch.library.triton_op, launch)
+        self._in_graphs = self._inlined if on else self.overload
+
+
+_INLINABLE: list[KernelOp] = []
+
+
+def set_inlined(on: bool) -> bool:
+    """Whether graphs that are traced from now on take ops apart that allow it; returns whether they do.
+
+    Without Triton, and under its interpreter, whose kernels are Python, no graph can hold a kernel.
+    """
+    on = on and HAS_TRITON and not INTERPRETED
+    for op in _INLINABLE:
+        op.inline(on)
+    return on
+
+
+def _taking_apart(launch: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(launch)
+    def taken_apart(*args: Any, **kwargs: Any) -> Any:
+        _taken_apart.now = True
+        try:
+            return launch(*args, **kwargs)
+        finally:
+            _taken_apart.now = False
+
+    return taken_apart

@@ -82,7 +82,8 @@ def _scatter_backward_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row[:, None] < 1 + patches) & (column[None, :] < E)
     fill_sum = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for sample in range(group, batches, groups):
+    # The next sample's rows are on their way to shared memory while one's are written.
+    for sample in tl.range(group, batches, groups, num_stages=2):
         batch = tl.zeros((ROWS,), dtype=tl.int64) + sample
         is_patch = (row >= 1) & (row <= patches)
         slot = tl.load(restore_ptr + batch * patches + row - 1, mask=is_patch, other=-1)
@@ -126,8 +127,8 @@ def _scatter_tokens_backward(
     columns = column_block(width)
     tile_rows = row_block(columns)
     tiles, column_tiles = ceil_div(rows, tile_rows), ceil_div(width, columns)
-    # Five programs fit a multiprocessor (92 registers a thread): all are resident at once, and none waits for a slot.
-    groups = max(1, min(batch, 5 * multiprocessors(grad_B1NE.device) // (tiles * column_tiles)))
+    # Six programs fit a multiprocessor (80 registers a thread): all are resident at once, and none waits for a slot.
+    groups = max(1, min(batch, 6 * multiprocessors(grad_B1NE.device) // (tiles * column_tiles)))
     grad_x_B1KE = grad_B1NE.new_empty(batch, 1 + kept, width)
     partial_shape = (1, groups, (rows - 1) * width) if per_patch else (1, tiles * groups, width)
     partial = grad_B1NE.new_empty(partial_shape if fill_grad else (1, 0, 0), dtype=torch.float32)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from mirl.kernels.registration import INLINED
+
 CLASSES = ("gemm", "attention", "norm", "gelu", "copies", "sums", "elementwise", "tokens", "loss", "optimiser")
 _CLASS_OF = {
     "mm": "gemm", "addmm": "gemm", "bmm": "gemm", "baddbmm": "gemm", "convolution": "gemm",
@@ -70,7 +72,7 @@ def class_of(name: str) -> str:
 
 def read_operator(func: Any, args: Any, kwargs: Any, out: Any, phase: str) -> Operator | None:
     """What the call ``func(*args, **kwargs)`` that gave ``out`` costs; None where nothing is launched."""
-    name = func._schema.name.split("::")[1]
+    name = func._schema.name.split("::")[1].removesuffix(INLINED)
     read = {key: value for key, value in (kwargs or {}).items() if key != "out"}
     inputs, outputs = _tensors((args, read)), _tensors(out)
     if name in _FREE or (not func._schema.is_mutable and _only_views(inputs, outputs)):

@@ -44,7 +44,7 @@ class CheckpointPlan:
         for first in range(start, stop, step):
             yield first, min(first + step, stop)
 
-    def call(self, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    def call(self, function: Callable[..., Any], *tensors: Tensor | None) -> Any:
         """``function(*tensors)``, recomputed in the backward pass if the plan says so."""
         if self.group == 0:
             return function(*tensors)

@@ -19,10 +19,21 @@ from mirl.engine.models.checkpointing import CheckpointPlan
 from mirl.engine.models.config import ModelConfig
 from mirl.engine.models.execution import Regions
 from mirl.engine.models.heads import prediction_head
-from mirl.engine.models.layers import Attention, CrossAttention, Mlp, ResidualNorm, layer_norm
+from mirl.engine.models.layers import (
+    Attention,
+    CrossAttention,
+    Mlp,
+    ResidualNorm,
+    StreamNorm,
+    add_branch,
+    layer_norm,
+)
 from mirl.engine.models.masking import PatchMask
 from mirl.engine.models.skips import ExactSkips
-from mirl.kernels import gather_tokens, scatter_tokens
+from mirl.kernels import gather_tokens, gather_tokens_passing_on, scatter_tokens
+
+# x, delta and a bias that delta lacks, if any: a residual stream that is still to be added up.
+Branch = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Entry(NamedTuple):
@@ -54,12 +65,15 @@ class DecoderContext:
 
 
 class DecoderBlock(nn.Module):
-    """x += SelfAttn(LN x); with DID x += MHA(LN x, LN kv_g); x += MLP(LN x)."""
+    """x += SelfAttn(LN x); with DID x += MHA(LN x, LN kv_g); x += MLP(LN x).
 
-    def __init__(self, width: int, heads: int, mlp_width: int, did: bool) -> None:
+    ``first`` of its decoder: no MLP stands before it.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_width: int, did: bool, first: bool = False) -> None:
         super().__init__()
         self.did = did
-        self.norm1 = ResidualNorm(width)
+        self.norm1 = ResidualNorm(width, after_linear=not first)
         self.attn = Attention(width, heads)
         if did:
             self.norm_q = ResidualNorm(width)
@@ -69,36 +83,50 @@ class DecoderBlock(nn.Module):
         self.mlp = Mlp(width, mlp_width)
         self.regions = Regions()
 
-    def forward(self, entry: Entry, cross_kv_BT2E: Tensor | None) -> Tensor:
-        """-> [B, R, E]. ``cross_kv_BT2E``: projected keys and values of kv_g, None without DID.
+    def forward(self, entry: Entry, cross_kv_BT2E: Tensor | None) -> Branch:
+        """-> x and delta [B, R, E], of which the block's result is the sum, and the bias that delta lacks, if any.
 
-        Attention stays between the two regions, because kv_g has another length in every decoder.
+        ``cross_kv_BT2E``: projected keys and values of kv_g, None without DID. Attention stays between the two regions,
+        because kv_g has another length in every decoder.
         """
         x_BRE, attended_BRE = entry.x_BRE, self.attn.attend(entry.q_BRE, entry.kv_BS2E)
+        finish = self.regions.get(DecoderBlock.finish)
         if self.did:
-            x_BRE, q_BRE = self.regions.get(DecoderBlock.ask)(self, x_BRE, attended_BRE)
+            ask = self.regions.get(DecoderBlock.ask)
+            leave = self.norm_q.adds_bias(ask is not DecoderBlock.ask)
+            x_BRE, q_BRE = ask(self, x_BRE, attended_BRE, leave)
             attended_BRE = self.cross_attn.attend(q_BRE, cross_kv_BT2E)
-        return self.regions.get(DecoderBlock.finish)(self, x_BRE, attended_BRE)
+        leave = self.norm2.adds_bias(finish is not DecoderBlock.finish)
+        x_BRE, delta_BRE = finish(self, x_BRE, attended_BRE, leave)
+        return x_BRE, delta_BRE, self.mlp.fc2.bias if leave else None
 
-    def ask(self, x_BRE: Tensor, attended_BRE: Tensor) -> tuple[Tensor, Tensor]:
-        """End of the self-attention, beginning of the cross-attention: the residual stream and the queries."""
-        x_BRE, y_BRE = self.norm_q(x_BRE, self.attn.proj(attended_BRE))
+    def ask(self, x_BRE: Tensor, attended_BRE: Tensor, leave_bias: bool) -> tuple[Tensor, Tensor]:
+        """End of the self-attention, beginning of the cross-attention: the residual stream and the queries.
+
+        ``leave_bias``: of the projection, to the norm after it.
+        """
+        branch_BRE = self.attn.proj(attended_BRE, not leave_bias)
+        x_BRE, y_BRE = self.norm_q(x_BRE, branch_BRE, self.attn.proj.bias if leave_bias else None)
         return x_BRE, self.norm_q.feed(self.cross_attn.q, x_BRE, y_BRE)
 
-    def finish(self, x_BRE: Tensor, attended_BRE: Tensor) -> Tensor:
-        """End of the last attention, and the MLP."""
-        proj = self.cross_attn.proj if self.did else self.attn.proj
-        x_BRE, y_BRE = self.norm2(x_BRE, proj(attended_BRE))
-        return x_BRE + self.mlp.after(self.norm2, x_BRE, y_BRE)
+    def finish(self, x_BRE: Tensor, attended_BRE: Tensor, leave_bias: bool) -> tuple[Tensor, Tensor]:
+        """End of the last attention, and the MLP: what went into its branch, and what came out of it.
 
-    def enter(self, x_BSE: Tensor, rows_BR: Tensor | None) -> Entry:
-        """From the full sequence; ``rows_BR``: the rows that go on, None for all."""
-        x_BSE, y_BSE = self.norm1(x_BSE)
+        ``leave_bias``: of the projection and of the MLP, to the norms after them.
+        """
+        proj = self.cross_attn.proj if self.did else self.attn.proj
+        branch_BRE = proj(attended_BRE, not leave_bias)
+        x_BRE, y_BRE = self.norm2(x_BRE, branch_BRE, proj.bias if leave_bias else None)
+        return x_BRE, self.mlp.after(self.norm2, x_BRE, y_BRE, not leave_bias)
+
+    def enter(self, branch: Branch, rows_BR: Tensor | None) -> Entry:
+        """From the full sequence, an open sum; ``rows_BR``: the rows that go on, None for all."""
+        x_BSE, y_BSE = self.norm1(*branch)
         if rows_BR is None:
             qkv_BS3E = self.norm1.feed(self.attn.qkv, x_BSE, y_BSE)
             return Entry(x_BSE, *self.attn.split_qkv(qkv_BS3E))
-        q_BRE = self.attn.qkv(gather_tokens(y_BSE, rows_BR), "q")
-        return Entry(gather_tokens(x_BSE, rows_BR), q_BRE, self.attn.qkv(y_BSE, "kv"))
+        y_BSE, y_BRE = gather_tokens_passing_on(y_BSE, rows_BR)
+        return Entry(gather_tokens(x_BSE, rows_BR), *self.attn.qkv(y_BSE, asking_BRD=y_BRE))
 
     def enter_from_table(
         self, e_B1KE: Tensor, mask_token_E: Tensor, context: DecoderContext, masked_only: bool
@@ -114,12 +142,12 @@ class DecoderBlock(nn.Module):
         _, table_y = self.norm1(table_1NE)
         if masked_only:
             # No visible row goes on, so that the residual stream and the queries come from the table altogether.
-            q_NE = self.attn.qkv(table_y, "q")[0]
-            kv_B1K2E, kv_N2E = self.attn.qkv(visible_y, "kv"), self.attn.qkv(table_y, "kv")[0]
+            q_NE = self.attn.qkv(table_y, "q").squeeze(0)
+            kv_B1K2E, kv_N2E = self.attn.qkv(visible_y, "kv"), self.attn.qkv(table_y, "kv").squeeze(0)
             kv_BS2E = scatter_tokens(kv_B1K2E, mask.ids_keep, mask.ids_restore, kv_N2E, None)
             return Entry(F.embedding(mask.ids_masked, table_1NE[0]), F.embedding(mask.ids_masked, q_NE), kv_BS2E)
         qkv_BS3E = scatter_tokens(
-            self.attn.qkv(visible_y), mask.ids_keep, mask.ids_restore, self.attn.qkv(table_y)[0], None
+            self.attn.qkv(visible_y), mask.ids_keep, mask.ids_restore, self.attn.qkv(table_y).squeeze(0), None
         )
         x_BSE = scatter_tokens(e_B1KE, mask.ids_keep, mask.ids_restore, mask_token_E, pos_SE)
         return Entry(x_BSE, *self.attn.split_qkv(qkv_BS3E))
@@ -139,10 +167,12 @@ class Decoder(nn.Module):
         if config.variant == "release":
             self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.blocks = nn.ModuleList(
-            DecoderBlock(width, config.decoder_heads, config.decoder_mlp_width, did=index < config.did_blocks)
+            DecoderBlock(
+                width, config.decoder_heads, config.decoder_mlp_width, did=index < config.did_blocks, first=index == 0
+            )
             for index in range(config.decoder_depth)
         )
-        self.norm = layer_norm(width)
+        self.norm = StreamNorm(width)
         self.head = prediction_head(config.variant, width, config.patch_pixels)
         self.feature_head = nn.Linear(width, config.width) if config.feature_loss else None
         self.checkpointing = CheckpointPlan()
@@ -160,13 +190,15 @@ class Decoder(nn.Module):
         prefix skip, kv_g [B, T, E] without it, None where the block has no DID.
         """
         mask_token = self.mask_token if shared_mask_token is None else shared_mask_token
-        x = e_B1KE
+        branch: Branch = (e_B1KE, None, None)
         for first, last in self.checkpointing.groups(0, len(self.blocks)):
             run = partial(self._run_blocks, first, last, mask_token, context)
-            x = self.checkpointing.call(run, x, *cross_inputs[first:last])
-        if not context.masked_only:
-            x = x[:, 1:]
-        x = self.norm(x)
+            # One tensor goes from group to group, because each group keeps what it begins with.
+            branch = self.checkpointing.call(run, add_branch(*branch), *cross_inputs[first:last])
+        if context.masked_only:
+            _, x = self.norm(*branch)
+        else:
+            x = self.norm(add_branch(*branch)[:, 1:])
         return self.head(x), None if self.feature_head is None else self.feature_head(x)
 
     def _run_blocks(
@@ -177,29 +209,31 @@ class Decoder(nn.Module):
         context: DecoderContext,
         x: Tensor,
         *cross_inputs: Tensor | None,
-    ) -> Tensor:
+    ) -> Branch:
         """Blocks ``first`` to ``last`` - 1; x is e_g [B, 1 + K, E] before block 0, then the full sequence [B, S, E]."""
+        branch: Branch = (x, None, None)
         for index, cross_input in zip(range(first, last), cross_inputs, strict=True):
             block = self.blocks[index]
             masked_only = context.masked_only and index == len(self.blocks) - 1
-            entry = self._enter(block, index, x, mask_token.flatten(), context, masked_only)
+            entry = self._enter(block, index, branch, mask_token.flatten(), context, masked_only)
             if cross_input is not None and not self.skips.kv_prefix:
                 cross_input = block.project_kv(cross_input)
-            x = block(entry, cross_input)
-        return x
+            branch = block(entry, cross_input)
+        return branch
 
     def _enter(
         self,
         block: DecoderBlock,
         index: int,
-        x: Tensor,
+        branch: Branch,
         mask_token_E: Tensor,
         context: DecoderContext,
         masked_only: bool,
     ) -> Entry:
         if index == 0:
+            e_B1KE, mask = branch[0], context.mask
             if self.skips.mask_token_table:
-                return block.enter_from_table(x, mask_token_E, context, masked_only)
-            mask = context.mask
-            x = scatter_tokens(x, mask.ids_keep, mask.ids_restore, mask_token_E, context.pos_SE)
-        return block.enter(x, context.mask.masked_rows_BM if masked_only else None)
+                return block.enter_from_table(e_B1KE, mask_token_E, context, masked_only)
+            x_BSE = scatter_tokens(e_B1KE, mask.ids_keep, mask.ids_restore, mask_token_E, context.pos_SE)
+            branch = (x_BSE, None, None)
+        return block.enter(branch, context.mask.masked_rows_BM if masked_only else None)

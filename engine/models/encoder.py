@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mirl.engine.models.checkpointing import CheckpointPlan
 from mirl.engine.models.config import ModelConfig
-from mirl.engine.models.layers import Block, layer_norm
+from mirl.engine.models.layers import Block, StreamNorm, add_branch
 from mirl.engine.models.masking import PatchMask
 from mirl.engine.models.pixels import image_layout, normalise_images
 from mirl.engine.models.positions import sincos_positions
@@ -77,10 +77,12 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.register_buffer("pos_embed", sincos_positions(config.grid, config.width), persistent=False)
         rates = torch.linspace(0, config.drop_path, config.built_depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_width, rate) for rate in rates)
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.mlp_width, rate, config.drop_path == 0) for rate in rates
+        )
         first = 0 if config.did else 1
-        self.segment_norms = nn.ModuleDict({str(g): layer_norm(config.width) for g in range(first, config.segments)})
-        self.norm = layer_norm(config.width)
+        self.segment_norms = nn.ModuleDict({str(g): StreamNorm(config.width) for g in range(first, config.segments)})
+        self.norm = StreamNorm(config.width)
         self.checkpointing = CheckpointPlan()
 
     def forward(self, images: Tensor, mask: PatchMask) -> tuple[Tensor, ...]:
@@ -89,9 +91,13 @@ class Encoder(nn.Module):
         x_BSD = self.embed(images, mask.ids_keep)
         latents = [self.segment_norms["0"](x_BSD)] if config.did else []
         for g in range(1, config.segments + 1):
-            x_BSD = self.run_segment(g, x_BSD)
             norm = self.norm if g == config.segments else self.segment_norms[str(g)]
-            latents.append(norm(x_BSD))
+            branch = self._run_segment(g, x_BSD)
+            if isinstance(norm, StreamNorm):
+                x_BSD, latent_BSD = norm(*branch)
+            else:  # of a classifier, which normalises later
+                x_BSD = latent_BSD = add_branch(*branch)
+            latents.append(latent_BSD)
         return tuple(latents)
 
     def embed(self, images: Tensor, ids_keep_BK: Tensor) -> Tensor:
@@ -103,13 +109,20 @@ class Encoder(nn.Module):
 
     def run_segment(self, g: int, x_BSD: Tensor) -> Tensor:
         """z_{g-1} -> z_g."""
-        stop = g * self.config.segment_depth
-        for first, last in self.checkpointing.groups(stop - self.config.segment_depth, stop):
-            x_BSD = self.checkpointing.call(partial(self._run_blocks, first, last), x_BSD)
-        return x_BSD
+        return add_branch(*self._run_segment(g, x_BSD))
 
-    def _run_blocks(self, first: int, last: int, x_BSD: Tensor) -> Tensor:
-        delta_BSD = None
+    def _run_segment(self, g: int, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """z_{g-1} -> z_g as a sum that the norm after it adds up."""
+        stop = g * self.config.segment_depth
+        start, branch = stop - self.config.segment_depth, None
+        for first, last in self.checkpointing.groups(start, stop):
+            # One tensor goes from group to group, because each group keeps what it begins with.
+            x_BSD = x_BSD if branch is None else add_branch(*branch)
+            branch = self.checkpointing.call(partial(self._run_blocks, first, last), x_BSD)
+        return branch
+
+    def _run_blocks(self, first: int, last: int, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        delta_BSD = bias_D = None
         for block in self.blocks[first:last]:
-            x_BSD, delta_BSD = block.branches(x_BSD, delta_BSD)
-        return x_BSD + delta_BSD
+            x_BSD, delta_BSD, bias_D = block.branches(x_BSD, delta_BSD, bias_D)
+        return x_BSD, delta_BSD, bias_D

@@ -22,6 +22,8 @@ class Execution:
     fused_norm: residual add and the LayerNorm after it as one kernel (`mirl.kernels.residual_layer_norm`).
     fused_gelu: bias of a hidden layer and GELU as one kernel (`mirl.kernels.bias_gelu`).
     norm_in_regions, gelu_in_regions: these two kernels in compiled regions too, in place of what the compiler writes.
+    bias_in_norm: where that kernel computes the norm, it adds the bias of the Linear before it as well, and its
+    backward pass sums the gradient of that bias, for which the product would read the gradient once more.
     recompute: keep the inputs of LayerNorm and GELU for the backward pass, not their outputs as well, which are made
     again there: 6 of 16 values per token and width of an encoder block, for one more pass over each. Same bits. In
     compiled regions it is the partitioner's budget (`mirl.engine.training.compiling`).
@@ -31,13 +33,14 @@ class Execution:
     fused_gelu: bool = False
     norm_in_regions: bool = False
     gelu_in_regions: bool = False
+    bias_in_norm: bool = False
     recompute: bool = False
 
     @classmethod
     def for_device(cls, device: torch.device, *, recompute: bool = False) -> Execution:
         """Fused where the kernels are Triton; on a CPU, where they are plain torch, the plain form is faster."""
         on_gpu = device.type == "cuda"
-        return cls(fused_norm=on_gpu, fused_gelu=on_gpu, recompute=recompute)
+        return cls(fused_norm=on_gpu, fused_gelu=on_gpu, bias_in_norm=on_gpu, recompute=recompute)
 
 
 def fusing(outside: bool, in_regions: bool) -> bool:

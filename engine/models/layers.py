@@ -1,7 +1,8 @@
 """The pieces of a transformer block, under timm's key names, with the parts of them that the exact skips need.
 
 A block takes the residual stream as a sum (x, delta) that is not yet added up, and returns one: so every addition meets
-the LayerNorm that follows it, and the two can be one pass.
+the LayerNorm that follows it, and the two can be one pass. The bias of the Linear that made delta may be left to that
+pass too; it then goes beside delta.
 
 Letters: B batch, S positions of x, R positions that ask (queries), T positions that answer, D width,
 H heads, d = D / H.
@@ -12,7 +13,7 @@ LayerNorm (eps 1e-6), softmax and attention take their statistics in float32 (fl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,19 +29,33 @@ def layer_norm(width: int) -> nn.LayerNorm:
 
 
 class ResidualNorm(nn.LayerNorm):
-    """The LayerNorm that follows a residual addition: (x, delta) -> (x + delta, LN(x + delta))."""
+    """The LayerNorm that follows a residual addition: (x, delta) -> (x + delta, LN(x + delta)).
 
-    def __init__(self, width: int) -> None:
+    ``after_linear``: delta is what a Linear made.
+    """
+
+    def __init__(self, width: int, after_linear: bool = True) -> None:
         super().__init__(width, eps=NORM_EPS)
+        self.after_linear = after_linear
         self.execution = Execution()
 
-    def forward(self, x_BSD: Tensor, delta_BSD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``delta_BSD`` None: nothing to add, x itself is the first result."""
+    def adds_bias(self, in_region: bool) -> bool:
+        """Whether the bias of the Linear before it is better left to it. ``in_region``: it will be compiled.
+
+        A parameter that ZeRO-3 has sharded is there in its own layer's pass alone.
+        """
+        fused = self.execution.norm_in_regions if in_region else self.execution.fused_norm
+        return fused and self.execution.bias_in_norm and not hasattr(self.weight, "ds_id")
+
+    def forward(
+        self, x_BSD: Tensor, delta_BSD: Tensor | None = None, delta_bias_D: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``delta_BSD`` None: nothing to add, x itself is the first result. ``delta_bias_D``: to be added to delta."""
         if fusing(self.execution.fused_norm, self.execution.norm_in_regions):
             # Under autocast a branch is bfloat16 and the residual stream is not.
             delta_BSD = None if delta_BSD is None else delta_BSD.to(x_BSD.dtype)
-            return residual_layer_norm(x_BSD, delta_BSD, self.weight, self.bias, self.eps)
-        total_BSD = x_BSD if delta_BSD is None else x_BSD + delta_BSD
+            return residual_layer_norm(x_BSD, delta_BSD, self.weight, self.bias, self.eps, delta_bias_D)
+        total_BSD = add_branch(x_BSD, delta_BSD, delta_bias_D)
         return total_BSD, super().forward(total_BSD)
 
     def feed(self, consumer: Callable[[Tensor], Tensor], total_BSD: Tensor, normed_BSD: Tensor) -> Tensor:
@@ -50,20 +65,54 @@ class ResidualNorm(nn.LayerNorm):
         return apply_keeping_input(lambda total: self.forward(total)[1], consumer, total_BSD, normed_BSD)
 
 
+class StreamNorm(ResidualNorm):
+    """The LayerNorm of a residual stream for those who read it: ``norm(x)`` is LN(x).
+
+    Of an open sum, ``norm(x, delta, delta_bias)``, it gives what `ResidualNorm` gives.
+    """
+
+    def forward(self, x_BSD: Tensor, delta_BSD: Tensor | None = None, delta_bias_D: Tensor | None = None) -> Any:
+        total_BSD, normed_BSD = super().forward(x_BSD, delta_BSD, delta_bias_D)
+        return normed_BSD if delta_BSD is None else (total_BSD, normed_BSD)
+
+
+def add_branch(x_BSD: Tensor, delta_BSD: Tensor | None, delta_bias_D: Tensor | None) -> Tensor:
+    """x + delta, x + (delta + bias) where the Linear that made delta left its bias, or x where there is no delta."""
+    if delta_BSD is None:
+        return x_BSD
+    return x_BSD + (delta_BSD if delta_bias_D is None else delta_BSD + delta_bias_D)
+
+
+class OpenLinear(nn.Linear):
+    """A Linear that can leave its bias to the kernel after it."""
+
+    def forward(self, x_BSD: Tensor, add_bias: bool = True) -> Tensor:
+        return F.linear(x_BSD, self.weight, self.bias if add_bias else None)
+
+
 class QKVLinear(nn.Linear):
-    """Queries, keys and values in one matrix [3D, D], of which a caller can ask for the queries or the rest alone."""
+    """Queries, keys and values in one matrix [3D, D], of which a caller can ask for the queries or the rest alone, or
+    for queries of other positions than keys and values.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__(width, 3 * width)
 
-    def forward(self, x_BSD: Tensor, part: Literal["qkv", "q", "kv"] = "qkv") -> Tensor:
-        """[B, S, D] -> [B, S, 3D], [B, S, D] or [B, S, 2D]."""
+    def forward(self, x_BSD: Tensor, part: Literal["qkv", "q", "kv"] = "qkv", asking_BRD: Tensor | None = None) -> Any:
+        """[B, S, D] -> [B, S, 3D], [B, S, D] or [B, S, 2D]; with ``asking_BRD`` its queries and the rest of x."""
+        if asking_BRD is not None:
+            (query, others), (query_bias, other_biases) = self._split()
+            return F.linear(asking_BRD, query, query_bias), F.linear(x_BSD, others, other_biases)
         if part == "qkv":
             return F.linear(x_BSD, self.weight, self.bias)
+        which = 0 if part == "q" else 1
+        weights, biases = self._split()
+        return F.linear(x_BSD, weights[which], biases[which])
+
+    def _split(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         # split, not a slice: its backward writes the gradient of the whole matrix once
         sizes = (self.in_features, 2 * self.in_features)
-        which = 0 if part == "q" else 1
-        return F.linear(x_BSD, self.weight.split(sizes)[which], self.bias.split(sizes)[which])
+        return self.weight.split(sizes), self.bias.split(sizes)
 
 
 class HeadedAttention(nn.Module):
@@ -74,7 +123,7 @@ class HeadedAttention(nn.Module):
         self.heads = heads
         self.head_dim = width // heads
         self.backend: AttentionBackend | str = "auto"  # MIRL.resolve_attention sets what it resolved
-        self.proj = nn.Linear(width, width)
+        self.proj = OpenLinear(width, width)
 
     def split_heads(self, x_BSD: Tensor) -> Tensor:
         """[B, S, D] -> [B, S, H, d], a view."""
@@ -96,9 +145,9 @@ class Attention(HeadedAttention):
         super().__init__(width, heads)
         self.qkv = QKVLinear(width)
 
-    def forward(self, qkv_BS3D: Tensor) -> Tensor:
+    def forward(self, qkv_BS3D: Tensor, add_bias: bool = True) -> Tensor:
         """Of what `qkv` gave, projected: [B, S, D]."""
-        return self.proj(self.attend(*self.split_qkv(qkv_BS3D)))
+        return self.proj(self.attend(*self.split_qkv(qkv_BS3D)), add_bias)
 
     @staticmethod
     def split_qkv(qkv_BS3D: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,11 +166,8 @@ class CrossAttention(HeadedAttention):
         self.kv = nn.Linear(width, 2 * width)
 
 
-class HiddenLinear(nn.Linear):
-    """A Linear that can leave its bias to the GELU after it."""
-
-    def forward(self, x_BSD: Tensor, add_bias: bool = True) -> Tensor:
-        return F.linear(x_BSD, self.weight, self.bias if add_bias else None)
+class HiddenLinear(OpenLinear):
+    """The first of an `Mlp`, which can leave its bias to the GELU after it."""
 
 
 class Mlp(nn.Module):
@@ -130,7 +176,7 @@ class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = HiddenLinear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc2 = OpenLinear(hidden, width)
         self.execution = Execution()
 
     def forward(self, normed_BSD: Tensor) -> Tensor:
@@ -139,55 +185,75 @@ class Mlp(nn.Module):
     def _fused(self) -> bool:
         return fusing(self.execution.fused_gelu, self.execution.gelu_in_regions)
 
-    def finish(self, hidden_BSF: Tensor) -> Tensor:
-        """GELU and the second Linear, from what `fc1` gave."""
+    def finish(self, hidden_BSF: Tensor, add_bias: bool = True) -> Tensor:
+        """GELU and the second Linear, from what `fc1` gave. ``add_bias``: of the second."""
         fused = self._fused()
+
+        def last(active_BSF: Tensor) -> Tensor:
+            return self.fc2(active_BSF, add_bias)
 
         def activate(hidden_BSF: Tensor) -> Tensor:
             return bias_gelu(hidden_BSF, self.fc1.bias) if fused else F.gelu(hidden_BSF)
 
         if not self.execution.recompute:
-            return self.fc2(activate(hidden_BSF))
-        return apply_keeping_input(activate, self.fc2, hidden_BSF, activate(hidden_BSF))
+            return last(activate(hidden_BSF))
+        return apply_keeping_input(activate, last, hidden_BSF, activate(hidden_BSF))
 
-    def after(self, norm: ResidualNorm, total_BSD: Tensor, normed_BSD: Tensor) -> Tensor:
-        """``self(normed)``, with the recomputation of ``norm``."""
-        add_bias = not self._fused()
-        return self.finish(norm.feed(lambda y_BSD: self.fc1(y_BSD, add_bias), total_BSD, normed_BSD))
+    def after(self, norm: ResidualNorm, total_BSD: Tensor, normed_BSD: Tensor, add_bias: bool = True) -> Tensor:
+        """``self(normed)``, with the recomputation of ``norm``. ``add_bias``: of the second Linear."""
+        first = not self._fused()
+        return self.finish(norm.feed(lambda y_BSD: self.fc1(y_BSD, first), total_BSD, normed_BSD), add_bias)
 
 
 class Block(nn.Module):
-    """Pre-norm encoder block: x += SelfAttn(LN x); x += MLP(LN x). ``drop_path`` is its rate of stochastic depth."""
+    """Pre-norm encoder block: x += SelfAttn(LN x); x += MLP(LN x). ``drop_path`` is its rate of stochastic depth.
 
-    def __init__(self, width: int, heads: int, mlp_width: int, drop_path: float = 0.0) -> None:
+    ``leaves_bias``: False where some block of the model drops paths, so that the biases go the same way in all blocks.
+    """
+
+    def __init__(
+        self, width: int, heads: int, mlp_width: int, drop_path: float = 0.0, leaves_bias: bool = True
+    ) -> None:
         super().__init__()
         self.norm1 = ResidualNorm(width)
         self.attn = Attention(width, heads)
         self.norm2 = ResidualNorm(width)
         self.mlp = Mlp(width, mlp_width)
-        self.drop_path = drop_path
+        self.drop_path, self.leaves_bias = drop_path, leaves_bias
         self.regions = Regions()
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        x_BSD, delta_BSD = self.branches(x_BSD)
-        return x_BSD + delta_BSD
+        return add_branch(*self.branches(x_BSD))
 
-    def branches(self, x_BSD: Tensor, delta_BSD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The block of x + delta, as such a sum again: what went into the MLP's branch, and what came out of it."""
+    def branches(
+        self, x_BSD: Tensor, delta_BSD: Tensor | None = None, delta_bias_D: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The block of x + (delta + bias), as such a sum again: what went into the MLP's branch, what came out of it,
+        and the bias that it lacks, if any.
+        """
         # Drawn here, so that a compiled region has no random numbers and no rate of its own.
-        attention_scale_B11, mlp_scale_B11 = self.drop_scale(x_BSD), self.drop_scale(x_BSD)
-        return self.regions.get(Block.compute)(self, x_BSD, delta_BSD, attention_scale_B11, mlp_scale_B11)
+        scales_B11 = (self.drop_scale(x_BSD), self.drop_scale(x_BSD))
+        compute = self.regions.get(Block.compute)
+        leave = self.leaves_bias and self.norm2.adds_bias(compute is not Block.compute)
+        x_BSD, delta_BSD = compute(self, x_BSD, delta_BSD, delta_bias_D, leave, *scales_B11)
+        return x_BSD, delta_BSD, self.mlp.fc2.bias if leave else None
 
     def compute(
-        self, x_BSD: Tensor, delta_BSD: Tensor | None, attention_scale_B11: Tensor | None, mlp_scale_B11: Tensor | None
+        self,
+        x_BSD: Tensor,
+        delta_BSD: Tensor | None,
+        delta_bias_D: Tensor | None,
+        leave_bias: bool,
+        attention_scale_B11: Tensor | None,
+        mlp_scale_B11: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """`branches`, as a compiled region sees it."""
-        x_BSD, y_BSD = self.norm1(x_BSD, delta_BSD)
-        branch_BSD = self.attn(self.norm1.feed(self.attn.qkv, x_BSD, y_BSD))
+        """`branches`, as a compiled region sees it. ``leave_bias``: of both branches, to the norms after them."""
+        x_BSD, y_BSD = self.norm1(x_BSD, delta_BSD, delta_bias_D)
+        branch_BSD = self.attn(self.norm1.feed(self.attn.qkv, x_BSD, y_BSD), not leave_bias)
         if attention_scale_B11 is not None:
             branch_BSD = branch_BSD * attention_scale_B11
-        x_BSD, y_BSD = self.norm2(x_BSD, branch_BSD)
-        branch_BSD = self.mlp.after(self.norm2, x_BSD, y_BSD)
+        x_BSD, y_BSD = self.norm2(x_BSD, branch_BSD, self.attn.proj.bias if leave_bias else None)
+        branch_BSD = self.mlp.after(self.norm2, x_BSD, y_BSD, not leave_bias)
         return x_BSD, branch_BSD if mlp_scale_B11 is None else branch_BSD * mlp_scale_B11
 
     def drop_scale(self, x_BSD: Tensor) -> Tensor | None:

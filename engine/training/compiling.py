@@ -16,13 +16,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch._dynamo
 import torch._functorch.config as functorch_config
 from torch import Tensor
 
 from mirl.engine.models import MIRL
 from mirl.engine.models.compute_choices import ComputeChoices
 from mirl.engine.models.execution import Regions
+from mirl.engine.models.layers import Mlp, ResidualNorm
 from mirl.errors import UserError
+from mirl.kernels import set_inlined
 
 COMPILE = ("auto", "on", "off")
 # Of loss and gradients, relative. In bfloat16 the compiler rounds at fewer places than eager (two parts in a hundred
@@ -85,9 +88,36 @@ def compile_regions(
     The step is a forward and a backward pass on random pixels; no parameter and no ``.grad`` is changed. Whatever goes
     wrong (no compiler, a graph break, a result that differs) leaves the model eager and comes back as the reason.
     ``model.execution.recompute`` holds inside the regions too.
+
+    Kernels of ours that stand in regions are launched by the compiler itself; where that fails they are operators that
+    it calls, and where that fails too, the model stays eager.
     """
     model.set_regions(None)
     expected = _trial(model, batch, device)
+    told = ""
+    if _has_kernels_in_regions(model) and set_inlined(True):
+        problem = _compile_and_compare(model, batch, device, backend, expected)
+        if problem is None:
+            return CompileChoice(True, f"{expected_graphs(model)} graphs, a trial step agrees with eager")
+        told = f"; our kernels as operators of their own, for inlined: {problem}"
+        torch._dynamo.reset()
+    set_inlined(False)
+    problem = _compile_and_compare(model, batch, device, backend, expected)
+    if problem is None:
+        return CompileChoice(True, f"{expected_graphs(model)} graphs, a trial step agrees with eager{told}")
+    model.set_regions(None)
+    return CompileChoice(False, f"FELL BACK TO EAGER: {problem}")
+
+
+def _has_kernels_in_regions(model: ComputeChoices) -> bool:
+    executions = [module.execution for module in model.modules() if isinstance(module, ResidualNorm | Mlp)]
+    return any(execution.norm_in_regions or execution.gelu_in_regions for execution in executions)
+
+
+def _compile_and_compare(
+    model: ComputeChoices, batch: int, device: torch.device, backend: str, expected: tuple[Tensor, ...]
+) -> str | None:
+    """Set compiled regions and take a step with them; returns what is wrong with it."""
     # No break is tolerated: a region in pieces would be slower than eager without anyone knowing.
     model.set_regions(
         Regions(lambda method: torch.compile(method, backend=backend, dynamic=False, fullgraph=True), batch)
@@ -95,14 +125,10 @@ def compile_regions(
     budget = RECOMPUTE_BUDGET if model.execution is not None and model.execution.recompute else 1.0
     try:
         with functorch_config.patch(activation_memory_budget=budget):
-            problem = _difference(_trial(model, batch, device), expected, model.weight_dtype)
+            return _difference(_trial(model, batch, device), expected, model.weight_dtype)
     except Exception as error:  # noqa: BLE001 - anything from a missing g++ to an internal assertion of the compiler
         first_line = (str(error).strip() or "no message").splitlines()[0]
-        problem = f"{type(error).__name__}: {first_line[:200]}"
-    if problem is None:
-        return CompileChoice(True, f"{expected_graphs(model)} graphs, a trial step agrees with eager")
-    model.set_regions(None)
-    return CompileChoice(False, f"FELL BACK TO EAGER: {problem}")
+        return f"{type(error).__name__}: {first_line[:200]}"
 
 
 def _trial(model: ComputeChoices, batch: int, device: torch.device) -> tuple[Tensor, ...]:

@@ -22,7 +22,9 @@ def set_computation(model: Any, run: RunConfig, device: torch.device) -> None:
     if run.activation_checkpointing != "none":
         model.set_activation_checkpointing(run.activation_checkpointing)
     fused = device.type == "cuda" if run.fused == "auto" else run.fused == "on"
-    model.set_execution(Execution(fused_norm=fused, fused_gelu=fused, recompute=run.recompute_pointwise))
+    model.set_execution(
+        Execution(fused_norm=fused, fused_gelu=fused, bias_in_norm=fused, recompute=run.recompute_pointwise)
+    )
 
 
 def bare_model(config: ModelConfig, run: RunConfig) -> MIRL:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import math
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -218,13 +219,22 @@ def _lower(graph: fx.GraphModule, inputs: list[Any], *, backward: bool) -> Lower
     return lowered
 
 
+def _bytes_of_arguments(kernel: Any) -> int:
+    """Each argument once: Inductor counts what a kernel writes as read before."""
+    buffers = {buffer.get_name(): buffer for buffer in kernel.inputs}
+    return sum(int(math.prod(buffer.get_size())) * buffer.get_dtype().itemsize for buffer in buffers.values())
+
+
 def _describe(node: Any, lowered: Lowered) -> None:
     kind, moved = type(node).__name__, node.get_read_write_buffers_sizes()
     if kind == "NopKernelSchedulerNode":
         return
     if kind == "ExternKernelSchedulerNode":
         inner = node.node
-        if type(inner).__name__ == "MultiOutput":  # one of several results of a kernel
+        if type(inner).__name__ in ("MultiOutput", "MutationOutput"):  # one of several results of a kernel
+            return
+        if type(inner).__name__ == "UserDefinedTritonKernel":  # of ours, launched by Inductor
+            lowered.kernels.append((inner.get_kernel_and_metadata()[0].__name__, _bytes_of_arguments(inner)))
             return
         name = getattr(inner, "python_kernel_name", None) or str(getattr(inner, "op_overload", type(inner).__name__))
         if "mm" not in name and "attention" not in name:

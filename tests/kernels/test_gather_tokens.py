@@ -36,6 +36,23 @@ def test_gather(device, dtype, shape):
 
 
 @pytest.mark.parametrize("device, dtype", places())
+@pytest.mark.parametrize("use", ["both", "passed", "rows"])
+@pytest.mark.parametrize("shape", SHAPES[::2], ids=str)
+def test_gather_and_pass_on(device, dtype, shape, use):
+    batch, patches, kept, width = shape
+    keep, _, _ = random_masks(batch, patches, kept, device)
+    x, x_64 = leaf(randn(batch, patches, width, device=device, dtype=dtype, seed=1))
+    grads = [randn(batch, rows, width, device=device, dtype=dtype, seed=rows) for rows in (patches, kept)]
+    chosen = {"both": [0, 1], "passed": [0], "rows": [1]}[use]
+    outputs, truths = kernels.gather_tokens_passing_on(x, keep), (x_64, gather_truth(x_64, keep))
+    for output, truth in zip(outputs, truths, strict=True):
+        assert_near(output, truth, roundings=0, sums=0)
+    torch.autograd.backward([outputs[i] for i in chosen], [grads[i] for i in chosen])
+    torch.autograd.backward([truths[i] for i in chosen], [grads[i].double().cpu() for i in chosen])
+    assert_near(x.grad, x_64.grad, name="dx")  # one sum, rounded once
+
+
+@pytest.mark.parametrize("device, dtype", places())
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_assemble(device, dtype, shape):
     batch, patches, kept, width = shape

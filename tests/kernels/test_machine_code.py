@@ -34,18 +34,17 @@ HOPPER_MULTIPROCESSORS = 132
 INSTRUCTIONS_PER_S, BYTES_PER_S = HOPPER_MULTIPROCESSORS * 4 * 1.755e9, 3.0e12
 # A kernel whose instructions take this share of the time of its bytes, or more, does not run at the memory's speed.
 BOUND = 0.8
-# Those of which that is known: erf on both sides of its branch; one channel constant a load.
-BOUND_BY_INSTRUCTIONS = {"bias_gelu", "bias_gelu_backward", "masked_residual_mse"}
 # Persistent kernels keep sums in registers, the loss keeps a patch; others have 37 % at least.
 LEAST_OCCUPANCY = {
-    "residual_layer_norm_backward": 0.25, "scatter_tokens_backward": 0.31, "masked_residual_mse": 0.28,
-    "masked_residual_mse_three_pairs": 0.29,
+    "residual_layer_norm_backward": 0.25, "masked_residual_mse": 0.35,
+    "masked_residual_mse_three_pairs": 0.32,
 }  # fmt: skip
 # Bytes that each launch of a training step moves at least: bfloat16 at width 768, or 512 in decoders, uint8 pixels.
 BYTES = {
     "gather_patches": (0, 3 * B_K * 768),
     "gather_tokens": (512, 2 * 2 * B_M * 512),
     "gather_tokens_backward": (512, 2 * (B_M + B_N) * 512),
+    "gather_tokens_backward_and_add": (512, 2 * (B_M + 2 * B_N) * 512),
     "assemble_tokens": (768, 2 * (B_K + B_KEPT) * 768),
     "scatter_tokens": (512, 2 * (B_KEPT + B_ALL) * 512),
     "scatter_tokens_backward": (512, 2 * (B_KEPT + B_ALL) * 512),
@@ -102,7 +101,12 @@ LAUNCHES = {
         "gather_patches", "_gather_patches", images(), ids(K), 16, *STATISTICS, "BHWC", torch.bfloat16
     ),
     "gather_tokens": lambda d: launch("gather_tokens", "_gather_tokens", bf16(B, N, d), ids(M)),
-    "gather_tokens_backward": lambda d: launch("gather_tokens", "_gather_tokens_backward", bf16(B, M, d), ids(M), N),
+    "gather_tokens_backward": lambda d: launch(
+        "gather_tokens", "_gather_tokens_backward", bf16(B, M, d), ids(M), N, None
+    ),
+    "gather_tokens_backward_and_add": lambda d: launch(
+        "gather_tokens", "_gather_tokens_backward", bf16(B, M, d), ids(M), N, bf16(B, N, d)
+    ),
     "assemble_tokens": lambda d: launch(
         "gather_tokens", "_assemble_tokens", bf16(B, K, d), ids(K), fp32(N, d), fp32(d)
     ),
@@ -113,11 +117,11 @@ LAUNCHES = {
         "scatter_tokens", "_scatter_tokens_backward", bf16(B, 1 + N, d), ids(N), K, False, torch.float32, True
     ),
     "residual_layer_norm": lambda d: launch(
-        "residual_layer_norm", "_residual_layer_norm", bf16(B, 50, d), bf16(B, 50, d), fp32(d), fp32(d), 1e-6
+        "residual_layer_norm", "_residual_layer_norm", bf16(B, 50, d), bf16(B, 50, d), fp32(d), fp32(d), fp32(d), 1e-6
     ),
     "residual_layer_norm_backward": lambda d: launch(
         "residual_layer_norm", "_residual_layer_norm_backward",
-        bf16(B, 50, d), fp32(B * 50), fp32(B * 50), fp32(d), bf16(B, 50, d), bf16(B, 50, d),
+        bf16(B, 50, d), fp32(B * 50), fp32(B * 50), fp32(d), bf16(B, 50, d), bf16(B, 50, d), True,
     ),
     "bias_gelu": lambda d: launch("bias_gelu", "_bias_gelu", bf16(B, 50, 4 * d), fp32(4 * d)),
     "bias_gelu_backward": lambda d: launch(
@@ -198,7 +202,9 @@ def test_compiles_for_hopper(name, width, compiled, tmp_path):
         assert registers <= 168, f"{name} uses {registers} registers a thread: too few programs fit a multiprocessor"
     # The first kernel is the one that moves the data (the second stages read a few partial sums).
     assembly = compiled[0].asm["ptx"]
-    assert re.search(r"ld\.global\S*\.v4\.b32", assembly) and re.search(r"st\.global\S*\.v4\.b32", assembly)
+    # A load of 16 bytes, or a copy to shared memory, of which this kind is always that large.
+    assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.", assembly)
+    assert re.search(r"st\.global\S*\.v4\.b32", assembly)
 
 
 def resources(kernel: Any, folder: Path) -> tuple[int, int]:
@@ -240,7 +246,7 @@ def instructions(kernel: Any, folder: Path) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", BYTES)
-def test_programs_fill_the_gpu_and_kernels_bound_by_instructions_are_known(name, compiled, tmp_path):
+def test_programs_fill_the_gpu_and_no_kernel_is_bound_by_its_instructions(name, compiled, tmp_path):
     width, moved = BYTES[name]
     LAUNCHES[name](width)
     first = launches[0]
@@ -252,4 +258,4 @@ def test_programs_fill_the_gpu_and_kernels_bound_by_instructions_are_known(name,
     executed = first.warps * (loop * first.turns if first.turns else whole * first.programs)
     ratio = executed / INSTRUCTIONS_PER_S / (moved / BYTES_PER_S)
     print(f"{name}: {whole} instructions, loop {loop}, {ratio:.2f} of the bytes' time, occupancy {occupancy:.0%}")
-    assert (ratio >= BOUND) == (name in BOUND_BY_INSTRUCTIONS), f"{name} needs {ratio:.2f} of the time of its bytes"
+    assert ratio < BOUND, f"{name} needs {ratio:.2f} of the time of its bytes"

@@ -40,7 +40,11 @@ MSE_TAIL = (IMAGES, MASKED, P, SCALE, SHIFT, "BHWC", True, [0.5, 0.5], False, Tr
 CASES = {
     "gather_patches": (gather_patches_op, lambda: (IMAGES, KEEP, P, SCALE, SHIFT, "BHWC", torch.float32)),
     "gather_tokens": (gather_tokens_op, lambda: (tokens(B, N, D), KEEP)),
-    "gather_tokens_backward": (gather_tokens_backward_op, lambda: (tokens(B, K, D, grad=False), KEEP, N)),
+    "gather_tokens_backward": (gather_tokens_backward_op, lambda: (tokens(B, K, D, grad=False), KEEP, N, None)),
+    "gather_tokens_backward_and_add": (
+        gather_tokens_backward_op,
+        lambda: (tokens(B, K, D, grad=False), KEEP, N, tokens(B, N, D, grad=False)),
+    ),
     "assemble_tokens": (assemble_tokens_op, lambda: (tokens(B, K, D), KEEP, tokens(N, D), tokens(D))),
     "scatter_tokens": (scatter_tokens_op, lambda: (tokens(B, 1 + K, D), RESTORE, tokens(D), tokens(1 + N, D))),
     "scatter_tokens_table": (scatter_tokens_op, lambda: (tokens(B, 1 + K, D), RESTORE, tokens(N, D), None)),
@@ -56,12 +60,23 @@ CASES = {
     ),
     "residual_layer_norm": (
         residual_layer_norm_op,
-        lambda: (tokens(B, 7, D), tokens(B, 7, D), tokens(D), tokens(D), 1e-6),
+        lambda: (tokens(B, 7, D), tokens(B, 7, D), None, tokens(D), tokens(D), 1e-6),
+    ),
+    "residual_layer_norm_with_bias": (
+        residual_layer_norm_op,
+        lambda: (tokens(B, 7, D), tokens(B, 7, D), tokens(D), tokens(D), tokens(D), 1e-6),
     ),
     "layer_norm": (layer_norm_op, lambda: (tokens(B, 7, D), tokens(D), tokens(D), 1e-6)),
     "residual_layer_norm_backward": (
         residual_layer_norm_backward_op,
-        lambda: (tokens(B, 7, D, grad=False), *row_sums(), tokens(D, grad=False), tokens(B, 7, D, grad=False), None),
+        lambda: (
+            tokens(B, 7, D, grad=False),
+            *row_sums(),
+            tokens(D, grad=False),
+            tokens(B, 7, D, grad=False),
+            None,
+            True,
+        ),
     ),
     "bias_gelu": (bias_gelu_op, lambda: (tokens(B, 7, D), tokens(D))),
     "gelu": (bias_gelu_op, lambda: (tokens(B, 7, D), None)),
@@ -84,7 +99,7 @@ def everything(parameters):
     x, norm_weight, norm_bias, fill, cls, head, table = parameters
     pixels = kernels.gather_patches(IMAGES, KEEP, **STATISTICS)
     z = kernels.assemble_tokens(pixels @ x, KEEP, table[1:], cls)
-    z, normed = kernels.residual_layer_norm(z, z * 0.5, norm_weight, norm_bias)
+    z, normed = kernels.residual_layer_norm(z, z * 0.5, norm_weight, norm_bias, delta_bias_D=fill)
     z = z + kernels.bias_gelu(normed, norm_bias)
     u = kernels.scatter_tokens(z, KEEP, RESTORE, fill, table)
     _, u = kernels.residual_layer_norm(u, None, norm_weight, norm_bias)
@@ -126,6 +141,21 @@ def test_compile_keeps_the_ops_in_one_graph(monkeypatch):
     for eager, traced in zip(run(everything), compiled, strict=True):
         # Same kernels; the gradient is scaled by a second rounding instead of in place: a few float32 roundings.
         assert torch.allclose(eager, traced, rtol=1e-5, atol=1e-6 * float(eager.abs().max()))
+
+
+@pytest.mark.gpu
+def test_inductor_launches_the_kernels_itself_with_the_same_results(monkeypatch):
+    """As in compiled regions: what is inlined gives what the eager kernels give."""
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    kernels.set_inlined(True)
+    try:
+        compiled = run(torch.compile(everything, fullgraph=True))
+    finally:
+        kernels.set_inlined(False)
+        torch._dynamo.reset()
+    for eager, traced in zip(run(everything), compiled, strict=True):
+        assert torch.allclose(eager, traced, rtol=1e-4, atol=1e-5 * float(eager.abs().max()))
 
 
 @pytest.mark.parametrize("graph", ["eager", "op"])

@@ -11,15 +11,21 @@ from tests.kernels.support import assert_near, leaf, places, randn, unit_roundof
 SHAPES = [((1,), 36), ((2, 3), 5), ((2, 9), 384), ((3, 7), 512), ((2, 5), 768), ((67,), 96), ((1, 2), 1100)]
 
 
-def check(device, dtype, leading, width, with_delta=True, use="both", params=torch.float32, sums=4e-6):
+def check(
+    device, dtype, leading, width, with_delta=True, use="both", params=torch.float32, sums=4e-6, with_delta_bias=False
+):
     x, x_64 = leaf(randn(*leading, width, device=device, dtype=dtype, seed=1) * 3 + 1)
     delta, delta_64 = leaf(randn(*leading, width, device=device, dtype=dtype, seed=2))
     weight, weight_64 = leaf(randn(width, device=device, dtype=params, seed=3))
     bias, bias_64 = leaf(randn(width, device=device, dtype=params, seed=4))
-    total, normed = kernels.residual_layer_norm(x, delta if with_delta else None, weight, bias, 1e-6)
+    delta_bias, delta_bias_64 = leaf(randn(width, device=device, dtype=params, seed=7))
+    total, normed = kernels.residual_layer_norm(
+        x, delta if with_delta else None, weight, bias, 1e-6, delta_bias if with_delta_bias else None
+    )
     assert total.dtype == normed.dtype == dtype
     # The norm is that of the total as it was rounded: the truth starts from those values.
     exact = (x_64 + delta_64) if with_delta else x_64
+    exact = exact + delta_bias_64 if with_delta_bias else exact
     rounded = exact + (total.detach().double().cpu() - exact).detach()
     normed_truth = F.layer_norm(rounded, (width,), weight_64, bias_64, 1e-6)
     grad_total, grad_normed = (randn(*leading, width, device=device, dtype=dtype, seed=s) for s in (5, 6))
@@ -28,13 +34,18 @@ def check(device, dtype, leading, width, with_delta=True, use="both", params=tor
     truths = {"both": (rounded, normed_truth), "total": (rounded,), "normed": (normed_truth,)}[use]
     torch.autograd.backward(outputs, grads)
     torch.autograd.backward(truths, [g.double().cpu() for g in grads])
-    assert_near(total, exact, name="total")
+    # Plain torch rounds delta + bias by itself, which can be larger than the total.
+    assert_near(total, exact, name="total", sums=1e-6 + (unit_roundoff(dtype) if with_delta_bias else 0))
     assert_near(normed, normed_truth, sums=sums, name="normed")
     # Plain torch rounds the norm's own gradient to the dtype before it adds the residual's: relative to the largest.
     loose = sums + 3 * unit_roundoff(dtype)
     assert_near(x.grad, x_64.grad, sums=loose, name="dx")
     if with_delta:
         assert_near(delta.grad, delta_64.grad, sums=loose, name="ddelta")
+    if with_delta_bias:
+        # The kernel sums what it has not rounded yet; plain torch sums rows of rounded gradients.
+        rows = 0 if INTERPRETED or device == "cuda" else total.numel() // width
+        assert_near(delta_bias.grad, delta_bias_64.grad, sums=sums + rows * unit_roundoff(dtype), name="ddelta_bias")
     if use != "total":
         assert_near(weight.grad, weight_64.grad, sums=sums, name="dweight")
         assert_near(bias.grad, bias_64.grad, sums=sums, name="dbias")
@@ -45,6 +56,18 @@ def check(device, dtype, leading, width, with_delta=True, use="both", params=tor
 @pytest.mark.parametrize("leading, width", SHAPES, ids=str)
 def test_forward_backward(device, dtype, with_delta, leading, width):
     check(device, dtype, leading, width, with_delta)  # 4e-6: float32 means over up to 1100 columns or 67 rows
+
+
+@pytest.mark.parametrize("device, dtype", places())
+@pytest.mark.parametrize("leading, width", SHAPES[::2], ids=str)
+def test_bias_of_the_delta(device, dtype, leading, width):
+    check(device, dtype, leading, width, with_delta_bias=True)
+
+
+@pytest.mark.parametrize("device, dtype", places())
+@pytest.mark.parametrize("use", ["total", "normed"])
+def test_bias_of_the_delta_with_one_output_unused(device, dtype, use):
+    check(device, dtype, (2, 9), 48, use=use, with_delta_bias=True)
 
 
 @pytest.mark.parametrize("device, dtype", places())
@@ -107,5 +130,9 @@ def test_refuses():
         kernels.residual_layer_norm(x, torch.zeros(1, 8), ones, ones)
     with pytest.raises(ValueError, match="delta has dtype"):
         kernels.residual_layer_norm(x, x.half(), ones, ones)
+    with pytest.raises(ValueError, match="delta_bias_D has shape"):
+        kernels.residual_layer_norm(x, x, ones, ones, delta_bias_D=torch.ones(7))
+    with pytest.raises(ValueError, match="delta is None: give both"):
+        kernels.residual_layer_norm(x, None, ones, ones, delta_bias_D=ones)
     with pytest.raises(ValueError, match="weight_D has shape"):
         kernels.residual_layer_norm(x, None, torch.ones(7), ones)

@@ -1,4 +1,5 @@
-"""The choices of the residual norm and of the GELU: our kernels, plain torch, or what the compiler makes of it.
+"""The choices of the residual norm and of the GELU: our kernels, plain torch, or what the compiler makes of it. And
+whether our norm, where it is used, adds the bias of the Linear before it ("norm"), or the product does ("product").
 
 Outside compiled regions it is our kernel ("ours") or plain torch ("torch"), inside them our kernel or the compiler
 ("inductor"), which also fuses with what stands around and is timed here without that.
@@ -21,6 +22,7 @@ from mirl.engine.training.choices.declaration import Choice, Compiled, Implement
 from mirl.kernels import bias_gelu, residual_layer_norm
 
 OURS, PLAIN, COMPILED = "ours", "torch", "inductor"
+IN_PRODUCT, IN_NORM = "product", "norm"
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4, torch.float64: 1e-9}
 
 
@@ -67,6 +69,48 @@ def _our_norm(*leaves: Tensor) -> tuple[Tensor, Tensor]:
     return residual_layer_norm(*_norm_parts(leaves), NORM_EPS)
 
 
+def _watch_bias(module: nn.Module, note: Note) -> Callable[[], None] | None:
+    if not (isinstance(module, ResidualNorm) and module.after_linear):
+        return None
+
+    def told(module: nn.Module, arguments: tuple[Tensor | None, ...]) -> None:
+        x, delta = (*arguments, None)[:2]
+        if delta is not None:
+            note({"B": len(x), "S": x.shape[1], "D": x.shape[-1]}, x.dtype)
+
+    return module.register_forward_pre_hook(told).remove
+
+
+def _bias_inputs(use: Use, device: torch.device, generator: torch.Generator) -> Sequence[Tensor]:
+    rows, vector = (use["B"], use["S"], use["D"]), (use["D"],)
+    x, branch = (random_leaf(rows, use, device, generator) for _ in range(2))
+    matrix = random_leaf((use["D"], use["D"]), use, device, generator, scale=use["D"] ** -0.5)
+    return [x, branch, matrix, *(random_leaf(vector, use, device, generator) for _ in range(3))]
+
+
+# With the Linear before it, of one width: that of the MLP's branch has a longer inner size.
+def _bias_in_product(
+    x: Tensor, branch: Tensor, matrix: Tensor, linear_bias: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    return residual_layer_norm(x, F.linear(branch, matrix, linear_bias), weight, bias, NORM_EPS)
+
+
+def _bias_in_norm(
+    x: Tensor, branch: Tensor, matrix: Tensor, linear_bias: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    return residual_layer_norm(x, F.linear(branch, matrix), weight, bias, NORM_EPS, linear_bias)
+
+
+def _plain_bias(
+    x: Tensor, branch: Tensor, matrix: Tensor, linear_bias: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _plain_norm(x, F.linear(branch, matrix, linear_bias), weight, bias)
+
+
+def _apply_bias(model: Any, module: Any, name: str, in_region: bool) -> None:
+    module.execution = replace(module.execution, bias_in_norm=name == IN_NORM)
+
+
 def _watch_gelu(module: nn.Module, note: Note) -> Callable[[], None] | None:
     if not isinstance(module, Mlp):
         return None
@@ -111,6 +155,12 @@ NORM = Choice(
     name="norm", left_open=_left_open, watch=_watch_norm, inputs=_norm_inputs, tolerance=TOLERANCE,
     candidates=lambda use, device: _pair(_plain_norm, _our_norm, use), reference=lambda use: _plain_norm,
     **_switch("fused_norm", "norm_in_regions"),
+)  # fmt: skip
+BIAS = Choice(
+    name="bias", left_open=_left_open, watch=_watch_bias, inputs=_bias_inputs, tolerance=TOLERANCE,
+    candidates=lambda use, device: {IN_PRODUCT: _bias_in_product, IN_NORM: _bias_in_norm},
+    reference=lambda use: _plain_bias, apply=_apply_bias,
+    current=lambda module, in_region: IN_NORM if module.execution.bias_in_norm else IN_PRODUCT,
 )  # fmt: skip
 GELU = Choice(
     name="gelu", left_open=_left_open, watch=_watch_gelu, inputs=_gelu_inputs, tolerance=TOLERANCE,

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from mirl.engine.training.choices.attention import ATTENTION
 from mirl.engine.training.choices.declaration import Choice
-from mirl.engine.training.choices.pointwise import GELU, NORM
+from mirl.engine.training.choices.pointwise import BIAS, GELU, NORM
 
-CHOICES: tuple[Choice, ...] = (ATTENTION, NORM, GELU)
+CHOICES: tuple[Choice, ...] = (ATTENTION, NORM, BIAS, GELU)

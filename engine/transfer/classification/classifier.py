@@ -16,7 +16,7 @@ from mirl.engine.models.compute_choices import ComputeChoices
 from mirl.engine.models.config import ModelConfig
 from mirl.engine.models.encoder import Encoder
 from mirl.engine.models.initialise import initialise
-from mirl.engine.models.layers import layer_norm
+from mirl.engine.models.layers import add_branch, layer_norm
 from mirl.engine.models.masking import PatchMask
 from mirl.engine.models.positions import resample_positions, sincos_positions
 from mirl.errors import UserError
@@ -111,10 +111,10 @@ class Classifier(ComputeChoices):
         """The tokens [B, 1 + N, D] after each block."""
         self.choose(images, plain=True)
         mask = all_visible(len(images), self.config.num_patches, images.device)
-        x_BSD, delta_BSD = self.encoder.embed(images, mask.ids_keep), None
+        x_BSD, delta_BSD, bias_D = self.encoder.embed(images, mask.ids_keep), None, None
         for block in self.encoder.blocks:
-            x_BSD, delta_BSD = block.branches(x_BSD, delta_BSD)
-            yield x_BSD + delta_BSD
+            x_BSD, delta_BSD, bias_D = block.branches(x_BSD, delta_BSD, bias_D)
+            yield add_branch(x_BSD, delta_BSD, bias_D)
 
 
 def encoder_config(config: ModelConfig, drop_path: float = 0.0, attention: str = "auto") -> ModelConfig:

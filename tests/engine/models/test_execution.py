@@ -27,9 +27,10 @@ PLAIN = Execution()
         Execution(fused_norm=True),
         Execution(fused_gelu=True),
         Execution(recompute=True),
-        Execution(fused_norm=True, fused_gelu=True, recompute=True),
+        Execution(fused_norm=True, bias_in_norm=True),
+        Execution(fused_norm=True, fused_gelu=True, bias_in_norm=True, recompute=True),
     ],
-    ids=["fused norm", "fused gelu", "recompute", "all"],
+    ids=["fused norm", "fused gelu", "recompute", "bias in norm", "all"],
 )
 def test_same_loss_and_gradients(execution: Execution, overrides: dict[str, Any], skips: ExactSkips) -> None:
     config = tiny_config(**overrides)
@@ -80,6 +81,19 @@ def test_recompute_and_activation_checkpointing_exclude_each_other() -> None:
     model.set_activation_checkpointing("every")
     with pytest.raises(ValueError, match="recompute is True and activation checkpointing is on"):
         model.set_execution(Execution(recompute=True))
+
+
+def test_biases_go_to_the_norms_where_these_can_take_them() -> None:
+    x = torch.zeros(2, 3, 24, dtype=torch.float64)
+    for drop_path, left in ((0.0, True), (0.2, False)):
+        model = make_model(tiny_config(drop_path=drop_path))
+        model.set_execution(Execution(fused_norm=True, bias_in_norm=True))
+        for block in model.encoder.blocks:
+            assert block.branches(x)[2] is (block.mlp.fc2.bias if left else None)
+    norm = model.encoder.blocks[0].norm2
+    assert norm.adds_bias(False) and not norm.adds_bias(True), "in a region the compiler writes the norm"
+    norm.weight.ds_id = 0  # as ZeRO-3 marks what it shards
+    assert not norm.adds_bias(False)
 
 
 @pytest.mark.parametrize(("device", "fused"), [("cpu", False), ("cuda", True)])

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 
 from mirl.engine.models import MIRL, Execution
 from mirl.engine.training.compiling import choose_compile, compile_regions, expected_graphs
+from mirl.kernels.triton_import import HAS_TRITON
 from tests.engine.models.helpers import gradients, make_inputs, make_model, tiny_config
 
 CPU = torch.device("cpu")
@@ -133,6 +134,30 @@ def test_a_compiler_that_fails_is_named_and_left_alone(monkeypatch: pytest.Monke
     choice = compile_regions(model, 3, CPU)
     assert not choice.on and str(choice) == "off (FELL BACK TO EAGER: RuntimeError: no C++ compiler found)"
     step(model).loss.backward()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: pip install triton")
+@pytest.mark.parametrize("failing", [True, False], ids=["where inlining fails", "only inlining"])
+def test_kernels_of_ours_are_inlined_or_called(monkeypatch: pytest.MonkeyPatch, failing: bool) -> None:
+    asked: list[bool] = []
+
+    def compile_unless_inlined(method: Any, **options: Any) -> Any:
+        def broken(*_: Any) -> Any:
+            raise RuntimeError("no kernel in a graph")
+
+        return broken if failing and asked[-1] else method
+
+    def note(on: bool) -> bool:
+        asked.append(on)
+        return on
+
+    monkeypatch.setattr("mirl.engine.training.compiling.set_inlined", note)
+    monkeypatch.setattr(torch, "compile", compile_unless_inlined)
+    model = make_model(tiny_config(), dtype=torch.float32)
+    model.set_execution(Execution(norm_in_regions=True))
+    choice = compile_regions(model, 3, CPU)
+    assert choice.on and asked == ([True, False] if failing else [True])
+    assert ("as operators of their own, for inlined: RuntimeError: no kernel in a graph" in choice.reason) == failing
 
 
 @pytest.mark.parametrize("wrong", [1.5, float("nan")], ids=["another value", "NaN"])

@@ -99,13 +99,13 @@ def test_what_a_user_asked_for_by_name_is_not_measured():
         places = find_places(made, CHOICES, run, 3, CPU, compiled=True)
         return {(place.choice.name, place.use.in_region) for place in places}
 
-    everything = {(name, where) for name in ("attention", "norm") for where in (False, True)} | {("gelu", True)}
+    everything = {(name, where) for name in ("attention", "norm", "bias") for where in (False, True)} | {("gelu", True)}
     assert names(model(), RunConfig()) == everything
     assert names(model(), RunConfig(fused="on")) == {("attention", False), ("attention", True)}
     assert ("attention", True) not in names(model(attention="sdpa"), RunConfig())
     recomputing = model()
     recomputing.set_execution(Execution(recompute=True))
-    assert names(recomputing, RunConfig()) == everything - {("norm", True), ("gelu", True)}
+    assert names(recomputing, RunConfig()) == everything - {("norm", True), ("bias", True), ("gelu", True)}
 
 
 def test_what_is_chosen_is_what_computes_and_gives_the_same():
