@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mirl.kernels.launch import ceil_div, on_device_of
+from mirl.kernels.registration import launchable
 from mirl.kernels.triton_import import tl, triton
 
 _ROWS, _COLUMNS = 128, 32
@@ -31,7 +32,7 @@ def column_sum(partial_ARD: Tensor, dtype: torch.dtype) -> Tensor:
     arrays, rows, columns = partial_ARD.shape
     out_AD = torch.empty(arrays, columns, device=partial_ARD.device, dtype=dtype)
     with on_device_of(partial_ARD):
-        _column_sum_kernel[(ceil_div(columns, _COLUMNS), arrays)](
+        launchable(_column_sum_kernel, partial_ARD)[(ceil_div(columns, _COLUMNS), arrays)](
             partial_ARD, out_AD, rows, columns, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4
         )
     return out_AD

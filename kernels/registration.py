@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mirl.kernels.triton_import import HAS_TRITON, INTERPRETED
+
 NAMESPACE = "mirl_kernels"
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -20,12 +22,19 @@ def traced(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(tensor) not in _PLAIN
 
 
+def launchable(kernel: Any, tensor: Tensor) -> Any:
+    """``kernel`` for ``[grid](...)`` in the launch of an inlined op, as whoever looks on at ``tensor`` can trace it."""
+    return kernel if INTERPRETED or type(tensor) in _PLAIN else torch.library.wrap_triton(kernel)
+
+
 class KernelOp:
     """`op(*args)` launches; `op.overload` is the registered torch.ops entry (for opcheck and graph inspection).
 
     launch         allocates the outputs and launches; its annotations are the op's schema, its name the op's name
     fake           shapes and dtypes of the outputs from those of the inputs
     setup_context  (ctx, inputs, output), backward (ctx, *grads): as in torch.library.register_autograd; both or none
+    inlined        True where all launches go through `launchable`: compiled code then makes them itself, without the
+                   tens of microseconds of a dispatcher, and the op is not in its graph
     direct         False for ops with lists of tensors, which autograd.Function cannot see into
     """
 
@@ -36,11 +45,16 @@ class KernelOp:
         *,
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
+        inlined: bool = False,
         direct: bool = True,
     ):
         name = launch.__name__.lstrip("_")
-        definition = torch.library.custom_op(f"{NAMESPACE}::{name}", launch, mutates_args=())
-        definition.register_fake(fake)
+        if inlined and HAS_TRITON and not INTERPRETED:
+            # Its fake is the launch itself, whose kernels do nothing to fake tensors.
+            definition = torch.library.triton_op(f"{NAMESPACE}::{name}", launch, mutates_args=())
+        else:
+            definition = torch.library.custom_op(f"{NAMESPACE}::{name}", launch, mutates_args=())
+            definition.register_fake(fake)
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
         self._direct = launch if direct else None
         if backward is not None:
