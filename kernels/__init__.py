@@ -10,7 +10,13 @@ if __name__ == "kernels":
 
     give_way(__name__)
 
-from mirl.kernels.attention import AttentionBackend, attention, resolve_attention_backend
+from mirl.kernels.attention import (
+    AttentionBackend,
+    attention,
+    packed_attention,
+    resolve_attention_backend,
+    sums_bias,
+)
 from mirl.kernels.bias_gelu import bias_gelu
 from mirl.kernels.checks import set_debug
 from mirl.kernels.decoder_attention import decoder_attention
@@ -33,9 +39,11 @@ __all__ = [
     "gather_tokens",
     "masked_residual_mse",
     "masked_residual_mse_full",
+    "packed_attention",
     "residual_layer_norm",
     "resolve_attention_backend",
     "scatter_tokens",
     "set_debug",
     "short_attention",
+    "sums_bias",
 ]
