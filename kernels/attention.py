@@ -53,10 +53,13 @@ _AUTO_ORDER = {
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """`name` is one of xformers, sdpa, math; `reason` says why, with what was tried before it."""
+    """`name` is one of xformers, sdpa, math, or a candidate of a choice; `reason` says why, with what was tried before
+    it; `otherwise` takes what is past the limits of "own".
+    """
 
     name: str
     reason: str
+    otherwise: str = "sdpa"
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
@@ -271,12 +274,12 @@ def packed_attention(
     kv_BT2D   keys and values; any strides in B and T
     bias_3D   the bias in a packed `q`, detached there, where `sums_bias` says that its gradient is made here
 
-    Our kernels ("own") take the buffers as they are; what is past their limits goes to SDPA. Other backends take views.
+    Our kernels ("own") take the buffers as they are, within their limits. Other backends take views.
     """
     if isinstance(backend, AttentionBackend) and backend.name == "own":
         if own_refusal(q, kv_BT2D, heads) is None:
             return own_packed_attention(q, kv_BT2D, heads, bias_3D)
-        backend = AttentionBackend("sdpa", "past the limits of own")
+        backend = AttentionBackend(backend.otherwise, "past the limits of own")
     parts = q.chunk(3, dim=-1) if kv_BT2D is None else (q, *kv_BT2D.chunk(2, dim=-1))
     q_BRHd, k_BTHd, v_BTHd = (x.unflatten(-1, (heads, -1)) for x in parts)
     return attention(q_BRHd, k_BTHd, v_BTHd, backend=backend).flatten(2)
