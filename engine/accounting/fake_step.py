@@ -1,9 +1,9 @@
 """One training step of any model on fake tensors: every operator that a GPU would run, without a GPU and in seconds.
 
 Fake tensors have shapes and no values. The step runs as on a GPU: Triton kernels through their registered shapes,
-fused norms and GELUs, and FlashAttention or our kernels for attention. torch's autograd engine asks the driver for its streams as soon as a CUDA
-tensor has a gradient, so a whole step runs on fake CPU tensors with the dispatch of a GPU. The forward pass alone runs
-on fake CUDA tensors too, where one can see what leaves the device.
+fused norms and GELUs, and FlashAttention or our kernels for attention. torch's autograd engine asks the driver for its
+streams as soon as a CUDA tensor has a gradient, so a whole step runs on fake CPU tensors with the dispatch of a GPU.
+The forward pass alone runs on fake CUDA tensors too, where one can see what leaves the device.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def forecast_step(
     links: Links | None = None,
     attention: AttentionBackend = FLASH,
 ) -> StepForecast:
-    """Predict a step of the model that ``build`` makes; see `fake_step` for it and ``attention``. ``stage``: of ZeRO."""
+    """Predict a step of the model that ``build`` makes; ``attention``: see `fake_step`. ``stage``: of ZeRO."""
     links = links or Links(node_bytes_per_s=LINK_SHARE * device.link)
     seen = fake_step(build, micro_batch, attention=attention)
     last = optimiser_operators(seen.parameters, gpus, accumulation=accumulation)

@@ -2,7 +2,8 @@
 
 An operator takes as long as its bytes at the reachable bandwidth or its FLOPs at the reachable rate, whichever is more,
 and never less than a launch. Products fill the multiprocessors in waves of whole tiles, attention in tiles of 128 rows,
-so that small ones reach less. Our own attention kernels issue counted instructions. The host launches while the device computes: a step is as long as the longer of the two.
+so that small ones reach less; our own attention kernels by the instructions that they issue. The host launches while
+the device computes: a step is as long as the longer of the two.
 
 The shares and costs below are assumptions, alike for every device. A run on a GPU prints what was measured beside what
 was predicted; that is where they are put right.

@@ -56,9 +56,7 @@ class QKVLinear(nn.Linear):
     def __init__(self, width: int) -> None:
         super().__init__(width, 3 * width)
 
-    def forward(
-        self, x_BSD: Tensor, part: Literal["qkv", "q", "kv"] = "qkv", *, bias_gradient: bool = True
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, part: Literal["qkv", "q", "kv"] = "qkv", *, bias_gradient: bool = True) -> Tensor:
         """[B, S, D] -> [B, S, 3D], [B, S, D] or [B, S, 2D]. ``bias_gradient`` False, of qkv: left to who reads it."""
         if part == "qkv":
             return F.linear(x_BSD, self.weight, self.bias if bias_gradient else self.bias.detach())

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 TORCH = "2.14"
+TRITON = "a Triton kernel of ours"
 H100 = types.SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=85 * 10**9,
     regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024, warp_size=32,
@@ -225,6 +226,9 @@ def _describe(node: Any, lowered: Lowered) -> None:
     if kind == "ExternKernelSchedulerNode":
         inner = node.node
         if type(inner).__name__ == "MultiOutput":  # one of several results of a kernel
+            return
+        if type(inner).__name__ == "UserDefinedTritonKernel":  # launched by the compiled code itself
+            lowered.kernels.append((TRITON, moved))
             return
         name = getattr(inner, "python_kernel_name", None) or str(getattr(inner, "op_overload", type(inner).__name__))
         if "mm" not in name and "attention" not in name:

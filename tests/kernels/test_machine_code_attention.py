@@ -9,20 +9,22 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from mirl.engine.accounting.predict import OWN_INSTRUCTIONS
 from tests.kernels import test_machine_code as shared
-from tests.kernels.test_machine_code import B, HOPPER_MULTIPROCESSORS, bf16, compiled, fp32, launch
+from tests.kernels.test_machine_code import HOPPER_MULTIPROCESSORS, B, bf16, compiled, fp32, launch
 
 __all__ = ["compiled"]
-pytestmark = [pytest.mark.compile, *shared.pytestmark]
+pytestmark = shared.pytestmark
 
 CLOCK = 1.755e9
-# Warp instructions a second of one pipe on the whole device: four schedulers of each multiprocessor, one a clock; sixteen
-# lanes of it for exponentials. FLOP/s of the tensor cores in bfloat16.
+# Warp instructions a second of a pipe on the whole device: four schedulers of each multiprocessor, one a clock; sixteen
+# lanes for exponentials. FLOP/s of the tensor cores in bfloat16.
 ISSUED_PER_S = HOPPER_MULTIPROCESSORS * 4 * CLOCK
 EXPONENTIALS_PER_S = HOPPER_MULTIPROCESSORS * 16 / 32 * CLOCK
 TENSOR_PER_S = 989e12
@@ -30,64 +32,60 @@ TENSOR_PER_S = 989e12
 
 @dataclass(frozen=True)
 class Work:
-    """One launch. turns: of its loop in each program, 0 without. units: tensors of [B, tokens, D] as (count, tokens)."""
+    """One launch. name: of its operator. bytes: that it moves at least. tiles: of 64 x 64 weights in each program.
+    turns: of its loop, 0 without. registers, occupancy: the most, the least. ratio: the longest, in times of its bytes.
+    """
 
-    run: Any
-    width: int
-    units: tuple[tuple[int, int], ...]
+    run: Callable[[], None]
+    name: str
+    size: int
+    bytes: int
+    tiles: int
     turns: int
     registers: int
     occupancy: float
     ratio: float
 
-    @property
-    def bytes(self) -> int:
-        return sum(count * B * tokens * self.width * 2 for count, tokens in self.units)
 
-
-def short(width: int, *, backward: bool) -> Any:
-    packed = bf16(B, 50, 3 * width)
+def short(width: int, backward: bool, registers: int, occupancy: float) -> Work:
+    packed, size, name = bf16(B, 50, 3 * width), width // 12, "short_attention"
     if backward:
-        return lambda: launch("short_attention", "_short_attention_backward", packed, bf16(B, 50, width), 12, packed.dtype)
-    return lambda: launch("short_attention", "_short_attention", packed, None, 12)
+        name += "_backward"
+        arguments: tuple[Any, ...] = (packed, bf16(B, 50, width), 12, packed.dtype)
+    else:
+        arguments = (packed, None, 12)
+    return Work(
+        lambda: launch("short_attention", f"_{name}", *arguments), name, size,
+        (7 if backward else 4) * B * 50 * width * 2, 1, 0, registers, occupancy, 0.8,
+    )  # fmt: skip
 
 
-def decoder(queries: int, keys: int, width: int, *, backward: bool, packed: bool = False) -> Any:
-    heads = width // 32
+def decoder(queries: int, keys: int, backward: bool, registers: int, occupancy: float, *, packed: bool = False) -> Work:
+    width, heads, name = 512, 16, "decoder_attention"
     q = bf16(B, queries, 3 * width if packed else width)
     kv = None if packed else bf16(keys, B, 2 * width).transpose(0, 1)
-    out = bf16(B, queries, width)
+    down, across = -(-queries // 64), -(-keys // 64)
+    arguments: tuple[Any, ...] = (q, kv, heads)
     if backward:
-        tail = (out, fp32(B, heads, queries), out, heads)
-        return lambda: launch("decoder_attention", "_decoder_attention_backward", q, kv, *tail)
-    return lambda: launch("decoder_attention", "_decoder_attention", q, kv, heads)
+        name, out = name + "_backward", bf16(B, queries, width)
+        arguments = (q, kv, out, fp32(B, heads, queries), out, heads)
+    return Work(
+        lambda: launch("decoder_attention", f"_{name}", *arguments), name, 32,
+        (4 if backward else 2) * B * (queries + keys) * width * 2, down * across, across if backward else down,
+        registers, occupancy, 1.3,
+    )  # fmt: skip
 
 
-def decoder_work(queries: int, keys: int, width: int, registers: int, occupancy: float, *, packed: bool = False) -> Any:
-    """Forward and backward: tiles of 64 queries; tiles of 64 keys."""
-    both = [decoder(queries, keys, width, backward=backward, packed=packed) for backward in (False, True)]
-    forward = Work(both[0], width, ((2, queries), (2, keys)), -(-queries // 64), 168, 0.18, 1.3)
-    backward = Work(both[1], width, ((4, queries), (4, keys)), -(-keys // 64), registers, occupancy, 1.3)
-    return forward, backward
-
-
-SELF, PACKED, MASKED, CROSS_50, CROSS_300, MASKED_300 = (
-    decoder_work(197, 197, 512, 200, 0.12), decoder_work(197, 197, 384, 200, 0.12, packed=True),
-    decoder_work(147, 197, 512, 224, 0.12), decoder_work(197, 50, 512, 200, 0.12),
-    decoder_work(197, 300, 512, 200, 0.12), decoder_work(147, 300, 384, 224, 0.12),
-)  # fmt: skip
+# Two programs of four warps, or one of eight, hold the gradients of 192 or 256 queries.
 WORKS = {
-    "short, d 64": Work(short(768, backward=False), 768, ((4, 50),), 0, 96, 0.37, 1.0),
-    "short backward, d 64": Work(short(768, backward=True), 768, ((7, 50),), 0, 128, 0.25, 1.0),
-    "short, d 32": Work(short(384, backward=False), 384, ((4, 50),), 0, 80, 0.5, 1.0),
-    "short backward, d 32": Work(short(384, backward=True), 384, ((7, 50),), 0, 112, 0.31, 1.0),
-    "decoder 197 x 197": SELF[0], "decoder 197 x 197 backward": SELF[1],
-    "decoder 197 x 197 packed": PACKED[0], "decoder 197 x 197 packed backward": PACKED[1],
-    "decoder 147 x 197": MASKED[0], "decoder 147 x 197 backward": MASKED[1],
-    "decoder 197 x 50": CROSS_50[0], "decoder 197 x 50 backward": CROSS_50[1],
-    "decoder 197 x 300": CROSS_300[0], "decoder 197 x 300 backward": CROSS_300[1],
-    "decoder 147 x 300": MASKED_300[0], "decoder 147 x 300 backward": MASKED_300[1],
-}  # fmt: skip
+    "short, d 64": short(768, False, 96, 0.37),
+    "short backward, d 64": short(768, True, 128, 0.25),
+    "short backward, d 32": short(384, True, 112, 0.31),
+    "decoder 197 x 197": decoder(197, 197, False, 168, 0.18),
+    "decoder 197 x 197 backward, packed": decoder(197, 197, True, 200, 0.12, packed=True),
+    "decoder 147 x 197 backward": decoder(147, 197, True, 224, 0.12),
+    "decoder 197 x 300": decoder(197, 300, False, 168, 0.18),
+}
 
 
 def busy(kernel: Any, folder: Any, turns: int) -> Counter[str]:
@@ -127,8 +125,9 @@ def test_spills_nothing_and_takes_no_longer_than_allowed_for_its_bytes(name, com
     kernel, warps = first.kernel, first.warps
     registers, _ = shared.resources(kernel, tmp_path)
     usage = subprocess.run(
-        [shared.TOOLS / "cuobjdump", "-res-usage", tmp_path / "resources.cubin"], capture_output=True, text=True, check=True
-    ).stdout
+        [shared.TOOLS / "cuobjdump", "-res-usage", tmp_path / "resources.cubin"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
     assert re.search(r"STACK:0 .*LOCAL:0", usage), f"{name} spills: {usage}"
     assert registers <= work.registers
     occupancy = shared.resident_programs(kernel, tmp_path) * warps / 64
@@ -147,3 +146,7 @@ def test_spills_nothing_and_takes_no_longer_than_allowed_for_its_bytes(name, com
     told = ", ".join(f"{pipe} {ratio:.2f}" for pipe, ratio in ratios.items())
     print(f"{name}: floor {1e6 * floor:.0f} us; of it {told}; {registers} registers, occupancy {occupancy:.0%}")
     assert max(ratios.values()) <= work.ratio
+    counted = seen["issued"] * warps / work.tiles
+    assert counted == pytest.approx(OWN_INSTRUCTIONS[work.name][work.size], rel=0.25), (
+        "mirl plan goes by another number"
+    )

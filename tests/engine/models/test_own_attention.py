@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-
 from mirl import kernels
 from mirl.engine.models import Execution
 from mirl.engine.models.layers import QKVLinear
