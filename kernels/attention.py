@@ -131,7 +131,7 @@ def own_packed_attention(q: Tensor, kv_BT2D: Tensor | None, heads: int, bias_3D:
     refusal = own_refusal(q, kv_BT2D, heads)
     if refusal is not None:
         raise ValueError(f"own attention has limits: {refusal}")
-    if sums_bias("own", q.shape[1], q.shape[-1] // (3 * heads)) and kv_BT2D is None:
+    if kv_BT2D is None and sums_bias("own", q.shape[1], q.shape[-1] // (3 * heads)):
         return short_attention(q, heads, bias_3D)
     return decoder_attention(q, kv_BT2D, heads)
 

@@ -7,6 +7,9 @@ from mirl import kernels
 from mirl.kernels.dispatch import uses_triton
 from tests.kernels.support import assert_near, leaf, places, randn, unit_roundoff
 
+# On a GPU they are for 16-bit products: in float32 a tile does not fit into the registers.
+PLACES = [place for place in places() if place.values != ("cuda", torch.float32)]
+
 
 def truth(q, k, v, heads):
     q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))
@@ -27,7 +30,7 @@ def compare(out, expected, pairs, grad, dtype):
         assert_near(x.grad, x_64.grad, sums=2 * loose(dtype), size=0.1, name=name)
 
 
-@pytest.mark.parametrize("device, dtype", places())
+@pytest.mark.parametrize("device, dtype", PLACES)
 @pytest.mark.parametrize("tokens, heads, size", [(50, 2, 32), (7, 3, 64), (64, 1, 64), (1, 2, 32)])
 def test_short_attention(device, dtype, tokens, heads, size):
     qkv, qkv_64 = leaf(randn(2, tokens, 3 * heads * size, device=device, dtype=dtype, seed=1))
@@ -36,7 +39,7 @@ def test_short_attention(device, dtype, tokens, heads, size):
     compare(kernels.short_attention(qkv, heads), expected, {"dqkv": (qkv, qkv_64)}, grad, dtype)
 
 
-@pytest.mark.parametrize("device, dtype", places())
+@pytest.mark.parametrize("device, dtype", PLACES)
 @pytest.mark.parametrize("bias_dtype", [None, torch.float32], ids=["same", "float32"])
 def test_short_attention_sums_the_gradient_of_the_bias(device, dtype, bias_dtype):
     """What a Linear before it would sum, up to the order of the additions."""
@@ -54,7 +57,7 @@ def test_short_attention_sums_the_gradient_of_the_bias(device, dtype, bias_dtype
     assert torch.equal(alone, qkv.grad)
 
 
-@pytest.mark.parametrize("device, dtype", places())
+@pytest.mark.parametrize("device, dtype", PLACES)
 @pytest.mark.parametrize("queries, keys", [(70, 50), (9, 130), (197, 66), (64, 64), (1, 1)])
 def test_decoder_attention(device, dtype, queries, keys):
     heads, width = 2, 64
@@ -72,7 +75,7 @@ def test_decoder_attention(device, dtype, queries, keys):
     compare(out, expected, pairs, grad, dtype)
 
 
-@pytest.mark.parametrize("device, dtype", places())
+@pytest.mark.parametrize("device, dtype", PLACES)
 @pytest.mark.parametrize("tokens", [67, 193])
 def test_packed_decoder_attention(device, dtype, tokens):
     heads, width = 1, 32
@@ -82,7 +85,7 @@ def test_packed_decoder_attention(device, dtype, tokens):
     compare(kernels.decoder_attention(qkv, None, heads), expected, {"dqkv": (qkv, qkv_64)}, grad, dtype)
 
 
-@pytest.mark.parametrize("device, dtype", places())
+@pytest.mark.parametrize("device, dtype", PLACES)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_scores_far_from_zero_stay_finite(device, dtype, sign):
     """Scores of +-350: their exponentials overflow float32, and zeros stand where there is no key."""
