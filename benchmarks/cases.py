@@ -220,6 +220,51 @@ def bias_gelu(size: Size, backward: bool) -> Case:
     return Case("bias_gelu", str(size), kernels.bias_gelu, eager, (x, bias), moved, grads)
 
 
+def _attend(q: Tensor, kv: Tensor, heads: int) -> Tensor:
+    """SDPA on views of [B, R, D] and [B, T, 2D]."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, *kv.chunk(2, dim=-1)))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def short_attention(size: Size, backward: bool) -> Case:
+    tokens, width, heads = 1 + size.kept, size.width, 12
+    qkv = _random(size, size.batch, tokens, 3 * width, grad=backward)
+
+    def eager(qkv):
+        return _attend(qkv[..., :width], qkv[..., width:], heads)
+
+    def ours(qkv):
+        return kernels.short_attention(qkv, heads)
+
+    # q, k, v in, the output out; those and its gradient in, three gradients out.
+    moved = (11 if backward else 4) * size.batch * tokens * width * size.dtype.itemsize
+    grads = (_random(size, size.batch, tokens, width),) if backward else ()
+    return Case("short_attention", str(size), ours, eager, (qkv,), moved, grads)
+
+
+def decoder_attention(size: Size, backward: bool, sources: int) -> Case:
+    """Over all tokens of the decoder, packed, for no ``sources``; else over so many latents of the encoder."""
+    tokens, width = 1 + size.patches, size.decoder_width
+    heads, keys = width // 32, sources * (1 + size.kept) or tokens
+    q = _random(size, size.batch, tokens, width if sources else 3 * width, grad=backward)
+    kv = (_random(size, keys, size.batch, 2 * width, grad=backward),) if sources else ()
+
+    def buffers(q, *kv):
+        return (q, kv[0].transpose(0, 1)) if kv else (q[..., :width], q[..., width:])
+
+    def eager(*leaves):
+        return _attend(*buffers(*leaves), heads)
+
+    def ours(q, *kv):
+        return kernels.decoder_attention(q, kv[0].transpose(0, 1) if kv else None, heads)
+
+    # As for short sequences, and backward the output once more.
+    moved = (6 if backward else 2) * size.batch * (tokens + keys) * width * size.dtype.itemsize
+    grads = (_random(size, size.batch, tokens, width),) if backward else ()
+    name = f"decoder_attention_{keys}_keys"
+    return Case(name, str(size), ours, eager, (q, *kv), moved, grads)
+
+
 # Name, maker, directions. The gradient of assemble_tokens is a view; the loss is never wanted without its gradient.
 KERNELS: list[tuple[str, Callable[[Size, bool], Case], tuple[str, ...]]] = [
     ("gather_patches", gather_patches, ("forward",)),
@@ -231,4 +276,11 @@ KERNELS: list[tuple[str, Callable[[Size, bool], Case], tuple[str, ...]]] = [
     ("residual_layer_norm", residual_layer_norm, ("forward", "forward_backward")),
     ("residual_layer_norm_with_bias", residual_layer_norm_with_bias, ("forward_backward",)),
     ("bias_gelu", bias_gelu, ("forward", "forward_backward")),
+]
+# For images of 224 pixels, whose numbers of tokens are within their limits.
+ATTENTION: list[tuple[str, Callable[[Size, bool], Case], tuple[str, ...]]] = [
+    ("short_attention", short_attention, ("forward", "forward_backward")),
+    ("decoder_attention_self", lambda size, b: decoder_attention(size, b, 0), ("forward", "forward_backward")),
+    ("decoder_attention_over_1", lambda size, b: decoder_attention(size, b, 1), ("forward_backward",)),
+    ("decoder_attention_over_6", lambda size, b: decoder_attention(size, b, 6), ("forward_backward",)),
 ]

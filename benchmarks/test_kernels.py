@@ -11,17 +11,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.cases import KERNELS, Case, sizes
+from benchmarks.cases import ATTENTION, KERNELS, Case, Size, sizes
 from benchmarks.measure import device, map_tensors, rotated, time_calls
 
 IMPLEMENTATIONS = ("clone", "eager", "compile", "ours")
 # Relative to the norm: both round to bfloat16 in other places, or add float32 in another order.
 AGREEMENT = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 
+
+def attention(size: Size) -> list:
+    """Our attention kernels at one size; on a CPU, where plain torch stands in for them, one of them."""
+    if size.pixels != 224:
+        return []
+    return ATTENTION if device().type == "cuda" else ATTENTION[:1]
+
+
 PARAMETERS = [
     pytest.param(make, direction, size, id=f"{name}-{direction}-{size}".replace(" ", "_"))
     for size in sizes(device())
-    for name, make, directions in KERNELS
+    for name, make, directions in [*KERNELS, *attention(size)]
     for direction in directions
 ]
 

@@ -10,9 +10,16 @@ if __name__ == "kernels":
 
     give_way(__name__)
 
-from mirl.kernels.attention import AttentionBackend, attention, resolve_attention_backend
+from mirl.kernels.attention import (
+    AttentionBackend,
+    attention,
+    packed_attention,
+    resolve_attention_backend,
+    sums_bias,
+)
 from mirl.kernels.bias_gelu import bias_gelu
 from mirl.kernels.checks import set_debug
+from mirl.kernels.decoder_attention import decoder_attention
 from mirl.kernels.dispatch import describe_dispatch
 from mirl.kernels.gather_patches import gather_patches
 from mirl.kernels.gather_tokens import assemble_tokens, gather_tokens, gather_tokens_passing_on
@@ -20,21 +27,26 @@ from mirl.kernels.masked_residual_mse import masked_residual_mse, masked_residua
 from mirl.kernels.registration import set_inlined
 from mirl.kernels.residual_layer_norm import residual_layer_norm
 from mirl.kernels.scatter_tokens import scatter_tokens
+from mirl.kernels.short_attention import short_attention
 
 __all__ = [
     "AttentionBackend",
     "assemble_tokens",
     "attention",
     "bias_gelu",
+    "decoder_attention",
     "describe_dispatch",
     "gather_patches",
     "gather_tokens",
     "gather_tokens_passing_on",
     "masked_residual_mse",
     "masked_residual_mse_full",
+    "packed_attention",
     "residual_layer_norm",
     "resolve_attention_backend",
     "scatter_tokens",
     "set_debug",
     "set_inlined",
+    "short_attention",
+    "sums_bias",
 ]

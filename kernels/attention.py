@@ -36,6 +36,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mirl.errors import UserError
+from mirl.kernels.decoder_attention import decoder_attention, decoder_attention_refusal
+from mirl.kernels.short_attention import short_attention, short_attention_refusal
+from mirl.kernels.triton_import import HAS_TRITON
 
 BACKENDS = ("auto", "xformers", "sdpa", "math")
 XFORMERS_INSTALL = 'pip install "xformers>=0.0.35" "nvidia-cuda-runtime-cu12>=12.8"'
@@ -50,10 +53,13 @@ _AUTO_ORDER = {
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """`name` is one of xformers, sdpa, math; `reason` says why, with what was tried before it."""
+    """`name` is one of xformers, sdpa, math, or a candidate of a choice; `reason` says why, with what was tried before
+    it; `otherwise` takes what is past the limits of "own".
+    """
 
     name: str
     reason: str
+    otherwise: str = "sdpa"
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
@@ -106,11 +112,42 @@ def xformers_attention(q_BSHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor) -> Tensor
     return _xformers_function()(q_BSHd, k_BTHd, v_BTHd)
 
 
+def own_refusal(q: Tensor, kv_BT2D: Tensor | None, heads: int) -> str | None:
+    """Why our kernels are not for these tensors (see `packed_attention`), in words; None where they are."""
+    packed = kv_BT2D is None
+    queries, keys = q.shape[1], (q if kv_BT2D is None else kv_BT2D).shape[1]
+    size = q.shape[-1] // (heads * (3 if packed else 1))
+    if q.device.type == "cuda" and q.dtype not in (torch.bfloat16, torch.float16):
+        return f"its products are of bfloat16 or float16, not {q.dtype}"
+    if q.device.type == "cuda" and not HAS_TRITON:
+        return "triton is not installed"
+    if packed and short_attention_refusal(queries, size) is None:
+        return None
+    return decoder_attention_refusal(queries, keys, size)
+
+
+def own_packed_attention(q: Tensor, kv_BT2D: Tensor | None, heads: int, bias_3D: Tensor | None = None) -> Tensor:
+    """`packed_attention` by our kernels. Raises ValueError, with the reason, for what they are not made for."""
+    refusal = own_refusal(q, kv_BT2D, heads)
+    if refusal is not None:
+        raise ValueError(f"own attention has limits: {refusal}")
+    if kv_BT2D is None and sums_bias("own", q.shape[1], q.shape[-1] // (3 * heads)):
+        return short_attention(q, heads, bias_3D)
+    return decoder_attention(q, kv_BT2D, heads)
+
+
+def _own_attention(q_BSHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor) -> Tensor:
+    """For callers without buffers: keys and values are copied into one."""
+    kv_BT2D = torch.cat([k_BTHd.flatten(2), v_BTHd.flatten(2)], dim=-1)
+    return own_packed_attention(q_BSHd.flatten(2), kv_BT2D, q_BSHd.shape[2]).unflatten(-1, q_BSHd.shape[2:])
+
+
 _IMPLEMENTATIONS = {"xformers": xformers_attention, "sdpa": sdpa_attention, "math": math_attention}
 # Not for a caller to ask for: the dry run's (mirl.engine.accounting.fake_step), and those that a run may choose by
 # measuring them (mirl.engine.training.choices). The arguments are no mask, the sums that the backward pass reads, no
 # dropout.
 _IMPLEMENTATIONS["flash"] = flash_attention
+_IMPLEMENTATIONS["own"] = _own_attention
 _IMPLEMENTATIONS["sdpa_cudnn"] = _named_kernel("_scaled_dot_product_cudnn_attention", None, True)
 _IMPLEMENTATIONS["sdpa_flash"] = _named_kernel("_scaled_dot_product_flash_attention")
 _IMPLEMENTATIONS["sdpa_efficient"] = _named_kernel("_scaled_dot_product_efficient_attention", None, True)
@@ -118,7 +155,7 @@ _IMPLEMENTATIONS["sdpa_cpu"] = _named_kernel("_scaled_dot_product_flash_attentio
 _IMPLEMENTATIONS["sdpa_math"] = _named_kernel("_scaled_dot_product_attention_math")
 # What gives the same result, by the device that it is for: candidates of a choice by measurement.
 CANDIDATES = {
-    "cuda": ("sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "xformers", "math"),
+    "cuda": ("sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "xformers", "own", "math"),
     "cpu": ("math", "sdpa", "sdpa_cpu", "sdpa_math"),
 }
 
@@ -216,3 +253,33 @@ def attention(q_BSHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor, *, backend: Attent
             backend, device=q_BSHd.device, dtype=q_BSHd.dtype, head_dim=q_BSHd.shape[-1]
         )
     return _IMPLEMENTATIONS[backend.name](q_BSHd, k_BTHd, v_BTHd)
+
+
+def sums_bias(backend: str, tokens: int, head_size: int) -> bool:
+    """Whether `packed_attention` of `tokens` packed tokens makes the gradient of the bias in them, if it is given."""
+    return backend == "own" and short_attention_refusal(tokens, head_size) is None
+
+
+def packed_attention(
+    q: Tensor,
+    kv_BT2D: Tensor | None,
+    heads: int,
+    *,
+    backend: AttentionBackend | str = "auto",
+    bias_3D: Tensor | None = None,
+) -> Tensor:
+    """`attention` of buffers as matrix products leave them -> [B, R, D], with D = heads * d.
+
+    q         queries [B, R, D]; or queries, keys and values [B, S, 3D] where `kv_BT2D` is None
+    kv_BT2D   keys and values; any strides in B and T
+    bias_3D   the bias in a packed `q`, detached there, where `sums_bias` says that its gradient is made here
+
+    Our kernels ("own") take the buffers as they are, within their limits. Other backends take views.
+    """
+    if isinstance(backend, AttentionBackend) and backend.name == "own":
+        if own_refusal(q, kv_BT2D, heads) is None:
+            return own_packed_attention(q, kv_BT2D, heads, bias_3D)
+        backend = AttentionBackend(backend.otherwise, "past the limits of own")
+    parts = q.chunk(3, dim=-1) if kv_BT2D is None else (q, *kv_BT2D.chunk(2, dim=-1))
+    q_BRHd, k_BTHd, v_BTHd = (x.unflatten(-1, (heads, -1)) for x in parts)
+    return attention(q_BRHd, k_BTHd, v_BTHd, backend=backend).flatten(2)

@@ -23,6 +23,8 @@ OPS = (
     "masked_residual_mse",
     "residual_layer_norm",
     "bias_gelu",
+    "short_attention",
+    "decoder_attention",
 )
 
 

@@ -48,8 +48,12 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def on_device_of(tensor: Tensor):
-    """Context in which Triton launches on the tensor's GPU, free where that is the current one."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+    """Context in which Triton launches on the tensor's GPU, free where that is the current one, and in a trace."""
+    if (
+        tensor.is_cuda
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.index != torch.cuda.current_device()
+    ):
         return torch.cuda.device(tensor.device)
     return nullcontext()
 

@@ -38,7 +38,7 @@ TIERS = {
     "tests/dataloaders/tools/test_tools.py": "process",
     "tests/kernels/test_interpreted.py": "process",
     "tests/engine/training/test_compile.py": "compile",
-    "tests/kernels/test_machine_code.py": "compile",
+    "tests/kernels/test_machine_code": "compile",
     "tests/dry_run/test_fake_step.py": "slow",
     "tests/dry_run/test_budget.py": "slow",
 }

@@ -1,9 +1,9 @@
 """One training step of any model on fake tensors: every operator that a GPU would run, without a GPU and in seconds.
 
 Fake tensors have shapes and no values. The step runs as on a GPU: Triton kernels through their registered shapes,
-fused norms and GELUs, and FlashAttention. torch's autograd engine asks the driver for its streams as soon as a CUDA
-tensor has a gradient, so a whole step runs on fake CPU tensors with the dispatch of a GPU. The forward pass alone runs
-on fake CUDA tensors too, where one can see what leaves the device.
+fused norms and GELUs, and FlashAttention or our kernels for attention. torch's autograd engine asks the driver for its
+streams as soon as a CUDA tensor has a gradient, so a whole step runs on fake CPU tensors with the dispatch of a GPU.
+The forward pass alone runs on fake CUDA tensors too, where one can see what leaves the device.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from mirl.kernels.attention import AttentionBackend
 from mirl.kernels.dispatch import as_on_a_gpu
 
 FLASH = AttentionBackend("flash", "the dry run's, whatever a GPU would choose")
+OWN = AttentionBackend("own", "the dry run's, as a GPU may choose", otherwise="flash")
 
 
 @dataclass
@@ -59,12 +60,14 @@ class FakeStep:
 
 
 def fake_step(
-    build: Callable[[], ComputeChoices], batch: int, *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
-) -> FakeStep:
+    build: Callable[[], ComputeChoices], batch: int, *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16,
+    attention: AttentionBackend = FLASH,
+) -> FakeStep:  # fmt: skip
     """Take a step of ``batch`` images with the model that ``build`` makes, and list its operators.
 
     ``build`` runs on the meta device, so that nothing is allocated; the execution that it sets is kept, else it is that
-    of a GPU. ``device``: "cuda" takes the forward pass alone. Pixels are uint8 [B, H, W, C].
+    of a GPU. ``device``: "cuda" takes the forward pass alone. Pixels are uint8 [B, H, W, C]. ``attention``: `FLASH` or
+    `OWN`.
     """
     with torch.device("meta"):
         model = build().train()
@@ -78,7 +81,7 @@ def fake_step(
         _make_fake(model, device, dtype)
         # As the first operator of a CUDA step names it.
         place = next(model.parameters()).device
-        model.set_attention(FLASH, place, dtype)
+        model.set_attention(attention, place, dtype)
         images = torch.empty(
             (batch, config.image_height, config.image_width, config.channels), dtype=torch.uint8, device=device
         )

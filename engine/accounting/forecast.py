@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mirl.engine.accounting.devices import Device
-from mirl.engine.accounting.fake_step import fake_step, optimiser_operators
+from mirl.engine.accounting.fake_step import FLASH, fake_step, optimiser_operators
 from mirl.engine.accounting.predict import Times, times
 from mirl.engine.accounting.traffic import Links, link_seconds, shown_seconds
 from mirl.engine.models.compute_choices import ComputeChoices
+from mirl.kernels import AttentionBackend
 
 FREE_SHARE = 0.975  # of a GPU's memory, what a driver leaves to programs
 LINK_SHARE = 2 / 3  # of the data sheet's, what a ring reaches
@@ -43,10 +44,11 @@ def forecast_step(
     accumulation: int = 1,
     stage: int = 2,
     links: Links | None = None,
+    attention: AttentionBackend = FLASH,
 ) -> StepForecast:
-    """Predict a step of the model that ``build`` makes; see `fake_step` for it. ``stage``: of ZeRO."""
+    """Predict a step of the model that ``build`` makes; ``attention``: see `fake_step`. ``stage``: of ZeRO."""
     links = links or Links(node_bytes_per_s=LINK_SHARE * device.link)
-    seen = fake_step(build, micro_batch)
+    seen = fake_step(build, micro_batch, attention=attention)
     last = optimiser_operators(seen.parameters, gpus, accumulation=accumulation)
     found = times(seen.operators, device, accumulation=accumulation, step=last)
     sent = link_seconds(sum(seen.parameters), stage, gpus, accumulation, links)

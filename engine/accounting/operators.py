@@ -43,9 +43,14 @@ _LAUNCHES = {
     "scatter_tokens_backward": 2,
     "masked_residual_mse": 2,
     "_scaled_dot_product_flash_attention_backward": 3,
+    "short_attention_backward": 2,  # the second stage sums the gradient of the bias
     "sort": 3,
 }
 _PICKS_ROWS = {"embedding", "gather", "index", "index_select", "gather_tokens", "gather_patches", "assemble_tokens"}
+# Our attention kernels, and which of their arguments is the number of heads.
+OWN_ATTENTION = {
+    "short_attention": 2, "short_attention_backward": 2, "decoder_attention": 2, "decoder_attention_backward": 5,
+}  # fmt: skip
 # The host has to wait for the device: their results are numbers, or tensors of a size that only the device knows.
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_unique2", "masked_select"}
 
@@ -82,7 +87,7 @@ def read_operator(func: Any, args: Any, kwargs: Any, out: Any, phase: str) -> Op
     for tensor in inputs:
         size = min(_bytes(tensor), written) if name in _PICKS_ROWS else _bytes(tensor)
         seen[tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape)] = size
-    flops, shape = _work(name, inputs, outputs)
+    flops, shape = _own_attention(name, args) if name in OWN_ATTENTION else _work(name, inputs, outputs)
     return Operator(
         name=name, phase=phase, kind=class_of(name), launches=_LAUNCHES.get(name, 1),
         bytes=sum(seen.values()) + written, flops=flops, shape=shape,
@@ -129,3 +134,13 @@ def _work(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[float
         flops = (10.0 if backward else 4.0) * batch * heads * queries * key.shape[2] * size
         return flops, (batch, heads, queries, key.shape[2], size)
     return 0.0, ()
+
+
+def _own_attention(name: str, args: Any) -> tuple[float, tuple[int, ...]]:
+    """As `_work`, of buffers that hold all heads side by side; without a second buffer keys and values are in q's."""
+    query, heads = args[0], args[OWN_ATTENTION[name]]
+    kv = args[1] if name.startswith("decoder") else None
+    batch, queries, width = query.shape
+    keys, width = (queries, width // 3) if kv is None else (kv.shape[1], width)
+    flops = (10.0 if name.endswith("backward") else 4.0) * batch * queries * keys * width
+    return flops, (batch, heads, queries, keys, width // heads)

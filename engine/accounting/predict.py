@@ -2,7 +2,8 @@
 
 An operator takes as long as its bytes at the reachable bandwidth or its FLOPs at the reachable rate, whichever is more,
 and never less than a launch. Products fill the multiprocessors in waves of whole tiles, attention in tiles of 128 rows,
-so that small ones reach less. The host launches while the device computes: a step is as long as the longer of the two.
+so that small ones reach less; our own attention kernels by the instructions that they issue. The host launches while
+the device computes: a step is as long as the longer of the two.
 
 The shares and costs below are assumptions, alike for every device. A run on a GPU prints what was measured beside what
 was predicted; that is where they are put right.
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from mirl.engine.accounting.devices import Device
-from mirl.engine.accounting.operators import CLASSES, Operator
+from mirl.engine.accounting.operators import CLASSES, OWN_ATTENTION, Operator
 
 # Of the data sheet's peak, what a large product reaches (about 800 TFLOP/s of an H100); of the bandwidth, a copy.
 GEMM_SHARE, COPY_SHARE = 0.81, 0.90
@@ -38,6 +39,15 @@ TILE_S = 0.8e-6  # prologue and epilogue of a tile
 # FlashAttention: rows of a tile; programs that a multiprocessor holds; start of a program, and each of its turns.
 ATTENTION_ROWS, BACKWARD_TURN_ROWS = 128, 64
 TURN_S, START_S, BACKWARD_START_S = 1.2e-6, 3.0e-6, 3.5e-6
+# Our attention kernels: warp instructions for each 64 x 64 tile of weights, by head size, counted in their machine code
+# for sm_90 (tests/kernels/test_machine_code_attention.py); what the schedulers of a multiprocessor issue in a second;
+# the share of it that a kernel reaches which waits for exponentials, products and memory as well.
+OWN_TILE = 64
+OWN_INSTRUCTIONS = {
+    "short_attention": {32: 1900, 64: 2450}, "short_attention_backward": {32: 5000, 64: 7050},
+    "decoder_attention": {32: 1200}, "decoder_attention_backward": {32: 2050},
+}  # fmt: skip
+ISSUED_PER_S, OWN_SHARE = 4 * 1.7e9, 0.5
 
 
 def seconds(operator: Operator, device: Device) -> float:
@@ -45,6 +55,8 @@ def seconds(operator: Operator, device: Device) -> float:
     moved = operator.bytes / (COPY_SHARE * device.bandwidth)
     if operator.kind == "gemm" and operator.shape:
         return max(_product_seconds(*operator.shape, device) + LAUNCH_S, moved, LEAST_S)
+    if operator.name in OWN_ATTENTION:
+        return _own_attention_seconds(operator, device)
     if operator.kind == "attention":
         return _attention_seconds(operator, device)
     return max(LEAST_S, LAUNCH_S + moved) + (operator.launches - 1) * LEAST_S
@@ -92,6 +104,16 @@ def _attention_seconds(operator: Operator, device: Device) -> float:
         moved / (COPY_SHARE * device.bandwidth), work / (share * device.peak_flops), waves * (start + turns * TURN_S)
     )
     return busy + operator.launches * LAUNCH_S
+
+
+def _own_attention_seconds(operator: Operator, device: Device) -> float:
+    """Each tensor once through memory, or as long as the instructions take."""
+    batch, heads, queries, keys, size = operator.shape
+    tiles = batch * heads * math.ceil(queries / OWN_TILE) * math.ceil(keys / OWN_TILE)
+    issued = tiles * OWN_INSTRUCTIONS[operator.name][size]
+    busy = issued / (OWN_SHARE * ISSUED_PER_S * device.multiprocessors)
+    moved = operator.bytes / (COPY_SHARE * device.bandwidth)
+    return max(LEAST_S, LAUNCH_S + max(moved, busy)) + (operator.launches - 1) * LEAST_S
 
 
 @dataclass(frozen=True)

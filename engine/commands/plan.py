@@ -28,7 +28,8 @@ def main(argv: Sequence[str]) -> int:
     """Print the prediction; returns the exit code. UserError for a flag that does not fit."""
     parser = Parser(
         prog="mirl plan", description=DESCRIPTION, allow_abbrev=False,
-        usage="mirl plan [--recipe NAME] [--gpu NAME] [--gpus N] [--images N] [--json] [flags of mirl pretrain]",
+        usage="mirl plan [--recipe NAME] [--gpu NAME] [--gpus N] [--images N] [--attention-kernels NAME] [--json] "
+              "[flags of mirl pretrain]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--gpu", default="H100", metavar="NAME", help=f"one of {', '.join(DEVICES)} [H100]")
@@ -36,6 +37,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--images", type=_count, default=IMAGENET_IMAGES, metavar="N",
         help=f"images of the data set, e.g. 1.28M [{IMAGENET_IMAGES}, ImageNet-1K]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--attention-kernels", default="flash", choices=("flash", "own"),
+        help="flash: FlashAttention 2; own: ours, which a run on a GPU may choose by measuring [flash]",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="machine-readable")
     known, rest = parser.parse_known_args(argv)
@@ -45,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     config = parse_pretrain(rest)
     if config.run.precision == "fp32":
         raise UserError("precision is fp32: mirl plan predicts runs in bf16; leave the flag out")
-    found, remarks = plan(config, device, gpus=known.gpus, images=known.images)
+    found, remarks = plan(config, device, gpus=known.gpus, images=known.images, attention=known.attention_kernels)
     if known.json:
         print(json.dumps(found.as_dict() | {"recipe": config.recipe, "remarks": remarks}, indent=2))
     else:
@@ -65,8 +70,12 @@ def _count(text: str) -> int:
     return round(images)
 
 
-def plan(config: PretrainConfig, device: Device, *, gpus: int, images: int) -> tuple[Forecast, list[str]]:
+def plan(
+    config: PretrainConfig, device: Device, *, gpus: int, images: int, attention: str = "flash"
+) -> tuple[Forecast, list[str]]:
     """Predict ``config`` on ``gpus`` GPUs and a data set of ``images``; with remarks on what is not in the prediction.
+
+    attention: "flash" or "own", the kernels that compute it.
 
     Where no micro-batch is given it is the one that such a run would take. UserError where the batch cannot be shared
     among the GPUs.
@@ -74,6 +83,7 @@ def plan(config: PretrainConfig, device: Device, *, gpus: int, images: int) -> t
     # Only now, so that --help and a wrong flag answer at once.
     import torch
 
+    from mirl.engine.accounting.fake_step import FLASH, OWN
     from mirl.engine.accounting.flops import training_flops_per_image
     from mirl.engine.accounting.forecast import FREE_SHARE, Forecast, forecast_step
     from mirl.engine.accounting.machines import largest_fitting, micro_batches
@@ -101,7 +111,7 @@ def plan(config: PretrainConfig, device: Device, *, gpus: int, images: int) -> t
         micro_batch, accumulation = fitting, share // fitting
     step = forecast_step(
         lambda: bare_model(model, run), device, gpus=gpus, micro_batch=micro_batch, accumulation=accumulation,
-        stage=place.zero_stage,
+        stage=place.zero_stage, attention=OWN if attention == "own" else FLASH,
     )  # fmt: skip
     found = Forecast.make(
         step, device, micro_batch=micro_batch, accumulation=accumulation,
@@ -109,7 +119,7 @@ def plan(config: PretrainConfig, device: Device, *, gpus: int, images: int) -> t
         plain_flops_per_image=training_flops_per_image(model), memory_gib=need(micro_batch) / GIB,
         trained_images=optim.steps * optim.batch_size or optim.epochs * images,
     )  # fmt: skip
-    remarks = []
+    remarks = ["attention by our own kernels, where they can: no GPU has run them yet"] if attention == "own" else []
     if not found.fits:
         mend = f"--micro-batch {fitting} does" if need(fitting) <= free else "no micro-batch does"
         remarks.append(f"micro-batch {micro_batch} does not fit into {device.memory_gib:g} GiB: {mend}")

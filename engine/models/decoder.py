@@ -38,12 +38,12 @@ Branch = tuple[Tensor, Tensor | None, Tensor | None]
 
 class Entry(NamedTuple):
     """What a block's self-attention starts from: the residual stream and queries of the rows that go on, keys and
-    values of all rows.
+    values of all rows. Where all rows go on, the queries are [B, S, 3E], keys and values in them.
     """
 
     x_BRE: Tensor
     q_BRE: Tensor
-    kv_BS2E: Tensor
+    kv_BS2E: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class DecoderBlock(nn.Module):
         x_BSE, y_BSE = self.norm1(*branch)
         if rows_BR is None:
             qkv_BS3E = self.norm1.feed(self.attn.qkv, x_BSE, y_BSE)
-            return Entry(x_BSE, *self.attn.split_qkv(qkv_BS3E))
+            return Entry(x_BSE, qkv_BS3E, None)
         y_BSE, y_BRE = gather_tokens_passing_on(y_BSE, rows_BR)
         return Entry(gather_tokens(x_BSE, rows_BR), *self.attn.qkv(y_BSE, asking_BRD=y_BRE))
 
@@ -150,7 +150,7 @@ class DecoderBlock(nn.Module):
             self.attn.qkv(visible_y), mask.ids_keep, mask.ids_restore, self.attn.qkv(table_y).squeeze(0), None
         )
         x_BSE = scatter_tokens(e_B1KE, mask.ids_keep, mask.ids_restore, mask_token_E, pos_SE)
-        return Entry(x_BSE, *self.attn.split_qkv(qkv_BS3E))
+        return Entry(x_BSE, qkv_BS3E, None)
 
     def project_kv(self, kv_BTE: Tensor) -> Tensor:
         """kv_g [B, T, E] -> keys and values [B, T, 2E]; the plain form of `did.project_prefixes`."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mirl.engine.models.execution import Execution, Regions, apply_keeping_input, fusing
-from mirl.kernels import AttentionBackend, attention, bias_gelu, residual_layer_norm
+from mirl.kernels import AttentionBackend, bias_gelu, packed_attention, residual_layer_norm, sums_bias
 
 NORM_EPS = 1e-6
 
@@ -98,13 +98,23 @@ class QKVLinear(nn.Linear):
     def __init__(self, width: int) -> None:
         super().__init__(width, 3 * width)
 
-    def forward(self, x_BSD: Tensor, part: Literal["qkv", "q", "kv"] = "qkv", asking_BRD: Tensor | None = None) -> Any:
-        """[B, S, D] -> [B, S, 3D], [B, S, D] or [B, S, 2D]; with ``asking_BRD`` its queries and the rest of x."""
+    def forward(
+        self,
+        x_BSD: Tensor,
+        part: Literal["qkv", "q", "kv"] = "qkv",
+        asking_BRD: Tensor | None = None,
+        *,
+        bias_gradient: bool = True,
+    ) -> Any:
+        """[B, S, D] -> [B, S, 3D], [B, S, D] or [B, S, 2D]; with ``asking_BRD`` its queries and the rest of x.
+
+        ``bias_gradient`` False, of qkv: left to who reads it.
+        """
         if asking_BRD is not None:
             (query, others), (query_bias, other_biases) = self._split()
             return F.linear(asking_BRD, query, query_bias), F.linear(x_BSD, others, other_biases)
         if part == "qkv":
-            return F.linear(x_BSD, self.weight, self.bias)
+            return F.linear(x_BSD, self.weight, self.bias if bias_gradient else self.bias.detach())
         which = 0 if part == "q" else 1
         weights, biases = self._split()
         return F.linear(x_BSD, weights[which], biases[which])
@@ -125,17 +135,12 @@ class HeadedAttention(nn.Module):
         self.backend: AttentionBackend | str = "auto"  # MIRL.resolve_attention sets what it resolved
         self.proj = OpenLinear(width, width)
 
-    def split_heads(self, x_BSD: Tensor) -> Tensor:
-        """[B, S, D] -> [B, S, H, d], a view."""
-        return x_BSD.unflatten(-1, (self.heads, self.head_dim))
+    def attend(self, q_BRD: Tensor, kv_BT2D: Tensor | None = None, *, bias_3D: Tensor | None = None) -> Tensor:
+        """[B, R, D] queries over [B, T, 2D] keys and values -> [B, R, D], not yet projected. Any strides in B, R, T.
 
-    def attend(self, q_BRD: Tensor, kv_BT2D: Tensor) -> Tensor:
-        """[B, R, D] queries over [B, T, 2D] keys and values -> [B, R, D], not yet projected. Any strides in B, R, T."""
-        k_BTD, v_BTD = kv_BT2D.chunk(2, dim=-1)
-        out_BRHd = attention(
-            self.split_heads(q_BRD), self.split_heads(k_BTD), self.split_heads(v_BTD), backend=self.backend
-        )
-        return out_BRHd.flatten(2)
+        Without ``kv_BT2D`` all three are in [B, S, 3D]. ``bias_3D``: see `mirl.kernels.packed_attention`.
+        """
+        return packed_attention(q_BRD, kv_BT2D, self.heads, backend=self.backend, bias_3D=bias_3D)
 
 
 class Attention(HeadedAttention):
@@ -145,16 +150,23 @@ class Attention(HeadedAttention):
         super().__init__(width, heads)
         self.qkv = QKVLinear(width)
 
-    def forward(self, qkv_BS3D: Tensor, add_bias: bool = True) -> Tensor:
-        """Of what `qkv` gave, projected: [B, S, D]."""
-        return self.proj(self.attend(*self.split_qkv(qkv_BS3D)), add_bias)
+    def project(self, x_BSD: Tensor) -> Tensor:
+        """Queries, keys and values for `forward`: [B, S, 3D]."""
+        return self.qkv(x_BSD, bias_gradient=not self._sums_bias(x_BSD))
 
-    @staticmethod
-    def split_qkv(qkv_BS3D: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, S, 3D] -> views [B, S, D] and [B, S, 2D]."""
-        width = qkv_BS3D.shape[-1] // 3
-        q_BSD, kv_BS2D = qkv_BS3D.split((width, 2 * width), dim=-1)
-        return q_BSD, kv_BS2D
+    def forward(self, qkv_BS3D: Tensor, add_bias: bool = True) -> Tensor:
+        """Of what `project` gave, which may have left the gradient of its bias to this: [B, S, D].
+
+        ``add_bias``: that of the projection.
+        """
+        bias_3D = self.qkv.bias if self._sums_bias(qkv_BS3D) else None
+        return self.proj(self.attend(qkv_BS3D, bias_3D=bias_3D), add_bias)
+
+    def _sums_bias(self, tokens: Tensor) -> bool:
+        """Whether attention makes the gradient of the bias for a sequence like ``tokens`` [B, S, ...]."""
+        return isinstance(self.backend, AttentionBackend) and sums_bias(
+            self.backend.name, tokens.shape[1], self.head_dim
+        )
 
 
 class CrossAttention(HeadedAttention):
@@ -249,7 +261,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`branches`, as a compiled region sees it. ``leave_bias``: of both branches, to the norms after them."""
         x_BSD, y_BSD = self.norm1(x_BSD, delta_BSD, delta_bias_D)
-        branch_BSD = self.attn(self.norm1.feed(self.attn.qkv, x_BSD, y_BSD), not leave_bias)
+        branch_BSD = self.attn(self.norm1.feed(self.attn.project, x_BSD, y_BSD), not leave_bias)
         if attention_scale_B11 is not None:
             branch_BSD = branch_BSD * attention_scale_B11
         x_BSD, y_BSD = self.norm2(x_BSD, branch_BSD, self.attn.proj.bias if leave_bias else None)

@@ -14,11 +14,12 @@ import torch
 from torch._library.triton import get_triton_kernels_for_op
 
 from mirl.engine.accounting.activations import encoder_block_values
-from mirl.engine.accounting.fake_step import FLASH
+from mirl.engine.accounting.fake_step import FLASH, OWN
 from mirl.engine.models import Execution, model_config
 from mirl.engine.models.layers import Block
 from mirl.engine.training.compiling import RECOMPUTE_BUDGET
 from mirl.kernels import set_inlined
+from mirl.kernels.attention import AttentionBackend
 from mirl.kernels.dispatch import as_on_a_gpu
 from mirl.kernels.triton_import import HAS_TRITON, INTERPRETED
 from tests.dry_run.lowering import TORCH, Region, lower_region
@@ -41,13 +42,15 @@ BUDGET_OF_OURS = (8, 18, 723, 1399, 316)
 KERNELS_OF_OURS = Counter(
     _forward_kernel=2, _gelu_kernel=1, _backward_kernel=2, _gelu_backward_kernel=1, _column_sum_kernel=3
 )
+# With our attention kernels alone.
+BUDGET_OF_OWN_ATTENTION = (8, 23, 723, 1316, 315)
 
 
 @cache
-def block(recompute: bool, ours: bool = False) -> Region:
+def block(recompute: bool, ours: bool = False, attention: AttentionBackend = FLASH) -> Region:
     config = model_config("vit_b_48")
     module = Block(config.width, config.heads, config.mlp_width).to(torch.bfloat16).train()
-    module.attn.backend = FLASH
+    module.attn.backend = attention
     for part in (module.norm1, module.norm2, module.mlp):
         part.execution = Execution(norm_in_regions=ours, gelu_in_regions=ours, bias_in_norm=ours)
     x, delta = (
@@ -55,7 +58,7 @@ def block(recompute: bool, ours: bool = False) -> Region:
         for _ in range(2)
     )
     arguments = (module, x, delta, module.mlp.fc2.bias if ours else None, ours, None, None)
-    with on_a_hopper_gpu() if ours else nullcontext():
+    with on_a_hopper_gpu() if ours or attention is not FLASH else nullcontext():
         return lower_region(Block.compute, arguments, results=2, budget=RECOMPUTE_BUDGET if recompute else 1.0)
 
 
@@ -104,6 +107,19 @@ def test_nothing_but_products_and_attention_is_left_to_aten(recompute):
     assert region.forward.fallbacks == region.backward.fallbacks == []
     products = [name for name, _ in region.forward.kernels + region.backward.kernels if "mm" in name]
     assert len(products) == 3 * 4
+
+
+def test_our_attention_is_launched_by_compiled_code_with_neither_copies_nor_second_reads():
+    region = block(False, attention=OWN)
+    check_budget(region, BUDGET_OF_OWN_ATTENTION)
+    assert region.forward.fallbacks == region.backward.fallbacks == []
+    names = [name for name, _ in region.forward.kernels + region.backward.kernels]
+    # One forward, two backward, of which the second adds up the bias.
+    ours = ("_short_attention_kernel", "_short_attention_backward_kernel", "_column_sum_kernel")
+    assert [names.count(name) for name in ours] == [1, 1, 1]
+    # Three gradients that a copy brings into one buffer, and that buffer read again for the bias.
+    assert not any("cat" in name or "copy" in name or "clone" in name for name in names)
+    assert sum("cat" in name for name, _ in block(False).backward.kernels) == 3
 
 
 def test_recomputation_keeps_fewer_bytes_in_a_compiled_block():

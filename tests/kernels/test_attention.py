@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mirl import kernels
 from mirl.errors import UserError
-from mirl.kernels.attention import CANDIDATES, implementation
+from mirl.kernels.attention import CANDIDATES, implementation, own_refusal
 from tests.kernels.support import assert_near, leaf, randn, unit_roundoff
 
 attention_module = importlib.import_module("mirl.kernels.attention")
@@ -124,6 +124,26 @@ def test_refuses():
         kernels.attention(x, x[:, :, :1], x)
     with pytest.raises(ValueError, match="cast them to one dtype"):
         kernels.attention(x, x.half(), x)
+
+
+def test_our_kernels_refuse_what_they_are_not_made_for_and_say_why():
+    with FakeTensorMode():
+        for dtype, queries, keys, size, reason in (
+            (torch.float32, 197, 50, 32, "its products are of bfloat16 or float16, not torch.float32"),
+            (torch.bfloat16, 577, 50, 32, "it holds 1 to 256 queries, not 577"),
+            (torch.bfloat16, 197, 321, 32, "it holds 1 to 320 keys, not 321"),
+            (torch.bfloat16, 197, 197, 64, "its heads have a size of 32, not 64"),
+        ):
+            q = torch.empty(2, queries, 4, size, device="cuda", dtype=dtype)
+            kv = torch.empty(2, keys, 2, 4, size, device="cuda", dtype=dtype)
+            with pytest.raises(ValueError, match=f"own attention has limits: {reason}"):
+                implementation("own")(q, kv[:, :, 0], kv[:, :, 1])
+        # Packed and short, heads of 64 are fine; the model computes the rest with SDPA.
+        packed = torch.empty(2, 64, 3 * 256, device="cuda", dtype=torch.bfloat16)
+        own = kernels.AttentionBackend("own", "for a test")
+        assert own_refusal(packed, None, 4) is None
+        assert kernels.packed_attention(packed, None, 8, backend=own).shape == (2, 64, 256)
+        assert kernels.packed_attention(packed.repeat(1, 9, 1), None, 8, backend=own).shape == (2, 576, 256)
 
 
 def test_kernels_of_sdpa_by_name_take_what_the_model_gives_them():

@@ -24,7 +24,8 @@ FILES = {
     "test_masked_residual_mse": 40,
     "test_residual_layer_norm": 30,
     "test_bias_gelu": 20,
-    "test_registered_ops": 18,
+    "test_own_attention": 30,
+    "test_registered_ops": 24,
     "test_dispatch": 3,
 }
 

@@ -5,11 +5,13 @@ import torch
 
 from mirl import kernels
 from mirl.kernels.bias_gelu import bias_gelu_backward_op, bias_gelu_op
+from mirl.kernels.decoder_attention import decoder_attention_backward_op, decoder_attention_op
 from mirl.kernels.gather_patches import gather_patches_op
 from mirl.kernels.gather_tokens import assemble_tokens_op, gather_tokens_backward_op, gather_tokens_op
 from mirl.kernels.masked_residual_mse_triton import masked_residual_mse_op, scale_differences_op
 from mirl.kernels.residual_layer_norm import layer_norm_op, residual_layer_norm_backward_op, residual_layer_norm_op
 from mirl.kernels.scatter_tokens import scatter_tokens_backward_op, scatter_tokens_op
+from mirl.kernels.short_attention import short_attention_backward_op, short_attention_op
 from mirl.kernels.triton_import import INTERPRETED
 from tests.kernels.support import randn, random_images, random_masks
 
@@ -84,7 +86,22 @@ CASES = {
         bias_gelu_backward_op,
         lambda: (tokens(B, 7, D, grad=False), tokens(D, grad=False), tokens(B, 7, D, grad=False)),
     ),
-}
+    "short_attention": (short_attention_op, lambda: (tokens(B, 7, 96), None, 1)),
+    "short_attention_bias": (short_attention_op, lambda: (tokens(B, 7, 96), tokens(96), 1)),
+    "short_attention_backward": (
+        short_attention_backward_op,
+        lambda: (tokens(B, 7, 96, grad=False), tokens(B, 7, 32, grad=False), 1, torch.float32),
+    ),
+    "decoder_attention": (decoder_attention_op, lambda: (tokens(B, 7, 32), tokens(B, 5, 64), 1)),
+    "decoder_attention_packed": (decoder_attention_op, lambda: (tokens(B, 7, 96), None, 1)),
+    "decoder_attention_backward": (
+        decoder_attention_backward_op,
+        lambda: (
+            tokens(B, 7, 32, grad=False), tokens(5, B, 64, grad=False).transpose(0, 1), tokens(B, 7, 32, grad=False),
+            tokens(B, 1, 7, grad=False), tokens(B, 7, 32, grad=False), 1,
+        ),
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)

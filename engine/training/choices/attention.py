@@ -1,4 +1,4 @@
-"""The choice of attention: SDPA, its kernels by name, xformers, and two matrix products with a softmax between them.
+"""The choice of attention: SDPA, its kernels by name, xformers, ours, and two products with a softmax between them.
 
 Letters: B batch, S queries, T keys, H heads, d head size.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mirl.engine.models.layers import HeadedAttention
 from mirl.engine.training.choices.declaration import Choice, Implementation, Note, Use, random_leaf
-from mirl.kernels.attention import CANDIDATES, AttentionBackend, implementation
+from mirl.kernels.attention import CANDIDATES, AttentionBackend, own_packed_attention, packed_attention
 
 # How queries, keys and values lie in memory: parts of one buffer [B, S, 3Hd], as an encoder block has them; two
 # buffers; and keys and values of densely connected inputs, whose tokens come first.
@@ -25,12 +25,12 @@ def _watch(module: nn.Module, note: Note) -> Callable[[], None] | None:
         return None
     attend = module.attend
 
-    def told(q_BSD: Tensor, kv_BT2D: Tensor) -> Tensor:
-        packed = q_BSD.untyped_storage().data_ptr() == kv_BT2D.untyped_storage().data_ptr()
-        layout = PACKED if packed else TOKENS_FIRST if kv_BT2D.stride(0) < kv_BT2D.stride(1) else APART
-        sizes = {"B": len(q_BSD), "S": q_BSD.shape[1], "T": kv_BT2D.shape[1], "H": module.heads, "d": module.head_dim}
-        note(sizes | {"layout": layout}, q_BSD.dtype)
-        return attend(q_BSD, kv_BT2D)
+    def told(q: Tensor, kv_BT2D: Tensor | None = None, *, bias_3D: Tensor | None = None) -> Tensor:
+        kv = q if kv_BT2D is None else kv_BT2D
+        layout = PACKED if kv is q else TOKENS_FIRST if kv.stride(0) < kv.stride(1) else APART
+        sizes = {"B": len(q), "S": q.shape[1], "T": kv.shape[1], "H": module.heads, "d": module.head_dim}
+        note(sizes | {"layout": layout}, q.dtype)
+        return attend(q, kv_BT2D, bias_3D=bias_3D)
 
     module.attend = told  # type: ignore[method-assign]
     return lambda: delattr(module, "attend")
@@ -44,21 +44,17 @@ def _inputs(use: Use, device: torch.device, generator: torch.Generator) -> Seque
     return [random_leaf(shape, use, device, generator) for shape in ((batch, queries, width), kv_shape)]
 
 
-def _split(use: Use, leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    width = use["H"] * use["d"]
-    if use["layout"] == PACKED:
-        q, kv = leaves[0].split((width, 2 * width), dim=-1)
-    else:
-        q, kv = leaves
-    if use["layout"] == TOKENS_FIRST:
-        kv = kv.transpose(0, 1)
-    k, v = kv.chunk(2, dim=-1)
-    return tuple(x.unflatten(-1, (use["H"], use["d"])) for x in (q, k, v))  # type: ignore[return-value]
-
-
 def _on_leaves(name: str, use: Use) -> Implementation:
-    run = implementation(name)
-    return lambda *leaves: run(*_split(use, leaves)).flatten(2)
+    """What a layer would call, but that our kernels say where their limits are."""
+
+    def run(q: Tensor, kv: Tensor | None = None) -> Tensor:
+        if kv is not None and use["layout"] == TOKENS_FIRST:
+            kv = kv.transpose(0, 1)
+        if name == "own":
+            return own_packed_attention(q, kv, use["H"])
+        return packed_attention(q, kv, use["H"], backend=AttentionBackend(name, "a candidate"))
+
+    return run
 
 
 def _candidates(use: Use, device: torch.device) -> Mapping[str, Implementation]:

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from mirl.engine.accounting.devices import DEVICES, device_named, device_reported
-from mirl.engine.accounting.fake_step import optimiser_operators
+from mirl.engine.accounting.fake_step import FLASH, OWN, fake_step, optimiser_operators
 from mirl.engine.accounting.forecast import forecast_step
-from mirl.engine.accounting.operators import Operator
-from mirl.engine.accounting.predict import COPY_SHARE, GEMM_SHARE, HOST_S, LEAST_S, seconds, times
+from mirl.engine.accounting.operators import OWN_ATTENTION, Operator
+from mirl.engine.accounting.predict import COPY_SHARE, GEMM_SHARE, HOST_S, LAUNCH_S, LEAST_S, seconds, times
 from mirl.engine.accounting.traffic import Links, link_seconds, sent_bytes, shown_seconds
 from mirl.engine.distributed import flat_gradients
 from mirl.engine.models import MIRL
@@ -48,6 +48,23 @@ REPORTED = {
 def test_a_device_is_known_by_the_name_that_torch_gives_it(name):
     found = device_reported(name)
     assert (found.key if found else None) == REPORTED[name]
+
+
+def test_our_attention_takes_as_long_as_its_bytes_or_its_instructions():
+    shape = (256, 12, 50, 50, 64)
+    own = Operator("short_attention", "forward", "attention", 1, 4 * 256 * 50 * 768 * 2, 0.0, shape)
+    assert seconds(own, H100) == pytest.approx(LAUNCH_S + own.bytes / (COPY_SHARE * H100.bandwidth))
+    # One row more is another tile both ways, with four times the instructions for the same bytes.
+    long = replace(own, name="decoder_attention", shape=(256, 16, 65, 65, 32))
+    short = replace(long, shape=(256, 16, 64, 64, 32), bytes=0.0)
+    assert seconds(long, H100) - LAUNCH_S == pytest.approx(4 * (seconds(short, H100) - LAUNCH_S))
+    # A step of the model has an operator for each, of the FLOPs that attention has without ours.
+    model = tiny_config(width=64, heads=2, decoder_width=64, decoder_heads=2)
+    steps = [fake_step(lambda: MIRL(model), 4, attention=attention) for attention in (FLASH, OWN)]
+    names = {operator.name for operator in steps[1].operators if operator.kind == "attention"}
+    assert names == set(OWN_ATTENTION) and steps[0].flops == steps[1].flops
+    shapes = [{o.shape for o in step.operators if o.kind == "attention"} for step in steps]
+    assert shapes[0] == shapes[1]
 
 
 def test_a_device_is_known_by_what_a_user_calls_it():

@@ -35,6 +35,16 @@ def test_json_has_what_a_program_needs(capsys):
     assert found["fits"] and found["memory_of_gpu_gib"] == 80
 
 
+def test_our_attention_kernels_can_be_priced(capsys):
+    flags = ("--batch-size", "256", "--gpu", "H100")
+    found, flash = planned(capsys, *flags, "--attention-kernels", "own"), planned(capsys, *flags)
+    assert found["remarks"] == ["attention by our own kernels, where they can: no GPU has run them yet"]
+    assert flash["remarks"] == []
+    # Fewer bytes by the gradients that are not brought together, and no float32 gradient of q.
+    assert found["bytes_gb"] < 0.97 * flash["bytes_gb"] and found["launches"] < flash["launches"]
+    assert found["shares"]["attention"] * found["device_ms"] < 0.7 * flash["shares"]["attention"] * flash["device_ms"]
+
+
 def test_it_takes_the_micro_batch_that_a_run_would_take(capsys):
     found = planned(capsys, "--batch-size", "65536", "--gpu", "H100")
     footprint = pretraining_footprint(parse_pretrain([*SMALL, "--batch-size", "65536"]), "bf16", on_gpu=True)

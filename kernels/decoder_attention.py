@@ -1,0 +1,271 @@
+"""Attention of the decoders, self and cross: up to 256 queries over up to 320 keys, heads of 32, whole on chip.
+
+Letters: B batch, R queries, T keys, H heads, d head size, D = H d. Queries [B, R, D]; keys and values [B, T, 2D], which
+may lie with their tokens first; or all three packed, [B, S, 3D], with R = T = S. Gradients come back as they lie.
+
+Forward, a program takes one head of one image, keeps its keys and values on chip, and goes through the queries.
+Backward it keeps the queries, the output's gradient and the gradient of q on chip and goes through the keys, whose
+gradients are complete when it leaves them. So each tensor is read and written once, and no gradient is added up in
+memory.
+
+Bytes at least, in D: forward R + 2 T read, R written, a float32 value a row and head; backward 3 R + 2 T read, R + 2 T
+written. B = 256, R = T = 197, D = 512, bfloat16: 206 and 413 MB.
+"""
+
+import torch
+from torch import Tensor
+
+from mirl.kernels.checks import check_device, check_float, check_shape
+from mirl.kernels.dispatch import uses_triton
+from mirl.kernels.launch import ceil_div, on_device_of, rows_contiguous
+from mirl.kernels.registration import KernelOp, wrap_triton
+from mirl.kernels.triton_import import tl, triton
+
+MOST_QUERIES = 256
+MOST_KEYS = 320
+HEAD_SIZE = 32
+LOG2_E = 1.4426950408889634
+KEYS = 64  # of a tile
+
+
+def decoder_attention_reference(q: Tensor, kv_BT2D: Tensor | None, heads: int) -> Tensor:
+    """Two products with a softmax between them."""
+    q_BRD, k_BTD, v_BTD = q.chunk(3, dim=-1) if kv_BT2D is None else (q, *kv_BT2D.chunk(2, dim=-1))
+    q_BHRd, k_BHTd, v_BHTd = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q_BRD, k_BTD, v_BTD))
+    scores_BHRT = (q_BHRd * q_BHRd.shape[-1] ** -0.5) @ k_BHTd.transpose(-1, -2)
+    return (torch.softmax(scores_BHRT, dim=-1) @ v_BHTd).transpose(1, 2).flatten(2)
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, kv_ptr, out_ptr, lse_ptr, queries, keys, q_stride_b, q_stride_r, kv_stride_b, kv_stride_t, exponent_scale,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCKS: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    image, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    width = HEADS * SIZE
+    row, key_row, column = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, SIZE)
+    k_ptr = q_ptr + width if PACKED else kv_ptr
+    k_ptr += image * kv_stride_b + head * SIZE
+    all_k, all_v = (), ()
+    for j in tl.static_range(BLOCKS):
+        key = j * KEYS + key_row[:, None]
+        source = k_ptr + key.to(tl.int64) * kv_stride_t + column[None, :]
+        all_k = all_k + (tl.load(source, mask=key < keys, other=0.0),)
+        all_v = all_v + (tl.load(source + width, mask=key < keys, other=0.0),)
+    for start in range(0, queries, ROWS):
+        query = start + row[:, None]
+        q_source = q_ptr + image * q_stride_b + query * q_stride_r + head * SIZE + column[None, :]
+        q = tl.load(q_source, mask=query < queries, other=0.0)
+        largest = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((ROWS,), dtype=tl.float32)
+        out = tl.zeros((ROWS, SIZE), dtype=tl.float32)
+        for j in tl.static_range(BLOCKS):
+            scores = tl.dot(q, tl.trans(all_k[j]), input_precision="ieee")
+            if j == BLOCKS - 1:
+                scores = tl.where(j * KEYS + key_row[None, :] < keys, scores, float("-inf"))
+            larger = tl.maximum(largest, tl.max(scores, axis=1))
+            weights = tl.exp2(scores * exponent_scale - (larger * exponent_scale)[:, None])
+            before = tl.exp2((largest - larger) * exponent_scale)
+            total = total * before + tl.sum(weights, axis=1)
+            out = tl.dot(weights.to(q.dtype), all_v[j], out * before[:, None], input_precision="ieee")
+            largest = larger
+        target = out_ptr + (image * queries + query) * width + head * SIZE + column[None, :]
+        tl.store(target, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=query < queries)
+        lse = largest * exponent_scale + tl.log2(total)
+        lse_target = lse_ptr + tl.program_id(0).to(tl.int64) * queries + start + row
+        tl.store(lse_target, lse, mask=start + row < queries)
+
+
+@triton.jit
+def _backward_kernel(
+    q_ptr, kv_ptr, out_ptr, lse_ptr, grad_ptr, grad_q_ptr, grad_kv_ptr, queries, keys,
+    q_stride_b, q_stride_r, kv_stride_b, kv_stride_t, grad_stride_b, grad_stride_r, gkv_stride_b, gkv_stride_t,
+    exponent_scale, scale,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCKS: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    image, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    width = HEADS * SIZE
+    row, key_row, column = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, SIZE)
+    q_ptr += image * q_stride_b + head * SIZE
+    all_q, all_grad, all_lse, all_delta, all_grad_q = (), (), (), (), ()
+    for i in tl.static_range(BLOCKS):
+        query = i * ROWS + row[:, None]
+        inside = query < queries
+        all_q = all_q + (tl.load(q_ptr + query * q_stride_r + column[None, :], mask=inside, other=0.0),)
+        grad_source = grad_ptr + image * grad_stride_b + query * grad_stride_r + head * SIZE + column[None, :]
+        grad = tl.load(grad_source, mask=inside, other=0.0)
+        out_source = out_ptr + (image * queries + query) * width + head * SIZE + column[None, :]
+        out = tl.load(out_source, mask=inside, other=0.0)
+        all_grad = all_grad + (grad,)
+        all_delta = all_delta + (tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1),)
+        lse_source = lse_ptr + tl.program_id(0).to(tl.int64) * queries + i * ROWS + row
+        # Rows past the last query: exp2 of minus infinity, no weight.
+        all_lse = all_lse + (tl.load(lse_source, mask=i * ROWS + row < queries, other=float("inf")),)
+        all_grad_q = all_grad_q + (tl.zeros((ROWS, SIZE), dtype=tl.float32),)
+    k_ptr = (q_ptr + width) if PACKED else (kv_ptr + image * kv_stride_b + head * SIZE)
+    gk_ptr = (grad_q_ptr + width) if PACKED else grad_kv_ptr
+    gk_ptr += image * gkv_stride_b + head * SIZE
+    for start in range(0, keys, KEYS):
+        key = start + key_row[:, None]
+        source = k_ptr + key.to(tl.int64) * kv_stride_t + column[None, :]
+        k = tl.load(source, mask=key < keys, other=0.0)
+        v = tl.load(source + width, mask=key < keys, other=0.0)
+        grad_k = tl.zeros((KEYS, SIZE), dtype=tl.float32)
+        grad_v = tl.zeros((KEYS, SIZE), dtype=tl.float32)
+        summed = ()
+        for i in tl.static_range(BLOCKS):
+            scores = tl.dot(all_q[i], tl.trans(k), input_precision="ieee")
+            # No weight is above 1. Past the last key, where a score is no score, the exponent would know no bound.
+            exponent = tl.minimum(scores * exponent_scale - all_lse[i][:, None], 0.0)
+            weights = tl.exp2(exponent)
+            grad_v = tl.dot(tl.trans(weights.to(k.dtype)), all_grad[i], grad_v, input_precision="ieee")
+            grad_weights = tl.dot(all_grad[i], tl.trans(v), input_precision="ieee")
+            grad_scores = (weights * (grad_weights - all_delta[i][:, None])).to(k.dtype)
+            grad_k = tl.dot(tl.trans(grad_scores), all_q[i], grad_k, input_precision="ieee")
+            # Keys past the last are zeros here.
+            summed = summed + (tl.dot(grad_scores, k, all_grad_q[i], input_precision="ieee"),)
+        all_grad_q = summed
+        target = gk_ptr + key.to(tl.int64) * gkv_stride_t + column[None, :]
+        tl.store(target, (grad_k * scale).to(grad_q_ptr.dtype.element_ty), mask=key < keys)
+        tl.store(target + width, grad_v.to(grad_q_ptr.dtype.element_ty), mask=key < keys)
+    for i in tl.static_range(BLOCKS):
+        query = i * ROWS + row[:, None]
+        target = grad_q_ptr + (image * queries + query) * (3 * width if PACKED else width) + head * SIZE
+        rounded = (all_grad_q[i] * scale).to(grad_q_ptr.dtype.element_ty)
+        tl.store(target + column[None, :], rounded, mask=query < queries)
+
+
+def _sizes(q: Tensor, kv: Tensor | None, heads: int) -> tuple[int, int, int, int]:
+    """B, R, T, D."""
+    batch, queries, width = q.shape
+    return (batch, queries, queries, width // 3) if kv is None else (batch, queries, kv.shape[1], width)
+
+
+def _tile(rows: int, blocks: int, warps: int, heads: int, width: int, packed: bool) -> dict[str, int | bool]:
+    return {
+        "HEADS": heads, "SIZE": width // heads, "ROWS": rows, "KEYS": KEYS, "BLOCKS": blocks, "PACKED": packed,
+        "num_warps": warps, "num_stages": 2,
+    }  # fmt: skip
+
+
+def _decoder_attention(q: Tensor, kv_BT2D: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
+    """-> out [B, R, D]; float32 [B, H, R]: logarithms, base 2, of the sums that the softmax divides by.
+
+    `q` is [B, R, D], or [B, S, 3D] where `kv_BT2D` is None.
+    """
+    q = rows_contiguous(q)
+    packed = kv_BT2D is None
+    kv = q if kv_BT2D is None else rows_contiguous(kv_BT2D)
+    batch, queries, keys, width = _sizes(q, kv_BT2D, heads)
+    out_BRD = torch.empty(batch, queries, width, device=q.device, dtype=q.dtype)
+    lse_BHR = torch.empty(batch, heads, queries, device=q.device, dtype=torch.float32)
+    tile = _tile(64, ceil_div(keys, KEYS), 4, heads, width, packed)
+    with on_device_of(q):
+        wrap_triton(_forward_kernel)[(batch * heads,)](
+            q, None if packed else kv, out_BRD, lse_BHR, queries, keys, q.stride(0), q.stride(1),
+            kv.stride(0), kv.stride(1), LOG2_E * (width // heads) ** -0.5, **tile,
+        )  # fmt: skip
+    return out_BRD, lse_BHR
+
+
+def _decoder_attention_backward(
+    q: Tensor, kv_BT2D: Tensor | None, out_BRD: Tensor, lse_BHR: Tensor, grad_BRD: Tensor, heads: int
+) -> tuple[Tensor, Tensor]:
+    """-> gradients shaped as `q`, and as `kv_BT2D` with its layout; the second is empty where that is None."""
+    q, grad_BRD = rows_contiguous(q), rows_contiguous(grad_BRD)
+    packed = kv_BT2D is None
+    kv = q if kv_BT2D is None else rows_contiguous(kv_BT2D)
+    batch, queries, keys, width = _sizes(q, kv_BT2D, heads)
+    grad_q = torch.empty(q.shape, device=q.device, dtype=q.dtype)
+    grad_kv = torch.empty(0, device=q.device, dtype=q.dtype) if packed else torch.empty_like(kv)
+    # 192 queries are three tiles of 64 in the registers of four warps; more are two tiles of 128 in those of eight.
+    rows, warps = (64, 4) if queries <= 192 else (128, 8)
+    tile = _tile(rows, ceil_div(queries, rows), warps, heads, width, packed)
+    scale = (width // heads) ** -0.5
+    grad_keys = grad_q if packed else grad_kv
+    with on_device_of(q):
+        wrap_triton(_backward_kernel)[(batch * heads,)](
+            q, None if packed else kv, out_BRD, lse_BHR, grad_BRD, grad_q, None if packed else grad_kv, queries, keys,
+            q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), grad_BRD.stride(0), grad_BRD.stride(1),
+            grad_keys.stride(0), grad_keys.stride(1), LOG2_E * scale, scale, **tile,
+        )  # fmt: skip
+    return grad_q, grad_kv
+
+
+decoder_attention_backward_op = KernelOp(
+    _decoder_attention_backward,
+    lambda q, kv, out, lse, grad, heads: (
+        q.new_empty(q.shape), q.new_empty(0) if kv is None else torch.empty_like(rows_contiguous(kv)),
+    ),
+    inline=True,
+)  # fmt: skip
+
+
+def _setup(ctx, inputs, output):
+    q, kv_BT2D, heads = inputs
+    out_BRD, lse_BHR = output
+    ctx.mark_non_differentiable(lse_BHR)
+    ctx.set_materialize_grads(False)
+    ctx.heads = heads
+    ctx.save_for_backward(q, kv_BT2D, out_BRD, lse_BHR)
+
+
+def _backward(ctx, grad_BRD, _):
+    q, kv_BT2D, out_BRD, lse_BHR = ctx.saved_tensors
+    if grad_BRD is None:
+        return None, None, None
+    grad_q, grad_kv = decoder_attention_backward_op(q, kv_BT2D, out_BRD, lse_BHR, grad_BRD, ctx.heads)
+    return grad_q, None if kv_BT2D is None else grad_kv, None
+
+
+decoder_attention_op = KernelOp(
+    _decoder_attention,
+    lambda q, kv, heads: (
+        q.new_empty(*q.shape[:2], q.shape[2] // (3 if kv is None else 1)),
+        q.new_empty(q.shape[0], heads, q.shape[1], dtype=torch.float32),
+    ),
+    setup_context=_setup,
+    backward=_backward,
+    inline=True,
+)
+
+
+def decoder_attention_refusal(queries: int, keys: int, head_size: int) -> str | None:
+    """Why these sizes are past the limits of `decoder_attention`, in words; None where they are not."""
+    if not 1 <= queries <= MOST_QUERIES:
+        return f"it holds 1 to {MOST_QUERIES} queries, not {queries}"
+    if not 1 <= keys <= MOST_KEYS:
+        return f"it holds 1 to {MOST_KEYS} keys, not {keys}"
+    return None if head_size == HEAD_SIZE else f"its heads have a size of {HEAD_SIZE}, not {head_size}"
+
+
+def decoder_attention(q: Tensor, kv_BT2D: Tensor | None, heads: int) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of every head -> [B, R, D], in the dtype of `q`.
+
+    q         [B, R, D], or queries, keys and values [B, S, 3D] where `kv_BT2D` is None
+    kv_BT2D   keys, then values, along the last axis; other strides are free, and its gradient has them too
+
+    Statistics and sums are float32; the weights are rounded to the dtype before they meet v. Differentiable in both.
+    Raises: ValueError for wrong shapes, dtypes, devices and for sizes past the limits.
+    """
+    check_float("q", q)
+    check_shape("q", q, (None, None, None), "[B, R, D]")
+    batch, queries, width = q.shape
+    if kv_BT2D is None:
+        width //= 3
+    else:
+        check_shape("kv_BT2D", kv_BT2D, (batch, None, 2 * width), "[B, T, 2D]")
+        if kv_BT2D.dtype != q.dtype:
+            raise ValueError(f"kv_BT2D has dtype {kv_BT2D.dtype}, q {q.dtype}; cast one of them")
+    if heads < 1 or q.shape[2] % (heads * (3 if kv_BT2D is None else 1)):
+        raise ValueError(f"heads is {heads}, which does not divide {q.shape[2]} channels of q")
+    keys = queries if kv_BT2D is None else kv_BT2D.shape[1]
+    refusal = decoder_attention_refusal(queries, keys, width // heads)
+    if refusal is not None:
+        raise ValueError(f"decoder_attention has limits: {refusal}")
+    check_device(q, kv_BT2D=kv_BT2D)
+    if not uses_triton(q):
+        return decoder_attention_reference(q, kv_BT2D, heads)
+    return decoder_attention_op(q, kv_BT2D, heads)[0]

@@ -1,0 +1,73 @@
+"""The model under our attention kernels: the same loss and gradients, of the bias in qkv too, and what is past them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mirl import kernels
+from mirl.engine.models import Execution
+from mirl.engine.models.layers import QKVLinear
+from mirl.kernels import AttentionBackend
+from tests.engine.models.helpers import gradients, make_inputs, make_model, tiny_config
+
+OWN, MATH = (AttentionBackend(name, "for a test") for name in ("own", "math"))
+SIZES = {"width": 64, "heads": 2, "decoder_width": 64, "decoder_heads": 2}
+
+
+def loss_and_gradients(model, backend, recompute=False):
+    images, noise = make_inputs(model.config)
+    model.set_attention(backend, images.device, torch.float64)
+    model.set_execution(Execution(recompute=recompute))
+    loss = model(images, noise=noise).loss
+    return loss.detach(), gradients(model, loss)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("variant", ["paper", "release"])
+def test_loss_and_gradients_are_those_of_math(variant, recompute):
+    model = make_model(tiny_config(variant=variant, **SIZES))
+    loss, grads = loss_and_gradients(model, OWN, recompute)
+    expected_loss, expected = loss_and_gradients(model, MATH, recompute)
+    assert torch.allclose(loss, expected_loss, rtol=1e-12)
+    assert grads.keys() == expected.keys()
+    for name, grad in expected.items():
+        # The gradient of a bias of keys is zero but for rounding.
+        assert torch.allclose(grads[name], grad, rtol=1e-8, atol=1e-12), name
+
+
+def test_attention_makes_the_gradient_of_the_bias_and_the_projection_does_not(monkeypatch):
+    seen = []
+    forward = QKVLinear.forward
+
+    def noted(self, x, part="qkv", asking_BRD=None, *, bias_gradient=True):
+        seen.append((part, bias_gradient))
+        return forward(self, x, part, asking_BRD, bias_gradient=bias_gradient)
+
+    monkeypatch.setattr(QKVLinear, "forward", noted)
+    model = make_model(tiny_config(**SIZES))
+    for backend, expected in ((OWN, False), (MATH, True)):
+        seen.clear()
+        loss_and_gradients(model, backend)
+        assert seen[: model.config.depth] == [("qkv", expected)] * model.config.depth
+        assert all(bias_gradient for _, bias_gradient in seen[model.config.depth :])
+
+
+def test_what_is_past_the_limits_is_computed_by_another():
+    """Heads of 8 and 12: ours would refuse, the model goes on."""
+    model = make_model(tiny_config())
+    loss, grads = loss_and_gradients(model, AttentionBackend("own", "for a test", otherwise="math"))
+    expected_loss, expected = loss_and_gradients(model, MATH)
+    assert torch.equal(loss, expected_loss) and all(torch.equal(grads[name], grad) for name, grad in expected.items())
+    with pytest.raises(ValueError, match="own attention has limits: its heads have a size of 32, not 8"):
+        kernels.attention(*[torch.zeros(1, 4, 3, 8)] * 3, backend=OWN)
+
+
+def test_separate_queries_keys_and_values_are_taken_too():
+    q, k, v = (torch.randn(2, 9, 2, 32, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    for backend in (OWN, MATH):
+        out = kernels.attention(q, k, v, backend=backend)
+        grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+        if backend is OWN:
+            first = (out, *grads)
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(first, (out, *grads), strict=True))
