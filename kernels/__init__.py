@@ -14,6 +14,7 @@ from mirl.kernels.attention import AttentionBackend, attention, resolve_attentio
 from mirl.kernels.bias_gelu import bias_gelu
 from mirl.kernels.checks import set_debug
 from mirl.kernels.dispatch import describe_dispatch
+from mirl.kernels.flat_adamw import flat_adamw
 from mirl.kernels.gather_patches import gather_patches
 from mirl.kernels.gather_tokens import assemble_tokens, gather_tokens
 from mirl.kernels.masked_residual_mse import masked_residual_mse, masked_residual_mse_full
@@ -26,6 +27,7 @@ __all__ = [
     "attention",
     "bias_gelu",
     "describe_dispatch",
+    "flat_adamw",
     "gather_patches",
     "gather_tokens",
     "masked_residual_mse",

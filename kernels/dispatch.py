@@ -23,6 +23,7 @@ OPS = (
     "masked_residual_mse",
     "residual_layer_norm",
     "bias_gelu",
+    "flat_adamw",
 )
 
 

@@ -5,7 +5,7 @@ mode, which hundreds of calls a step would pay, so plain tensors outside a trace
 the same three functions instead. Both ways run the same launch, setup_context and backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class KernelOp:
     fake           shapes and dtypes of the outputs from those of the inputs
     setup_context  (ctx, inputs, output), backward (ctx, *grads): as in torch.library.register_autograd; both or none
     direct         False for ops with lists of tensors, which autograd.Function cannot see into
+    mutates        names of the arguments that the launch writes to, in place of outputs
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class KernelOp:
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         direct: bool = True,
+        mutates: Sequence[str] = (),
     ):
         name = launch.__name__.lstrip("_")
-        definition = torch.library.custom_op(f"{NAMESPACE}::{name}", launch, mutates_args=())
+        definition = torch.library.custom_op(f"{NAMESPACE}::{name}", launch, mutates_args=tuple(mutates))
         definition.register_fake(fake)
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
         self._direct = launch if direct else None
