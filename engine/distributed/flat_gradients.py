@@ -104,6 +104,8 @@ class FlatGradients:
         accumulation: int,
         is_last_pass: Callable[[], bool],
     ) -> None:
+        # Whether `finish` leaves the sums of the ranks' gradients as they are, for a step that averages them itself.
+        self.leaves_sums = False
         self._groups = groups
         self._is_last_pass = is_last_pass
         self._process_group = process_group
@@ -241,7 +243,8 @@ class FlatGradients:
         """End a backward pass.
 
         Returns the averaged float32 gradient of this rank's part of each group after the last pass of a step, nothing
-        after the others.
+        after the others. With ``leaves_sums`` they are the sums, in the dtype of the buffer and as long as nothing is
+        collected.
         """
         self._write()
         for slot in self._slots.values():
@@ -255,6 +258,9 @@ class FlatGradients:
             self._reduce_next()
         for work in self._works:
             work.wait()
+        if self.leaves_sums:
+            self._begin()
+            return self._reduced
         averaged = []
         for number, reduced in enumerate(self._reduced):
             partition = self._in_float32(number)
@@ -279,17 +285,25 @@ class FlatGradients:
             self._kept[number] = torch.empty_like(reduced, dtype=torch.float32)
         return self._kept[number]
 
-    def norm(self, averaged: Iterable[Tensor]) -> Tensor:
-        """Return the norm of the whole gradient over all groups and ranks, a scalar.
+    def norm(self, finished: Iterable[Tensor]) -> Tensor:
+        """Return the norm of the whole averaged gradient over all groups and ranks, a float32 scalar.
 
-        It is NaN or infinite where one of the values is. ``averaged``: what `finish` returned.
+        It is NaN or infinite where one of the values is. ``finished``: what `finish` returned.
         """
-        norms = []
-        for partition in averaged:
-            whole = partition.numel() // NORM_PIECE * NORM_PIECE
-            rows, rest = partition[:whole].view(-1, NORM_PIECE), partition[whole:]
-            norms += [torch.linalg.vector_norm(rows, dim=1), torch.linalg.vector_norm(rest).reshape(1)]
-        squares = torch.cat(norms).square().sum()
+        squares = sum_of_squares(finished)
         if self._world_size > 1:
             torch.distributed.all_reduce(squares, group=self._process_group)
-        return squares.sqrt()
+        return squares.sqrt() / self._world_size if self.leaves_sums else squares.sqrt()
+
+
+def sum_of_squares(parts: Iterable[Tensor]) -> Tensor:
+    """Of all values of flat ``parts``, added up in float32: a scalar, not finite where a value is not."""
+    norms = []
+    for part in parts:
+        whole = part.numel() // NORM_PIECE * NORM_PIECE
+        rows, rest = part[:whole].view(-1, NORM_PIECE), part[whole:]
+        norms += [
+            torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32),
+            torch.linalg.vector_norm(rest, dtype=torch.float32).reshape(1),
+        ]
+    return torch.cat(norms).square().sum()
