@@ -43,11 +43,14 @@ def forecast_step(
     accumulation: int = 1,
     stage: int = 2,
     links: Links | None = None,
+    one_pass: bool = False,
 ) -> StepForecast:
-    """Predict a step of the model that ``build`` makes; see `fake_step` for it. ``stage``: of ZeRO."""
+    """Predict a step of the model that ``build`` makes; see `fake_step` for it. ``stage``: of ZeRO; ``one_pass``: how
+    its optimiser steps, see `optimiser_operators`.
+    """
     links = links or Links(node_bytes_per_s=LINK_SHARE * device.link)
     seen = fake_step(build, micro_batch)
-    last = optimiser_operators(seen.parameters, gpus, accumulation=accumulation)
+    last = optimiser_operators(seen.parameters, gpus, accumulation=accumulation, one_pass=one_pass)
     found = times(seen.operators, device, accumulation=accumulation, step=last)
     sent = link_seconds(sum(seen.parameters), stage, gpus, accumulation, links)
     return StepForecast(

@@ -121,6 +121,12 @@ class TrainEngine:
         return self._in_flat_weights and patches.can_step_in_one_pass(self._optimizer)
 
     @property
+    def flat_share(self) -> tuple[int, torch.dtype, bool]:
+        """What a step in one pass goes over: values of this rank, the dtype of their gradients, whether it clips."""
+        assert self._flat is not None, "one pass goes over flat gradients"
+        return *self._flat.share, self._optimizer.clip_grad > 0
+
+    @property
     def steps_in_one_pass(self) -> bool:
         return self._one_pass is not None
 

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Gradients wait for each other until so many values can be copied by one call: few launches on a GPU, and on a CPU the
-# values still lie in the cache.
+# Gradients wait for each other until so many values can be copied by one call: on a CPU they still lie in the cache, on
+# a GPU a call moves more than it costs to begin, and what is reduced after the last one is still little.
 COPIED_TOGETHER = 2**20
+COPIED_TOGETHER_ON_GPU = 2**24
 # Neighbours in the buffer that are both smaller are reduced together, for all ranks.
 LEAST_PIECE = 2**20
 # The norm is that of the norms of pieces of this length: one float32 sum over all squares would lose digits, and a CPU
@@ -33,17 +34,22 @@ NORM_PIECE = 2**18
 ALIGNMENT = 64
 
 
-def most_waiting(parameters: int) -> int:
+def copied_together(*, on_gpu: bool) -> int:
+    """Values that wait for each other."""
+    return COPIED_TOGETHER_ON_GPU if on_gpu else COPIED_TOGETHER
+
+
+def most_waiting(parameters: int, *, on_gpu: bool) -> int:
     """The most values of gradients that wait to be copied at a time, of a model with so many ``parameters``."""
-    return min(COPIED_TOGETHER, parameters)
+    return min(copied_together(on_gpu=on_gpu), parameters)
 
 
-def copies_of_gradients(parameters: Sequence[int]) -> int:
+def copies_of_gradients(parameters: Sequence[int], *, on_gpu: bool) -> int:
     """Calls that copy the gradients of a backward pass, of a model whose parameters have so many values each."""
-    copies, waiting = 0, 0
+    copies, waiting, together = 0, 0, copied_together(on_gpu=on_gpu)
     for values in reversed(parameters):
         waiting += values
-        if waiting >= COPIED_TOGETHER:
+        if waiting >= together:
             copies, waiting = copies + 1, 0
     return copies + (waiting > 0)
 
@@ -113,6 +119,7 @@ class FlatGradients:
         self._rank = torch.distributed.get_rank(process_group)
         self._pending: list[tuple[_Slot, Tensor]] = []
         self._pending_values = 0
+        self._together = copied_together(on_gpu=groups[0].weights.is_cuda)
         self._works: list[Any] = []
         self._kept: dict[int, Tensor] = {}
 
@@ -141,6 +148,11 @@ class FlatGradients:
     def parameters(self) -> list[nn.Parameter]:
         """The parameters whose gradients are taken, in the order of the model."""
         return list(self._slots)
+
+    @property
+    def share(self) -> tuple[int, torch.dtype]:
+        """Values that this rank owns, in all groups, and the dtype in which they are added up."""
+        return sum(part.numel() for part in self._reduced), self._flat.dtype
 
     # --- layout
 
@@ -195,7 +207,7 @@ class FlatGradients:
         gradient, parameter.grad = parameter.grad, None
         self._pending.append((self._slots[parameter], gradient))
         self._pending_values += gradient.numel()
-        if self._pending_values >= COPIED_TOGETHER:
+        if self._pending_values >= self._together:
             self._write()
 
     @torch.no_grad()
