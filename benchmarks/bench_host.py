@@ -3,7 +3,7 @@
     python -m benchmarks.bench_host --models vit_b_48 vit_s_54                # this checkout
     python -m benchmarks.bench_host --against OTHER_CHECKOUT --compile inductor
 
-A step is a forward pass, a backward pass and a step of `TrainEngine` (ZeRO-2, bf16, one rank, one thread) with the
+A step is a forward pass, a backward pass and a step of `TrainEngine` (ZeRO-2, one rank, one thread) with the
 depth, the decoders and the calls of the named model, on two images of 64 pixels. What is left is Python, torch's
 dispatcher and autograd, and what a CPU takes for products of a few values each, which a GPU's launches replace.
 
@@ -39,6 +39,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["vit_b_48", "vit_s_54"], metavar="NAME")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout, to be timed in turns")
     parser.add_argument("--compile", default="none", choices=("none", "aot_eager", "inductor"), help="of the regions")
+    parser.add_argument(
+        "--precision",
+        default="bf16",
+        choices=("bf16", "fp32"),
+        help="a CPU's small products in fp32 are cheap, so that what is left is nearer to what a GPU's host does",
+    )
     parser.add_argument("--rounds", type=int, default=6, help="turns of each checkout")
     parser.add_argument("--steps", type=int, default=5, help="steps of a turn")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all samples there, as JSON")
@@ -46,7 +52,7 @@ def main() -> None:
     parser.add_argument("--serve", metavar="MODEL", help=argparse.SUPPRESS)
     known = parser.parse_args()
     if known.serve:
-        serve(known.serve, known.compile, known.profile)
+        serve(known)
         return
     checkouts = {"new": HERE} | ({"old": known.against.resolve()} if known.against else {})
     everything = {}
@@ -55,7 +61,10 @@ def main() -> None:
         for line in describe(model, samples):
             print(line, flush=True)
     if known.out:
-        known.out.write_text(json.dumps({"compile": known.compile, "milliseconds": everything}, indent=1) + "\n")
+        known.out.write_text(
+            json.dumps({"compile": known.compile, "precision": known.precision, "milliseconds": everything}, indent=1)
+            + "\n"
+        )
 
 
 def in_turns(model: str, checkouts: dict[str, Path], known: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
@@ -92,7 +101,7 @@ class Worker:
 
     def __init__(self, model: str, checkout: Path, known: argparse.Namespace) -> None:
         command = [sys.executable, str(Path(__file__).resolve()), "--serve", model, "--compile", known.compile]
-        command += ["--profile"] if known.profile else []
+        command += ["--precision", known.precision, *(["--profile"] if known.profile else [])]
         environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             command, cwd=checkout, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -131,16 +140,16 @@ def module_of(now: str, once: str) -> Any:
     return found
 
 
-def serve(name: str, backend: str, profiled: bool) -> None:
+def serve(known: argparse.Namespace) -> None:
     """Take as many steps as each line of stdin says, and print their processor times as a line of JSON."""
-    step = build(name, backend)
+    step = build(known.serve, known.compile, known.precision)
     for _ in range(WARM_UP):
         step()
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         times = [step() for _ in range(int(line))]
         print(json.dumps({part: [1e3 * t[i] for t in times] for i, part in enumerate(PARTS)}), flush=True)
-    if profiled:
+    if known.profile:
         import cProfile
         import pstats
 
@@ -152,7 +161,7 @@ def serve(name: str, backend: str, profiled: bool) -> None:
         pstats.Stats(profile, stream=sys.stderr).sort_stats("tottime").print_stats(45)
 
 
-def build(name: str, backend: str) -> Any:
+def build(name: str, backend: str, precision: str) -> Any:
     """A function that takes one step and returns the processor seconds of its parts."""
     import torch
 
@@ -168,10 +177,10 @@ def build(name: str, backend: str) -> Any:
     config = dataclasses.replace(models.model_config(name), **NARROW)
     settings = configs.PretrainConfig(
         recipe="bench", model=config, data=configs.DataConfig(),
-        optim=configs.OptimConfig(batch_size=IMAGES, steps=1), run=configs.RunConfig(precision="bf16"),
+        optim=configs.OptimConfig(batch_size=IMAGES, steps=1), run=configs.RunConfig(precision=precision),
     )  # fmt: skip
     values = ds_config.resolve_ds_config(
-        ds_config.read_ds_config("zero2"), settings, micro_batch=IMAGES, accumulation=1, precision="bf16",
+        ds_config.read_ds_config("zero2"), settings, micro_batch=IMAGES, accumulation=1, precision=precision,
         device=device,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -217,18 +217,10 @@ class FlatGradients:
         more: list[tuple[Tensor, Tensor]] = []
         last_pass = self._is_last_pass()
         for slot, gradient in self._pending:
-            if any(piece.reducing for piece in slot.pieces):
-                raise RuntimeError(
-                    f"the gradient of {slot.name} came again after it had been reduced: this backward pass visits a "
-                    "parameter more than once, as reentrant recomputation does: give torch.utils.checkpoint "
-                    "use_reentrant=False"
-                )
             (more if slot.written else firsts).append((slot.view, gradient))
             slot.written = True
-            if last_pass and not slot.counted:
-                slot.counted = True
-                for piece in slot.pieces:
-                    piece.missing -= 1
+            if slot.pieces:  # none on one rank
+                self._count(slot, last_pass)
         self._pending.clear()
         self._pending_values = 0
         if firsts:
@@ -237,6 +229,19 @@ class FlatGradients:
             view.add_(gradient)
         while self._next < len(self._order) and not self._order[self._next].missing:
             self._reduce_next()
+
+    def _count(self, slot: _Slot, last_pass: bool) -> None:
+        """Note that the gradient of ``slot`` is written, for the pieces that wait for it."""
+        if any(piece.reducing for piece in slot.pieces):
+            raise RuntimeError(
+                f"the gradient of {slot.name} came again after it had been reduced: this backward pass visits a "
+                "parameter more than once, as reentrant recomputation does: give torch.utils.checkpoint "
+                "use_reentrant=False"
+            )
+        if last_pass and not slot.counted:
+            slot.counted = True
+            for piece in slot.pieces:
+                piece.missing -= 1
 
     def _reduce_next(self) -> None:
         piece = self._order[self._next]

@@ -6,6 +6,7 @@ Shapes: B batch, N patches, K kept, P patch side, C channels, Q = P * P * C, D w
 from __future__ import annotations
 
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,6 @@ class Encoder(nn.Module):
 
     def _run_blocks(self, first: int, last: int, x_BSD: Tensor) -> Tensor:
         delta_BSD = None
-        for block in self.blocks[first:last]:
+        for block in islice(self.blocks, first, last):  # a slice of a ModuleList is another module, made each time
             x_BSD, delta_BSD = block.branches(x_BSD, delta_BSD)
         return x_BSD + delta_BSD
