@@ -200,16 +200,19 @@ ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=CPU
 class SeenSearch:
     """A backend that runs graphs as they are, and notes Inductor's settings as each is compiled."""
 
-    def __init__(self, *, failing: bool = False) -> None:
+    def __init__(self, fault: str = "") -> None:
         self.seen: list[dict[str, Any]] = []
-        self.failing = failing
+        self.fault = fault  # of the search
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
         settings = {name: getattr(inductor_config, name) for name in SEARCH}
         self.seen.append(settings)
-        if self.failing and settings["max_autotune_gemm"]:
-            raise RuntimeError("no valid triton configs")
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        run = torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        if self.fault and settings["max_autotune_gemm"]:
+            if self.fault != "wrong":
+                raise RuntimeError(self.fault)
+            return lambda *arguments: [1.5 * result for result in run(*arguments)]
+        return run
 
 
 def test_the_search_reaches_inductor_and_its_time_is_told() -> None:
@@ -225,14 +228,21 @@ def test_the_search_reaches_inductor_and_its_time_is_told() -> None:
     assert not inductor_config.max_autotune_gemm, "the setting outlived the search"
 
 
-def test_a_search_that_fails_leaves_plain_regions_and_says_so() -> None:
-    model, backend = make_model(tiny_config(**SMALL), dtype=torch.float32), SeenSearch(failing=True)
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("no valid triton configs", "RuntimeError: no valid triton configs"),
+        ("wrong", "a trial step differs from eager"),
+    ],
+)
+def test_a_search_that_fails_leaves_plain_regions_and_says_so(fault: str, told: str) -> None:
+    model, backend = make_model(tiny_config(**SMALL), dtype=torch.float32), SeenSearch(fault)
+    expected = step(model).loss
     choice = search_regions(model, 3, ALONE, backend=backend)  # type: ignore[arg-type]
     assert choice.on and not choice.search
-    assert "WITHOUT THE SEARCH OF PRODUCTS, which failed on rank 0" in choice.reason
-    assert choice.reason.endswith("on rank 0: RuntimeError: no valid triton configs")
+    assert f"WITHOUT THE SEARCH OF PRODUCTS, which failed on rank 0: {told}" in choice.reason
     assert [settings["max_autotune_gemm"] for settings in backend.seen].count(False) == expected_graphs(model)
-    step(model).loss.backward()
+    torch.testing.assert_close(step(model).loss, expected, rtol=1e-5, atol=0)
 
 
 class TwoRanks(Ranks):
