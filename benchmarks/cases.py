@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.adamw import adamw
 
 from mirl import kernels
+from mirl.kernels.flat_adamw import Coefficients
 
 PATCH = 16
 Q = PATCH * PATCH * 3
@@ -265,6 +267,36 @@ def decoder_attention(size: Size, backward: bool, sources: int) -> Case:
     return Case(name, str(size), ours, eager, (q, *kv), moved, grads)
 
 
+def flat_adamw(size: Size, backward: bool) -> Case:
+    """One clipped step over the weights of twelve blocks, given the norm; both write to their arguments."""
+    values = 12 * 12 * size.width**2 // (1 if torch.cuda.is_available() else 12)
+    grad = _random(size, values)
+    master, exp_avg, exp_avg_sq = (_random(size, values, dtype=torch.float32) for _ in range(3))
+    state = (master, exp_avg, exp_avg_sq.square_(), grad.new_empty(values))
+    norm, number = grad.float().norm(), torch.full((), 2.0, device=grad.device)
+    numbers = {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.05}
+
+    @torch.no_grad()
+    def eager(grad, master, exp_avg, exp_avg_sq, weight, norm, number):
+        """As DeepSpeed's ZeRO 1 and 2 do it: to float32, clipping, torch's fused AdamW, to the compute dtype."""
+        wide = grad.to(torch.float32, copy=True)
+        wide.mul_(1 / ((norm + 1e-6) / 1.0).clamp(min=1.0))
+        adamw(
+            [master], [wide], [exp_avg], [exp_avg_sq], [], [number], fused=True, amsgrad=False, maximize=False,
+            beta1=0.9, beta2=0.95, **numbers,
+        )  # fmt: skip
+        weight.copy_(master)
+        return master, exp_avg, exp_avg_sq, weight
+
+    def ours(grad, master, exp_avg, exp_avg_sq, weight, norm, number):
+        step = Coefficients.of_step(3, betas=(0.9, 0.95), clip=1.0, **numbers)
+        kernels.flat_adamw(grad, master, exp_avg, exp_avg_sq, weight, norm, step)
+        return master, exp_avg, exp_avg_sq, weight
+
+    moved = values * (2 * size.dtype.itemsize + 6 * 4)  # gradient in, weight out; fp32 state in and out
+    return Case("flat_adamw", f"{size.name} {values}", ours, eager, (grad, *state, norm, number), moved)
+
+
 # Name, maker, directions. The gradient of assemble_tokens is a view; the loss is never wanted without its gradient.
 KERNELS: list[tuple[str, Callable[[Size, bool], Case], tuple[str, ...]]] = [
     ("gather_patches", gather_patches, ("forward",)),
@@ -276,6 +308,7 @@ KERNELS: list[tuple[str, Callable[[Size, bool], Case], tuple[str, ...]]] = [
     ("residual_layer_norm", residual_layer_norm, ("forward", "forward_backward")),
     ("residual_layer_norm_with_bias", residual_layer_norm_with_bias, ("forward_backward",)),
     ("bias_gelu", bias_gelu, ("forward", "forward_backward")),
+    ("flat_adamw", flat_adamw, ("forward",)),
 ]
 # For images of 224 pixels, whose numbers of tokens are within their limits.
 ATTENTION: list[tuple[str, Callable[[Size, bool], Case], tuple[str, ...]]] = [
@@ -284,3 +317,8 @@ ATTENTION: list[tuple[str, Callable[[Size, bool], Case], tuple[str, ...]]] = [
     ("decoder_attention_over_1", lambda size, b: decoder_attention(size, b, 1), ("forward_backward",)),
     ("decoder_attention_over_6", lambda size, b: decoder_attention(size, b, 6), ("forward_backward",)),
 ]
+
+
+def counts(name: str, size: Size, among: list[Size]) -> bool:
+    """Whether case ``name`` of ``size`` is no repetition: an optimiser's step depends on the model alone."""
+    return name != "flat_adamw" or size == next(other for other in among if other.name == size.name)

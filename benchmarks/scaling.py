@@ -55,10 +55,12 @@ def listed(config: ModelConfig, micro_batch: int) -> FakeStep:
     return fake_step(lambda: MIRL(config), micro_batch)
 
 
-def compute(config: ModelConfig, micro_batch: int, accumulation: int, gpus: int, device: Device) -> Times:
+def compute(
+    config: ModelConfig, micro_batch: int, accumulation: int, gpus: int, device: Device, *, one_pass: bool = False
+) -> Times:
     """A step's computation on one of ``gpus`` GPUs, as `mirl plan` predicts it."""
     step = listed(config, micro_batch)
-    last = optimiser_operators(step.parameters, gpus, accumulation=accumulation)
+    last = optimiser_operators(step.parameters, gpus, accumulation=accumulation, one_pass=one_pass)
     return times(step.operators, device, accumulation=accumulation, step=last)
 
 
@@ -81,7 +83,7 @@ def row(
     if micro is None:
         return None
     accumulation = share // micro
-    found = compute(config, micro, accumulation, gpus, device)
+    found = compute(config, micro, accumulation, gpus, device, one_pass=stage < 3)
     link_s = link_seconds(parameters, stage, gpus, accumulation, links)
     step_s = found.compute_s + shown_seconds(link_s, found.compute_s, links)
     states = state_bytes(config, stage, gpus, accumulation=accumulation)

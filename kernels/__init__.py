@@ -21,6 +21,7 @@ from mirl.kernels.bias_gelu import bias_gelu
 from mirl.kernels.checks import set_debug
 from mirl.kernels.decoder_attention import decoder_attention
 from mirl.kernels.dispatch import describe_dispatch
+from mirl.kernels.flat_adamw import flat_adamw
 from mirl.kernels.gather_patches import gather_patches
 from mirl.kernels.gather_tokens import assemble_tokens, gather_tokens, gather_tokens_passing_on
 from mirl.kernels.masked_residual_mse import masked_residual_mse, masked_residual_mse_full
@@ -36,6 +37,7 @@ __all__ = [
     "bias_gelu",
     "decoder_attention",
     "describe_dispatch",
+    "flat_adamw",
     "gather_patches",
     "gather_tokens",
     "gather_tokens_passing_on",

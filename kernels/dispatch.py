@@ -25,6 +25,7 @@ OPS = (
     "bias_gelu",
     "short_attention",
     "decoder_attention",
+    "flat_adamw",
 )
 
 

@@ -11,7 +11,7 @@ NAME_inlined, made when it is first wanted: torch loads its compiler for it.
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class KernelOp:
     setup_context  (ctx, inputs, output), backward (ctx, *grads): as in torch.library.register_autograd; both or none
     direct         False for ops with lists of tensors, which autograd.Function cannot see into
     inline         True where `set_inlined` may take the op apart: every launch in it goes through `wrap_triton`
+    mutates        names of the arguments that the launch writes to, in place of outputs
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class KernelOp:
         backward: Callable[..., Any] | None = None,
         direct: bool = True,
         inline: bool = False,
+        mutates: Sequence[str] = (),
     ):
         name = launch.__name__.lstrip("_")
-        self._name, self._launch, self._fake = name, launch, fake
+        self._name, self._launch, self._fake, self._mutates = name, launch, fake, tuple(mutates)
         self._setup_context, self._backward = setup_context, backward
         self.overload = self._register(name, torch.library.custom_op, launch)
         self._in_graphs, self._inlined = self.overload, None
@@ -77,7 +79,7 @@ class KernelOp:
         return self._direct(*args)
 
     def _register(self, name: str, register: Callable[..., Any], launch: Callable[..., Any]) -> Any:
-        definition = register(f"{NAMESPACE}::{name}", launch, mutates_args=())
+        definition = register(f"{NAMESPACE}::{name}", launch, mutates_args=self._mutates)
         definition.register_fake(self._fake)
         if self._backward is not None:
             definition.register_autograd(self._backward, setup_context=self._setup_context)

@@ -94,20 +94,26 @@ def fake_step(
     return step
 
 
-def optimiser_operators(parameters: Sequence[int], ranks: int, *, accumulation: int = 1) -> Counter[Operator]:
+def optimiser_operators(
+    parameters: Sequence[int], ranks: int, *, accumulation: int = 1, one_pass: bool = False
+) -> Counter[Operator]:
     """What follows the backward passes of a step on one of ``ranks`` under ZeRO 1 or 2 in bf16.
 
-    ``parameters``: values of each, in the order of the model. Bytes a value: the copy into the flat buffer 4, or 10
-    where micro-batches add up in float32; of the rank's share the gradient to float32 6, its norm 4, AdamW 16 read and
-    12 written, the weight to bf16 6.
+    ``parameters``: values of each, in the order of the model. ``one_pass``: as `mirl.kernels.flat_adamw` steps. Bytes a
+    value: the copy into the flat buffer 4, or 10 where micro-batches add up in float32, so that the gradient has 2 or
+    4; of the rank's share the gradient to float32 6, its norm 4, AdamW 16 read and 12 written, the weight to bf16 6. In
+    one pass the norm reads the gradient, and the pass reads it again with 12 and writes 14.
     """
     total = sum(parameters)
-    share, copies = total / ranks, copies_of_gradients(parameters)
-    copied = total * (4 if accumulation == 1 else 10)
+    share, copies = total / ranks, copies_of_gradients(parameters, on_gpu=True)
+    copied, gradient = (total * 4, 2) if accumulation == 1 else (total * 10, 4)
     groups = 2  # with and without weight decay
+    passes = (("gradients_to_fp32", 6), ("norm", 4), ("adamw", 28), ("weights_to_bf16", 6))
+    if one_pass:
+        passes = (("norm", gradient), ("flat_adamw", gradient + 26))
     found: Counter[Operator] = Counter()
     found[Operator("copy_gradients", "step", "optimiser", 1, copied / copies, 0.0)] = copies * accumulation
-    for name, each in (("gradients_to_fp32", 6), ("norm", 4), ("adamw", 28), ("weights_to_bf16", 6)):
+    for name, each in passes:
         found[Operator(name, "step", "optimiser", 1, share * each / groups, 0.0)] = groups
     return found
 

@@ -45,11 +45,15 @@ def forecast_step(
     stage: int = 2,
     links: Links | None = None,
     attention: AttentionBackend = FLASH,
+    one_pass: bool = False,
 ) -> StepForecast:
-    """Predict a step of the model that ``build`` makes; ``attention``: see `fake_step`. ``stage``: of ZeRO."""
+    """Predict a step of the model that ``build`` makes; ``attention``: see `fake_step`. ``stage``: of ZeRO.
+
+    ``one_pass``: how its optimiser steps, see `optimiser_operators`.
+    """
     links = links or Links(node_bytes_per_s=LINK_SHARE * device.link)
     seen = fake_step(build, micro_batch, attention=attention)
-    last = optimiser_operators(seen.parameters, gpus, accumulation=accumulation)
+    last = optimiser_operators(seen.parameters, gpus, accumulation=accumulation, one_pass=one_pass)
     found = times(seen.operators, device, accumulation=accumulation, step=last)
     sent = link_seconds(sum(seen.parameters), stage, gpus, accumulation, links)
     return StepForecast(

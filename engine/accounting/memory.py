@@ -77,6 +77,7 @@ def reduction_bytes(
     *,
     accumulation: int = 1,
     bucket: int = BUCKET_VALUES,
+    on_gpu: bool = True,
 ) -> float:
     """Copies of gradients at the end of the backward pass, when activations are gone: in stage 3 those of a bucket,
     else the last ones on their way into the flat buffer, or a rank's share of it in float32.
@@ -85,7 +86,7 @@ def reduction_bytes(
     if zero_stage == 3:
         return min(bucket, parameters) * (size + 4 / ranks)
     share = 4 / ranks * parameters if precision == "bf16" and accumulation == 1 else 0
-    return max(size * most_waiting(parameters), share)
+    return max(size * most_waiting(parameters, on_gpu=on_gpu), share)
 
 
 def activation_bytes(

@@ -92,7 +92,9 @@ def run_bytes(
     """
     parameters, gradients = footprint.parameters, {"accumulation": accumulation, "bucket": place.bucket}
     states = parameter_bytes(parameters, place.zero_stage, place.ranks, place.precision, **gradients)
-    reduced = reduction_bytes(parameters, place.zero_stage, place.ranks, place.precision, **gradients)
+    reduced = reduction_bytes(
+        parameters, place.zero_stage, place.ranks, place.precision, on_gpu=place.on_gpu, **gradients
+    )
     if place.on_gpu and place.offload:
         states -= 12 / place.ranks * parameters
     work = max(micro_batch * footprint.image_bytes, reduced)

@@ -21,6 +21,7 @@ from mirl.settings import LARGEST, Section
 
 PRECISIONS = ("auto", "bf16", "fp32")
 SWITCHES = ("auto", "on", "off")
+COMPILES = (*SWITCHES, "max")
 SCHEDULES = ("cosine", "step")
 
 
@@ -168,7 +169,12 @@ class RunConfig(Section):
         "recompute activations in the backward pass: none, every, segments, or every n-th block (a number)",
         metavar="none|every|segments|N",
     )
-    compile: str = setting("auto", "compile the bodies of the blocks, once each; auto: on a GPU", choices=SWITCHES)
+    compile: str = setting(
+        "auto",
+        "compile the bodies of the blocks, once each; auto: on a GPU; max: search tilings and epilogues of their "
+        "matrix products too, which takes minutes",
+        choices=COMPILES,
+    )
     fused: str = setting(
         "auto",
         "add + LayerNorm and bias + GELU as one kernel each, outside of compiled regions; auto: on a GPU",
@@ -200,9 +206,9 @@ class RunConfig(Section):
         object.__setattr__(self, "seed", fold_seed(self.seed))
         if self.precision not in PRECISIONS:
             raise UserError(f"precision is {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
-        for name in ("compile", "fused"):
-            if getattr(self, name) not in SWITCHES:
-                raise UserError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(SWITCHES)}")
+        for name, allowed in (("compile", COMPILES), ("fused", SWITCHES)):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if not self.choices:
             raise UserError("choices is empty: give auto, measure, default, or choices.json of another run")
         if self.recompute_pointwise and self.activation_checkpointing != "none":

@@ -24,6 +24,7 @@ from torch import nn
 
 from mirl.engine.distributed.environment import DEEPSPEED_INSTALL
 from mirl.engine.distributed.flat_gradients import FlatGradients, FlatGroup
+from mirl.engine.distributed.one_pass import OnePassAdamW, OwnedGroup
 from mirl.errors import UserError
 
 TESTED_VERSIONS = ("0.19.8",)
@@ -268,6 +269,83 @@ def take_gradients(
     optimizer.backward_epilogue = end_backward
     optimizer.scaled_global_norm = global_norm
     return flat
+
+
+def can_step_in_one_pass(optimizer: Any) -> bool:
+    """Whether `step_in_one_pass` can take the step of ``optimizer``, which has flat gradients and its moments.
+
+    It is AdamW of torch that is stepped, with fp32 state, in the plain form that every run has.
+    """
+    inner = optimizer.optimizer
+    plain = all(not group["amsgrad"] and not group["maximize"] for group in inner.param_groups)
+    wide = all(flat.dtype == torch.float32 for flat in optimizer.single_partition_of_fp32_groups)
+    return (
+        type(inner) is torch.optim.AdamW
+        and plain
+        and wide
+        and optimizer.loss_scale == 1
+        and optimizer.compute_grad_norm
+    )
+
+
+def step_in_one_pass(optimizer: Any, flat: FlatGradients) -> OnePassAdamW:
+    """Put `OnePassAdamW` in the place of DeepSpeed's step of ZeRO 1 and 2; `step_as_before` takes it out again.
+
+    Replaced: `step`, which makes a float32 copy of the gradients, clips it, lets torch step, and copies the weights to
+    the compute dtype: four passes, and a wait for the norm between the first and the second. Buffers, counters and
+    what DeepSpeed's engine reads afterwards (`overflow`, `_global_grad_norm`) are as its own step leaves them.
+    Upstream: no issue was looked for. It can go when test_a_step_still_takes_several_passes_over_the_state fails, which
+    holds the names too; test_one_pass.py holds the values.
+
+    ``flat``: what `take_gradients` returned for ``optimizer``.
+    """
+    from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
+    rank = torch.distributed.get_rank(optimizer.dp_process_group)
+    groups = []
+    for number, settings in enumerate(optimizer.optimizer.param_groups):
+        master = optimizer.single_partition_of_fp32_groups[number]
+        state = optimizer.optimizer.state[master]
+        groups.append(OwnedGroup(
+            master=master.detach(), exp_avg=state["exp_avg"], exp_avg_sq=state["exp_avg_sq"], taken=state["step"],
+            weight=optimizer.parallel_partitioned_bit16_groups[number][rank], settings=settings,
+        ))  # fmt: skip
+    one_pass = OnePassAdamW(
+        groups, norm=flat.norm, ranks=torch.distributed.get_world_size(optimizer.dp_process_group),
+        clip=optimizer.clip_grad,
+    )  # fmt: skip
+
+    def step(closure: Any = None) -> None:
+        optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+        sums = [optimizer.averaged_gradients[number].flat_partition for number in range(len(groups))]
+        norm = one_pass.step(sums, lambda: _gather_weights(optimizer))
+        optimizer.overflow = not bool(norm.isfinite())
+        optimizer._global_grad_norm = float("inf") if optimizer.overflow else norm
+        for number in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[number] = None
+
+    flat.leaves_sums = True
+    optimizer.step = step
+    return one_pass
+
+
+def step_as_before(optimizer: Any, flat: FlatGradients) -> None:
+    """Undo `step_in_one_pass`."""
+    flat.leaves_sums = False
+    vars(optimizer).pop("step", None)
+
+
+def _gather_weights(optimizer: Any) -> None:
+    """Bring every rank's compute weights to all ranks, as the step of ZeRO 1 and 2 does."""
+    from deepspeed.runtime.utils import all_gather_dp_groups
+
+    all_gather_dp_groups(
+        groups_flat=optimizer.bit16_groups_flat,
+        partitioned_param_groups=optimizer.parallel_partitioned_bit16_groups,
+        dp_process_group=optimizer.real_dp_process_group,
+        start_alignment_factor=optimizer.nccl_start_alignment_factor,
+        allgather_bucket_size=optimizer.allgather_bucket_size,
+    )
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> tuple[Any, Any]:

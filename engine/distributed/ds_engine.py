@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from mirl.engine.distributed import deepspeed_patches as patches
+from mirl.engine.distributed.flat_gradients import FlatGradients
+from mirl.engine.distributed.one_pass import OnePassAdamW
 
 DEEPSPEED_VERSION = patches.VERSION
 KINDS = ("weight", *patches.MOMENTS)
@@ -66,12 +68,16 @@ class TrainEngine:
         )
         patches.require_state(self._optimizer, self.stage, [parameter for _, parameter in self._trainable()])
         patches.look_for_nonfinite_gradients(self._optimizer)
+        self._flat: FlatGradients | None = None
+        self._in_flat_weights = False
+        self._one_pass: OnePassAdamW | None = None
         # Stage 3 and offloading keep gradients elsewhere, and DeepSpeed's own ways.
         if flat_gradients and patches.takes_flat_gradients(self._optimizer):
-            patches.take_gradients(
+            self._flat = patches.take_gradients(
                 self._optimizer, model.named_parameters(), accumulation=self._engine.gradient_accumulation_steps()
             )
-            if not patches.spare_walks_over_parameters(self._optimizer):
+            self._in_flat_weights = patches.spare_walks_over_parameters(self._optimizer)
+            if not self._in_flat_weights:
                 self.remarks.append("parameters do not lie in the flat weights: each step walks over all of them")
         patches.make_moments(self._optimizer, self.stage)
 
@@ -107,6 +113,36 @@ class TrainEngine:
             patches.forget_gradients_of_skipped_step(self._optimizer)
         return not self._optimizer.overflow
 
+    # --- the optimiser's step
+
+    @property
+    def can_step_in_one_pass(self) -> bool:
+        """Whether `step_in_one_pass` is open to this engine: ZeRO 1 or 2 with flat gradients, and AdamW of torch."""
+        return self._in_flat_weights and patches.can_step_in_one_pass(self._optimizer)
+
+    @property
+    def flat_share(self) -> tuple[int, torch.dtype, bool]:
+        """What a step in one pass goes over: values of this rank, the dtype of their gradients, whether it clips."""
+        assert self._flat is not None, "one pass goes over flat gradients"
+        return *self._flat.share, self._optimizer.clip_grad > 0
+
+    @property
+    def steps_in_one_pass(self) -> bool:
+        return self._one_pass is not None
+
+    def step_in_one_pass(self, on: bool) -> None:
+        """Take further steps in one pass over the flat buffers, or as DeepSpeed and torch do; between two steps.
+
+        The state is the same and stays where it is, so that checkpoints do not differ. See
+        `mirl.engine.distributed.one_pass`.
+        """
+        assert self._flat is not None, "one pass goes over flat gradients"
+        if on and self._one_pass is None:
+            self._one_pass = patches.step_in_one_pass(self._optimizer, self._flat)
+        elif not on and self._one_pass is not None:
+            patches.step_as_before(self._optimizer, self._flat)
+            self._one_pass = None
+
     def gradient_norm(self) -> float:
         """Global gradient norm of the last step before clipping; synchronises with the device."""
         norm = self._engine.get_global_grad_norm()
@@ -133,6 +169,8 @@ class TrainEngine:
         """
         kinds = KINDS if optimizer_steps else KINDS[:1]
         patches.set_steps(self._optimizer, optimizer_steps)
+        if self._one_pass is not None:
+            self._one_pass.forget_count()
         for name, parameter in self._trainable():
             if self.stage == 3:
                 start, numel = patches.partition_of(parameter)

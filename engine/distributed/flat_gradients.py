@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Gradients wait for each other until so many values can be copied by one call: few launches on a GPU, and on a CPU the
-# values still lie in the cache.
+# Gradients wait for each other until so many values can be copied by one call: on a CPU they still lie in the cache, on
+# a GPU a call moves more than it costs to begin, and what is reduced after the last one is still little.
 COPIED_TOGETHER = 2**20
+COPIED_TOGETHER_ON_GPU = 2**24
 # Neighbours in the buffer that are both smaller are reduced together, for all ranks.
 LEAST_PIECE = 2**20
 # The norm is that of the norms of pieces of this length: one float32 sum over all squares would lose digits, and a CPU
@@ -33,17 +34,22 @@ NORM_PIECE = 2**18
 ALIGNMENT = 64
 
 
-def most_waiting(parameters: int) -> int:
+def copied_together(*, on_gpu: bool) -> int:
+    """Values that wait for each other."""
+    return COPIED_TOGETHER_ON_GPU if on_gpu else COPIED_TOGETHER
+
+
+def most_waiting(parameters: int, *, on_gpu: bool) -> int:
     """The most values of gradients that wait to be copied at a time, of a model with so many ``parameters``."""
-    return min(COPIED_TOGETHER, parameters)
+    return min(copied_together(on_gpu=on_gpu), parameters)
 
 
-def copies_of_gradients(parameters: Sequence[int]) -> int:
+def copies_of_gradients(parameters: Sequence[int], *, on_gpu: bool) -> int:
     """Calls that copy the gradients of a backward pass, of a model whose parameters have so many values each."""
-    copies, waiting = 0, 0
+    copies, waiting, together = 0, 0, copied_together(on_gpu=on_gpu)
     for values in reversed(parameters):
         waiting += values
-        if waiting >= COPIED_TOGETHER:
+        if waiting >= together:
             copies, waiting = copies + 1, 0
     return copies + (waiting > 0)
 
@@ -104,6 +110,8 @@ class FlatGradients:
         accumulation: int,
         is_last_pass: Callable[[], bool],
     ) -> None:
+        # Whether `finish` leaves the sums of the ranks' gradients as they are, for a step that averages them itself.
+        self.leaves_sums = False
         self._groups = groups
         self._is_last_pass = is_last_pass
         self._process_group = process_group
@@ -111,6 +119,7 @@ class FlatGradients:
         self._rank = torch.distributed.get_rank(process_group)
         self._pending: list[tuple[_Slot, Tensor]] = []
         self._pending_values = 0
+        self._together = copied_together(on_gpu=groups[0].weights.is_cuda)
         self._works: list[Any] = []
         self._kept: dict[int, Tensor] = {}
 
@@ -139,6 +148,11 @@ class FlatGradients:
     def parameters(self) -> list[nn.Parameter]:
         """The parameters whose gradients are taken, in the order of the model."""
         return list(self._slots)
+
+    @property
+    def share(self) -> tuple[int, torch.dtype]:
+        """Values that this rank owns, in all groups, and the dtype in which they are added up."""
+        return sum(part.numel() for part in self._reduced), self._flat.dtype
 
     # --- layout
 
@@ -193,7 +207,7 @@ class FlatGradients:
         gradient, parameter.grad = parameter.grad, None
         self._pending.append((self._slots[parameter], gradient))
         self._pending_values += gradient.numel()
-        if self._pending_values >= COPIED_TOGETHER:
+        if self._pending_values >= self._together:
             self._write()
 
     @torch.no_grad()
@@ -203,18 +217,10 @@ class FlatGradients:
         more: list[tuple[Tensor, Tensor]] = []
         last_pass = self._is_last_pass()
         for slot, gradient in self._pending:
-            if any(piece.reducing for piece in slot.pieces):
-                raise RuntimeError(
-                    f"the gradient of {slot.name} came again after it had been reduced: this backward pass visits a "
-                    "parameter more than once, as reentrant recomputation does: give torch.utils.checkpoint "
-                    "use_reentrant=False"
-                )
             (more if slot.written else firsts).append((slot.view, gradient))
             slot.written = True
-            if last_pass and not slot.counted:
-                slot.counted = True
-                for piece in slot.pieces:
-                    piece.missing -= 1
+            if slot.pieces:  # none on one rank
+                self._count(slot, last_pass)
         self._pending.clear()
         self._pending_values = 0
         if firsts:
@@ -223,6 +229,19 @@ class FlatGradients:
             view.add_(gradient)
         while self._next < len(self._order) and not self._order[self._next].missing:
             self._reduce_next()
+
+    def _count(self, slot: _Slot, last_pass: bool) -> None:
+        """Note that the gradient of ``slot`` is written, for the pieces that wait for it."""
+        if any(piece.reducing for piece in slot.pieces):
+            raise RuntimeError(
+                f"the gradient of {slot.name} came again after it had been reduced: this backward pass visits a "
+                "parameter more than once, as reentrant recomputation does: give torch.utils.checkpoint "
+                "use_reentrant=False"
+            )
+        if last_pass and not slot.counted:
+            slot.counted = True
+            for piece in slot.pieces:
+                piece.missing -= 1
 
     def _reduce_next(self) -> None:
         piece = self._order[self._next]
@@ -241,7 +260,8 @@ class FlatGradients:
         """End a backward pass.
 
         Returns the averaged float32 gradient of this rank's part of each group after the last pass of a step, nothing
-        after the others.
+        after the others. With ``leaves_sums`` they are the sums, in the dtype of the buffer and as long as nothing is
+        collected.
         """
         self._write()
         for slot in self._slots.values():
@@ -255,6 +275,9 @@ class FlatGradients:
             self._reduce_next()
         for work in self._works:
             work.wait()
+        if self.leaves_sums:
+            self._begin()
+            return self._reduced
         averaged = []
         for number, reduced in enumerate(self._reduced):
             partition = self._in_float32(number)
@@ -279,17 +302,25 @@ class FlatGradients:
             self._kept[number] = torch.empty_like(reduced, dtype=torch.float32)
         return self._kept[number]
 
-    def norm(self, averaged: Iterable[Tensor]) -> Tensor:
-        """Return the norm of the whole gradient over all groups and ranks, a scalar.
+    def norm(self, finished: Iterable[Tensor]) -> Tensor:
+        """Return the norm of the whole averaged gradient over all groups and ranks, a float32 scalar.
 
-        It is NaN or infinite where one of the values is. ``averaged``: what `finish` returned.
+        It is NaN or infinite where one of the values is. ``finished``: what `finish` returned.
         """
-        norms = []
-        for partition in averaged:
-            whole = partition.numel() // NORM_PIECE * NORM_PIECE
-            rows, rest = partition[:whole].view(-1, NORM_PIECE), partition[whole:]
-            norms += [torch.linalg.vector_norm(rows, dim=1), torch.linalg.vector_norm(rest).reshape(1)]
-        squares = torch.cat(norms).square().sum()
+        squares = sum_of_squares(finished)
         if self._world_size > 1:
             torch.distributed.all_reduce(squares, group=self._process_group)
-        return squares.sqrt()
+        return squares.sqrt() / self._world_size if self.leaves_sums else squares.sqrt()
+
+
+def sum_of_squares(parts: Iterable[Tensor]) -> Tensor:
+    """Of all values of flat ``parts``, added up in float32: a scalar, not finite where a value is not."""
+    norms = []
+    for part in parts:
+        whole = part.numel() // NORM_PIECE * NORM_PIECE
+        rows, rest = part[:whole].view(-1, NORM_PIECE), part[whole:]
+        norms += [
+            torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32),
+            torch.linalg.vector_norm(rest, dtype=torch.float32).reshape(1),
+        ]
+    return torch.cat(norms).square().sum()

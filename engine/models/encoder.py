@@ -6,6 +6,7 @@ Shapes: B batch, N patches, K kept, P patch side, C channels, Q = P * P * C, D w
 from __future__ import annotations
 
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +124,6 @@ class Encoder(nn.Module):
 
     def _run_blocks(self, first: int, last: int, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         delta_BSD = bias_D = None
-        for block in self.blocks[first:last]:
+        for block in islice(self.blocks, first, last):  # a slice of a ModuleList is another module, made each time
             x_BSD, delta_BSD, bias_D = block.branches(x_BSD, delta_BSD, bias_D)
         return x_BSD, delta_BSD, bias_D

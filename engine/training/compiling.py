@@ -13,50 +13,61 @@ has other shapes in every decoder (cross-attention over kv_g) stays outside.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch._dynamo
 import torch._functorch.config as functorch_config
 from torch import Tensor
 
+from mirl.engine.configuration.config import COMPILES
+from mirl.engine.distributed.launch import Ranks
 from mirl.engine.models import MIRL
 from mirl.engine.models.compute_choices import ComputeChoices
 from mirl.engine.models.execution import Regions
-from mirl.engine.models.layers import Mlp, ResidualNorm
+from mirl.engine.models.layers import HeadedAttention, Mlp, ResidualNorm
 from mirl.errors import UserError
-from mirl.kernels import set_inlined
+from mirl.kernels import AttentionBackend, set_inlined
 
-COMPILE = ("auto", "on", "off")
 # Of loss and gradients, relative. In bfloat16 the compiler rounds at fewer places than eager (two parts in a hundred
 # after 48 blocks); float32 differs by the order of sums. A wrong graph is off by the size of the gradient itself.
 TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-3, torch.float64: 1e-6}
 # Share of the activations of a region that may be kept, for ``Execution.recompute``: where the compiler's partitioner
 # keeps what `apply_keeping_input` keeps, the inputs of LayerNorm and GELU. Without it a region keeps what eager keeps.
 RECOMPUTE_BUDGET = 0.8
+# Inductor's own search: templates of matrix products in many tilings beside the library's, each timed, and what follows
+# a product (a bias, a GELU) in its epilogue where that is timed to be faster.
+SEARCH = {
+    "max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON,CPP", "epilogue_fusion": True,
+    "benchmark_epilogue_fusion": True,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class CompileChoice:
-    """Whether regions are compiled, and why."""
+    """Whether regions are compiled, and why; ``search``: with Inductor's search over their products."""
 
     on: bool
     reason: str
+    search: bool = False
 
     def __str__(self) -> str:
         return f"{'on' if self.on else 'off'} ({self.reason})"
 
 
 def choose_compile(requested: str, device: torch.device, zero_stage: int) -> CompileChoice:
-    """``requested``: auto, on or off. What cannot work is off whatever was asked, with the reason."""
-    if requested not in COMPILE:
-        raise UserError(f"compile is {requested!r}: choose one of {', '.join(COMPILE)}")
+    """``requested``: auto, on, off or max. What cannot work is off whatever was asked, with the reason."""
+    if requested not in COMPILES:
+        raise UserError(f"compile is {requested!r}: choose one of {', '.join(COMPILES)}")
     if requested == "off":
         return CompileChoice(False, "as asked")
     if zero_stage == 3:
         return CompileChoice(False, "ZeRO-3 gathers parameters in hooks, which no graph can hold")
-    if requested == "on":
-        return CompileChoice(True, "as asked")
+    if requested in ("on", "max"):
+        return CompileChoice(True, "as asked", search=requested == "max")
     if device.type == "cuda":
         return CompileChoice(True, "auto on a GPU")
     return CompileChoice(False, "auto on a CPU: measured no faster, see benchmarks/LOG.md")
@@ -81,13 +92,13 @@ def expected_graphs(model: ComputeChoices) -> int:
 
 
 def compile_regions(
-    model: ComputeChoices, batch: int, device: torch.device, *, backend: str = "inductor"
+    model: ComputeChoices, batch: int, device: torch.device, *, backend: str = "inductor", search: bool = False
 ) -> CompileChoice:
     """Compile the regions of ``model`` for training steps of ``batch`` images, and take one such step with and without.
 
     The step is a forward and a backward pass on random pixels; no parameter and no ``.grad`` is changed. Whatever goes
     wrong (no compiler, a graph break, a result that differs) leaves the model eager and comes back as the reason.
-    ``model.execution.recompute`` holds inside the regions too.
+    ``model.execution.recompute`` holds inside the regions too. ``search``: with `SEARCH`; see `search_regions`.
 
     Kernels of ours that stand in regions are launched by the compiler itself; where that fails they are operators that
     it calls, and where that fails too, the model stays eager.
@@ -96,26 +107,29 @@ def compile_regions(
     expected = _trial(model, batch, device)
     told = ""
     if _has_kernels_in_regions(model) and set_inlined(True):
-        problem = _compile_and_compare(model, batch, device, backend, expected)
+        problem = _compile_and_compare(model, batch, device, backend, expected, search=search)
         if problem is None:
-            return CompileChoice(True, f"{expected_graphs(model)} graphs, a trial step agrees with eager")
+            return CompileChoice(True, f"{expected_graphs(model)} graphs, a trial step agrees with eager", search)
         told = f"; our kernels as operators of their own, for inlined: {problem}"
         torch._dynamo.reset()
     set_inlined(False)
-    problem = _compile_and_compare(model, batch, device, backend, expected)
+    problem = _compile_and_compare(model, batch, device, backend, expected, search=search)
     if problem is None:
-        return CompileChoice(True, f"{expected_graphs(model)} graphs, a trial step agrees with eager{told}")
+        return CompileChoice(True, f"{expected_graphs(model)} graphs, a trial step agrees with eager{told}", search)
     model.set_regions(None)
     return CompileChoice(False, f"FELL BACK TO EAGER: {problem}")
 
 
 def _has_kernels_in_regions(model: ComputeChoices) -> bool:
     executions = [module.execution for module in model.modules() if isinstance(module, ResidualNorm | Mlp)]
-    return any(execution.norm_in_regions or execution.gelu_in_regions for execution in executions)
+    attentions = [module.backend for module in model.modules() if isinstance(module, HeadedAttention)]
+    return any(execution.norm_in_regions or execution.gelu_in_regions for execution in executions) or any(
+        isinstance(backend, AttentionBackend) and backend.name == "own" for backend in attentions
+    )
 
 
 def _compile_and_compare(
-    model: ComputeChoices, batch: int, device: torch.device, backend: str, expected: tuple[Tensor, ...]
+    model: ComputeChoices, batch: int, device: torch.device, backend: str, expected: tuple[Tensor, ...], *, search: bool
 ) -> str | None:
     """Set compiled regions and take a step with them; returns what is wrong with it."""
     # No break is tolerated: a region in pieces would be slower than eager without anyone knowing.
@@ -124,11 +138,52 @@ def _compile_and_compare(
     )
     budget = RECOMPUTE_BUDGET if model.execution is not None and model.execution.recompute else 1.0
     try:
-        with functorch_config.patch(activation_memory_budget=budget):
+        with ExitStack() as settings:
+            settings.enter_context(functorch_config.patch(activation_memory_budget=budget))
+            if search:
+                import torch._inductor.config as inductor_config
+
+                settings.enter_context(inductor_config.patch(SEARCH))
             return _difference(_trial(model, batch, device), expected, model.weight_dtype)
     except Exception as error:  # noqa: BLE001 - anything from a missing g++ to an internal assertion of the compiler
-        first_line = (str(error).strip() or "no message").splitlines()[0]
-        return f"{type(error).__name__}: {first_line[:200]}"
+        cause = getattr(error, "inner_exception", error)  # what a backend raised, which torch wraps
+        first_line = (str(cause).strip() or "no message").splitlines()[0]
+        return f"{type(cause).__name__}: {first_line[:200]}"
+
+
+def search_regions(model: ComputeChoices, batch: int, ranks: Ranks, *, backend: str = "inductor") -> CompileChoice:
+    """`compile_regions` with Inductor's search, which rank 0 makes once, for all ranks; they call this together.
+
+    The others compile afterwards, from what rank 0 wrote to the cache of the compiler: they are sent it, or share its
+    folder. Two searches of the same product would end in different tilings, and take their time twice. Where the
+    search fails on any rank, the regions of all are compiled without it, and the reason says so.
+    """
+    begin = time.perf_counter()
+    mine, cache = None, None
+    if ranks.is_main:
+        mine = compile_regions(model, batch, ranks.device, backend=backend, search=True)
+        cache = saved_cache() if mine.on and ranks.world_size > 1 else None
+    seconds = time.perf_counter() - begin
+    first, cache, seconds = ranks.broadcast((mine, cache, seconds))
+    if first.on and not ranks.is_main:
+        if cache is not None:
+            torch.compiler.load_cache_artifacts(cache)
+        mine = compile_regions(model, batch, ranks.device, backend=backend, search=True)
+    found = ranks.gather(mine)
+    problems = [f"rank {rank}: {each.reason}" for rank, each in enumerate(found) if each is not None and not each.on]
+    if not problems:
+        others = f", {ranks.world_size - 1} others from its cache" if ranks.world_size > 1 else ""
+        return replace(first, reason=f"{first.reason}; products searched in {seconds:.0f} s on rank 0{others}")
+    torch._dynamo.reset()  # or what was found would be taken again
+    plain = compile_regions(model, batch, ranks.device, backend=backend)
+    reason = problems[0].replace("FELL BACK TO EAGER: ", "")
+    return replace(plain, reason=f"{plain.reason}; WITHOUT THE SEARCH OF PRODUCTS, which failed on {reason}")
+
+
+def saved_cache() -> bytes | None:
+    """What this process has compiled so far, as the compiler's cache keeps it; None where it keeps nothing."""
+    saved: tuple[bytes, Any] | None = torch.compiler.save_cache_artifacts()
+    return None if saved is None else saved[0]
 
 
 def _trial(model: ComputeChoices, batch: int, device: torch.device) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import torch
 
 from mirl.engine.configuration.config import RunConfig
 from mirl.engine.models import MIRL, Execution, ModelConfig
-from mirl.engine.training.compiling import CompileChoice, choose_compile, compile_regions
+from mirl.engine.training.compiling import CompileChoice, choose_compile, compile_regions, search_regions
 
 if TYPE_CHECKING:
     # A prediction asks for a model without a run, and without the seconds that DeepSpeed takes to import.
@@ -48,7 +48,10 @@ def compile_where_chosen(plan: RunPlan[Any], engine: TrainEngine) -> CompileChoi
     choice = compile_choice(plan, engine)
     if not choice.on:
         return choice
-    choice = compile_regions(engine.module, plan.micro_batch, ranks.device)
+    if choice.search:
+        choice = search_regions(engine.module, plan.micro_batch, ranks)
+    else:
+        choice = compile_regions(engine.module, plan.micro_batch, ranks.device)
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ranks.device)  # the trial step held two sets of gradients
     failures = [f"rank {rank}: {other.reason}" for rank, other in enumerate(ranks.gather(choice)) if not other.on]

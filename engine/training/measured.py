@@ -43,18 +43,24 @@ def device_of(plan: RunPlan[Any]) -> Device | None:
 
 
 def compare_with_prediction(
-    plan: RunPlan[Any], build: Callable[[], ComputeChoices] | None, measured: Measured, log: RunLog, step: int
+    plan: RunPlan[Any],
+    build: Callable[[], ComputeChoices] | None,
+    measured: Measured,
+    log: RunLog,
+    step: int,
+    *,
+    one_pass: bool = False,
 ) -> list[str]:
     """One line for the log of a run on a known GPU, on rank 0, and a record of it in metrics.jsonl; else none.
 
-    ``build``: see `mirl.engine.accounting.fake_step`. ``step``: the last one. Nothing that goes wrong here ends the
-    run, which is over.
+    ``build``: see `mirl.engine.accounting.fake_step`. ``step``: the last one. ``one_pass``: how the optimiser stepped.
+    Nothing that goes wrong here ends the run, which is over.
     """
     device, typical = device_of(plan), measured.typical
     if device is None or build is None or typical is None or not plan.ranks.is_main or plan.precision != "bf16":
         return []
     try:
-        predicted = _predict(plan, build, device)
+        predicted = _predict(plan, build, device, one_pass)
     except Exception as error:  # noqa: BLE001 - a run that is complete is not lost for a figure
         return [f"  predicted   not to be had: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"]
     log.event("prediction", step, gpu=device.key, predicted=predicted, measured=typical)
@@ -66,13 +72,15 @@ def compare_with_prediction(
     ]
 
 
-def _predict(plan: RunPlan[Any], build: Callable[[], ComputeChoices], device: Device) -> dict[str, float]:
+def _predict(
+    plan: RunPlan[Any], build: Callable[[], ComputeChoices], device: Device, one_pass: bool
+) -> dict[str, float]:
     # Only now: it takes the compiler's modules with it.
     from mirl.engine.accounting.forecast import forecast_step
 
     step = forecast_step(
         build, device, gpus=plan.ranks.world_size, micro_batch=plan.micro_batch, accumulation=plan.accumulation,
-        stage=plan.ds_config["zero_optimization"]["stage"],
+        stage=plan.ds_config["zero_optimization"]["stage"], one_pass=one_pass,
     )  # fmt: skip
     return {
         "step_ms": 1e3 * step.step_s, "images_per_s": step.images_per_s, "device_ms": 1e3 * step.times.device_s,

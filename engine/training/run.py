@@ -24,6 +24,7 @@ from mirl.engine.distributed.launch import Ranks, is_lost_peer, join, leave, sec
 from mirl.engine.errors import LostRank
 from mirl.engine.models.compute_choices import ComputeChoices
 from mirl.engine.training.choices.choosing import Chosen, choose_for_run
+from mirl.engine.training.choices.optimizer import optimizer_places
 from mirl.engine.training.choices.table import NAME as CHOICES_FILE
 from mirl.engine.training.computing import compile_choice, compile_where_chosen
 from mirl.engine.training.fitting import fit_to_memory
@@ -163,7 +164,10 @@ def _train(config: C, kind: RunKind[C], ranks: Ranks) -> Path:
 
         # How it computes; then the first files are written.
         engine.module.resolve_attention(ranks.device)  # now: one asked for by name may not run here
-        chosen = choose_for_run(plan, engine.module, compiled=compile_choice(plan, engine).on)
+        chosen = choose_for_run(
+            plan, engine.module, compiled=compile_choice(plan, engine).on,
+            besides=optimizer_places(engine, ranks.device),
+        )  # fmt: skip
         compiled = compile_where_chosen(plan, engine)
         closing.callback(log.close)
         agree_on_main(ranks, lambda: _open_folder(plan, log, durations, progress.step, chosen))
@@ -187,7 +191,10 @@ def _train(config: C, kind: RunKind[C], ranks: Ranks) -> Path:
         )  # fmt: skip
         log.say(f"first step begins {seconds_since_process_start():.1f} s after the start of this process")
         trainer.run()
-        compared = compare_with_prediction(plan, kind.bare_model(plan), trainer.step_log.measured, log, progress.step)
+        compared = compare_with_prediction(
+            plan, kind.bare_model(plan), trainer.step_log.measured, log, progress.step,
+            one_pass=engine.steps_in_one_pass,
+        )  # fmt: skip
         for line in [*closing_lines(out), *compared, *kind.closing_lines(out)]:
             log.say(line)
     return out

@@ -24,6 +24,7 @@ FILES = {
     "test_masked_residual_mse": 40,
     "test_residual_layer_norm": 30,
     "test_bias_gelu": 20,
+    "test_flat_adamw": 30,
     "test_own_attention": 30,
     "test_registered_ops": 24,
     "test_dispatch": 3,

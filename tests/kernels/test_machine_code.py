@@ -27,6 +27,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin" if HAS_TRITON else 
 B, N, K, PAIRS = 256, 196, 49, 3
 M = N - K
 B_K, B_M, B_N, B_KEPT, B_ALL = B * K, B * M, B * N, B * (1 + K), B * (1 + N)
+VALUES = 50_000_000  # of a rank's share of a parameter group
 STATISTICS = ([0.02] * 3, [-1.0] * 3)
 HOPPER_MULTIPROCESSORS = 132
 # Of an H100 SXM: warp instructions that four schedulers of each multiprocessor issue in a second at the boost clock,
@@ -54,6 +55,8 @@ BYTES = {
     "bias_gelu_backward": (768, 3 * 2 * B_KEPT * 3072),
     "masked_residual_mse": (0, (3 * 2 + 1) * B_M * 768),
     "masked_residual_mse_three_pairs": (0, (3 * 3 * 2 + 1) * B_M * 768),
+    "flat_adamw": (0, 28 * VALUES),
+    "flat_adamw_clipping": (0, 28 * VALUES),
 }  # fmt: skip
 
 
@@ -96,6 +99,12 @@ def loss(pairs: int, rows: int, full: bool):
     launch("masked_residual_mse_triton", "_masked_residual_mse", predictions, predictions, *tail)
 
 
+def adamw(clip: float):
+    state = [fp32(VALUES) for _ in range(3)]
+    numbers = (0.9999, 0.9, 0.95, 1e-3, 0.5, 1e-8, 0.125, clip)
+    launch("flat_adamw", "_flat_adamw", bf16(VALUES), *state, bf16(VALUES), fp32(), *numbers)
+
+
 LAUNCHES = {
     "gather_patches": lambda d: launch(
         "gather_patches", "_gather_patches", images(), ids(K), 16, *STATISTICS, "BHWC", torch.bfloat16
@@ -130,9 +139,11 @@ LAUNCHES = {
     "masked_residual_mse": lambda d: loss(1, M, full=False),
     "masked_residual_mse_three_pairs": lambda d: loss(PAIRS, M, full=False),
     "masked_residual_mse_full": lambda d: loss(1, N, full=True),
+    "flat_adamw": lambda d: adamw(clip=0.0),
+    "flat_adamw_clipping": lambda d: adamw(clip=1.0),
 }  # fmt: skip
 WIDTHS = {"gather_patches": [0], "masked_residual_mse": [0], "masked_residual_mse_three_pairs": [0]}
-WIDTHS["masked_residual_mse_full"] = [0]
+WIDTHS |= {name: [0] for name in ("masked_residual_mse_full", "flat_adamw", "flat_adamw_clipping")}
 
 
 @dataclass(frozen=True)

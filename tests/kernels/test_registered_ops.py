@@ -6,6 +6,7 @@ import torch
 from mirl import kernels
 from mirl.kernels.bias_gelu import bias_gelu_backward_op, bias_gelu_op
 from mirl.kernels.decoder_attention import decoder_attention_backward_op, decoder_attention_op
+from mirl.kernels.flat_adamw import flat_adamw_op
 from mirl.kernels.gather_patches import gather_patches_op
 from mirl.kernels.gather_tokens import assemble_tokens_op, gather_tokens_backward_op, gather_tokens_op
 from mirl.kernels.masked_residual_mse_triton import masked_residual_mse_op, scale_differences_op
@@ -38,6 +39,12 @@ def row_sums():
     return tokens(B * 7, grad=False), tokens(B * 7, grad=False).abs()
 
 
+def flat_buffers():
+    values, norm = [tokens(D, seed=seed, grad=False) for seed in range(5)], torch.tensor(1.0, device=DEVICE)
+    return *values[:3], values[3].abs(), values[4], norm
+
+
+ADAMW = (0.99, 0.9, 0.95, 1e-2, 0.5, 1e-8, 1.0, 0.5)
 MSE_TAIL = (IMAGES, MASKED, P, SCALE, SHIFT, "BHWC", True, [0.5, 0.5], False, True)
 CASES = {
     "gather_patches": (gather_patches_op, lambda: (IMAGES, KEEP, P, SCALE, SHIFT, "BHWC", torch.float32)),
@@ -101,6 +108,7 @@ CASES = {
             tokens(B, 1, 7, grad=False), tokens(B, 7, 32, grad=False), 1,
         ),
     ),
+    "flat_adamw": (flat_adamw_op, lambda: (*flat_buffers(), *ADAMW)),
 }  # fmt: skip
 
 

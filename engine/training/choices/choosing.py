@@ -52,20 +52,23 @@ class _Start:
     lines: tuple[str, ...] = ()
 
 
-def choose_for_run(plan: RunPlan[Any], model: Any, *, compiled: bool) -> Chosen:
+def choose_for_run(plan: RunPlan[Any], model: Any, *, compiled: bool, besides: Sequence[Place] = ()) -> Chosen:
     """`choose` for the run of ``plan``; ``compiled``: its regions will be."""
     run, resumed = plan.config.run, plan.resumed_from
     kept = resumed.path.parents[1] / NAME if resumed is not None and "choices" not in run.change else None
-    return choose(model, ranks=plan.ranks, run=run, batch=plan.micro_batch, compiled=compiled, record=kept)
+    return choose(
+        model, ranks=plan.ranks, run=run, batch=plan.micro_batch, compiled=compiled, record=kept, besides=besides
+    )
 
 
 def choose(
     model: Any, *, ranks: Ranks, run: RunConfig, batch: int, compiled: bool, record: Path | None = None,
-    choices: Sequence[Choice] = CHOICES, limit_s: float = LIMIT_S,
+    choices: Sequence[Choice] = CHOICES, limit_s: float = LIMIT_S, besides: Sequence[Place] = (),
 ) -> Chosen:  # fmt: skip
     """Choose for steps of ``batch`` images and set ``model`` so, alike on all ranks.
 
-    record: choices.json of the run that is resumed, which decides over ``run.choices``; None for a new run.
+    record: choices.json of the run that is resumed, which decides over ``run.choices``; None for a new run. besides:
+    places that are no module's of ``model``; they come first.
 
     Raises:
         UserError: a table cannot be read, or names a candidate that some rank cannot run.
@@ -73,7 +76,7 @@ def choose(
     start = agree_on_main(ranks, lambda: _start(run, ranks.device, record))
     if not start.measuring and not start.known.findings:
         return Chosen(table=replace(start.known, source=DEFAULT), lines=["choices by rule (default)", *start.lines])
-    places = find_places(model, choices, run, batch, ranks.device, compiled=compiled)
+    places = [*besides, *find_places(model, choices, run, batch, ranks.device, compiled=compiled)]
     table, lines = agree_on_main(ranks, lambda: _fill(places, start, ranks.device, limit_s))
     _require_everywhere(places, table, ranks, start.mend)
     for place, finding in _pairs(places, table):

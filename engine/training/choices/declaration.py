@@ -64,7 +64,8 @@ class Choice:
     left_open(model, run, in_region): whether the settings leave this open; what was asked for by name is not measured.
     watch(module, note): if ``module`` computes this, have it call ``note(sizes, dtype)`` whenever it does, and return
     what ends that; else None.
-    inputs(use, device, generator): the tensors to differentiate by, of the run's shapes and layout.
+    inputs(use, device, generator): the tensors to differentiate by, of the run's shapes and layout; where none of them
+        requires a gradient, results alone are compared and timed.
     candidates(use, device): functions of these tensors, by name; each returns a tensor or several.
     reference(use): the plainest function of them, which results and gradients of all candidates are compared with.
     tolerance: largest norm of the difference, relative to the norm of the reference, by dtype.

@@ -107,7 +107,9 @@ def measure(choice: Choice, use: Use, default: str, device: torch.device, deadli
             begin = deadline.clock()
             leaves = choice.inputs(use, device, generator)
             outputs = _outputs(choice.reference(use)(*leaves))
-            cotangents = [torch.randn(x.shape, device=device, generator=generator).to(x.dtype) for x in outputs]
+            cotangents = None
+            if any(leaf.requires_grad for leaf in leaves):
+                cotangents = [torch.randn(x.shape, device=device, generator=generator).to(x.dtype) for x in outputs]
             del outputs
             expected = forward_backward(choice.reference(use), leaves, cotangents)
             candidates = choice.candidates(use, device)
@@ -180,9 +182,13 @@ def _choose(
 def forward_backward(
     run: Implementation, leaves: Sequence[Tensor], cotangents: Sequence[Tensor] | None
 ) -> list[Tensor]:
-    """Results of ``run`` on ``leaves`` and its gradients; ``cotangents`` None: ones."""
+    """Results of ``run`` on ``leaves`` and its gradients; ``cotangents`` None: ones. Results alone where no leaf is one
+    to differentiate by.
+    """
     with torch.enable_grad():
         outputs = _outputs(run(*leaves))
+        if not any(leaf.requires_grad for leaf in leaves):
+            return list(outputs)
         grads = torch.autograd.grad(
             outputs, leaves, [torch.ones_like(x) for x in outputs] if cotangents is None else cotangents
         )
@@ -208,7 +214,7 @@ def _outputs(made: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (made,) if isinstance(made, Tensor) else tuple(made)
 
 
-def _call(run: Implementation, leaves: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Callable[[], None]:
+def _call(run: Implementation, leaves: Sequence[Tensor], cotangents: Sequence[Tensor] | None) -> Callable[[], None]:
     def call() -> None:
         forward_backward(run, leaves, cotangents)
 
@@ -216,7 +222,7 @@ def _call(run: Implementation, leaves: Sequence[Tensor], cotangents: Sequence[Te
 
 
 def _problem(
-    choice: Choice, use: Use, run: Implementation, leaves: Sequence[Tensor], cotangents: Sequence[Tensor],
+    choice: Choice, use: Use, run: Implementation, leaves: Sequence[Tensor], cotangents: Sequence[Tensor] | None,
     expected: Sequence[Tensor],
 ) -> str | None:  # fmt: skip
     """Why a candidate cannot be chosen: it raises, breaks a compiled region, or gives something else."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mirl.engine.training.choices.attention import ATTENTION
 from mirl.engine.training.choices.declaration import Choice
+from mirl.engine.training.choices.optimizer import OPTIMIZER
 from mirl.engine.training.choices.pointwise import BIAS, GELU, NORM
 
-CHOICES: tuple[Choice, ...] = (ATTENTION, NORM, BIAS, GELU)
+CHOICES: tuple[Choice, ...] = (OPTIMIZER, ATTENTION, NORM, BIAS, GELU)

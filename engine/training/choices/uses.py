@@ -19,11 +19,11 @@ TRIAL_BATCH = 2
 
 @dataclass(frozen=True)
 class Place:
-    """All modules that compute one thing in one shape."""
+    """All modules that compute one thing in one shape; of the optimiser's step, the engine."""
 
     choice: Choice
     use: Use
-    modules: tuple[nn.Module, ...]
+    modules: tuple[Any, ...]
 
     @property
     def weight(self) -> int:

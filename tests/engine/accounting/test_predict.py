@@ -128,13 +128,19 @@ def test_the_optimiser_moves_the_bytes_of_its_table():
     for ranks, accumulation, expected in ((1, 1, 4 + 6 + 4 + 28 + 6), (8, 1, 4 + 44 / 8), (1, 4, 4 * 10 + 44)):
         found = optimiser_operators(parameters, ranks, accumulation=accumulation)
         assert sum(count * operator.bytes for operator, count in found.items()) == pytest.approx(expected * 1e8)
+    # In one pass the gradient is read twice, as it is; fp32 state is read and written once, the weight written.
+    for ranks, accumulation, expected in ((1, 1, 4 + 2 + 28), (8, 1, 4 + 30 / 8), (1, 4, 4 * 10 + 4 + 4 + 26)):
+        found = optimiser_operators(parameters, ranks, accumulation=accumulation, one_pass=True)
+        assert sum(count * operator.bytes for operator, count in found.items()) == pytest.approx(expected * 1e8)
 
 
 def test_copies_of_gradients_are_counted_as_they_are_made(monkeypatch):
     monkeypatch.setattr(flat_gradients, "COPIED_TOGETHER", 10)
+    monkeypatch.setattr(flat_gradients, "COPIED_TOGETHER_ON_GPU", 100)
     # From the last parameter on: 4 + 7, 10, 3 + 1 + 1.
-    assert flat_gradients.copies_of_gradients([1, 1, 3, 10, 7, 4]) == 3
-    assert flat_gradients.copies_of_gradients([]) == 0
+    assert flat_gradients.copies_of_gradients([1, 1, 3, 10, 7, 4], on_gpu=False) == 3
+    assert flat_gradients.copies_of_gradients([1, 1, 3, 10, 7, 4], on_gpu=True) == 1
+    assert flat_gradients.copies_of_gradients([], on_gpu=False) == 0
 
 
 def test_traffic_hides_behind_computation_and_never_behind_more():

@@ -205,6 +205,30 @@ def gradients(optimizer: torch.optim.Optimizer) -> torch.Tensor:
     return group["params"][0].grad.clone()
 
 
+def test_a_step_still_takes_several_passes_over_the_state(monkeypatch):
+    """DeepSpeed hands torch a gradient in float32, whatever the weights are, and reads the norm before it."""
+    whole = source(DeepSpeedZeroOptimizer.step)
+    assert "flat_grad_partition.to(self.single_partition_of_fp32_groups[i].dtype)" in whole, "step_in_one_pass can go"
+    assert "bit16_partitions[partition_id].data.copy_(fp32_partition.data)" in whole, "step_in_one_pass can go"
+    assert whole.index("is_invalid_grad_norm(scaled_global_grad_norm)") < whole.index("self._optimizer_step(i)")
+    # What ours does in its place, and what the engine reads afterwards.
+    gather = "all_gather_dp_groups(groups_flat=self.bit16_groups_flat, partitioned_param_groups="
+    assert gather + "self.parallel_partitioned_bit16_groups, dp_process_group=self.real_dp_process_group" in whole
+    for line in ("self.micro_step_id = INITIAL_MICRO_STEP_ID", "self.averaged_gradients[i] = None"):
+        assert line in whole
+    taken = source(DeepSpeedEngine._take_model_step)
+    assert "self.optimizer.step()" in taken and "self._global_grad_norm = self.optimizer._global_grad_norm" in taken
+    engine = TrainEngine(*model_and_optimizer(), settings(2, bf16=True))
+    engine.step_in_one_pass(True)
+    called = []
+    apply = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: called.append(1) or apply(self, *a))
+    monkeypatch.setattr(DeepSpeedZeroOptimizer, "step", lambda self, *a: called.append(2))
+    engine.backward(engine.forward(inputs(torch.bfloat16)).square().mean())
+    assert engine.step(1e-2) and not called
+    assert all(gradient is None for gradient in engine._optimizer.averaged_gradients.values())
+
+
 WALKS = ("_update_model_bit16_weights", "free_grad_in_param_list", "zero_grad")
 
 

@@ -28,6 +28,10 @@ CASES = {
     "zero2-pieces-micro2": {"stage": "zero2", "piece": 1000, "micro_batch": 2},
     "zero2-pieces-bf16": {"stage": "zero2", "piece": 1000, "precision": "bf16"},
     **{f"{stage}-buckets": {"stage": stage, "flat_gradients": False} for stage in ("zero1", "zero2")},
+    # The optimiser in one pass over the flat buffers, as its plain form computes it on a CPU.
+    **{f"{stage}-one pass": {"stage": stage, "variant": "paper", "one_pass": True} for stage in ("zero1", "zero2")},
+    "zero2-one pass-bf16": {"stage": "zero2", "one_pass": True, "precision": "bf16"},
+    "zero2-one pass-micro2": {"stage": "zero2", "one_pass": True, "micro_batch": 2},
     # A version of DeepSpeed that the tests have not seen keeps its own ways.
     **{f"{stage}-untested": {"stage": stage, "version": "0.19.9"} for stage in ("zero1", "zero2", "zero3")},
     "zero1-buckets-bf16": {"stage": "zero1", "flat_gradients": False, "precision": "bf16"},
@@ -38,6 +42,7 @@ POISONED = {
     for precision in ("fp32", "bf16")
     for value in ("nan", "-inf")
 }
+POISONED |= {f"one pass-{case}": POISONED[case] | {"one_pass": True} for case in ("zero2-fp32-nan", "zero2-bf16--inf")}
 VISITED_TWICE = {f"twice-{kind}": {"visited_twice": kind} for kind in ("reentrant", "as the message says")}
 
 

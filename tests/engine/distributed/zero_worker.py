@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from mirl.engine.configuration.config import DataConfig, OptimConfig, PretrainConfig, RunConfig
 from mirl.engine.distributed import deepspeed_patches, flat_gradients
 from mirl.engine.distributed.ds_config import read_ds_config, resolve_batch, resolve_ds_config
-from mirl.engine.distributed.ds_engine import TrainEngine
+from mirl.engine.distributed.ds_engine import KINDS, TrainEngine
 from mirl.engine.distributed.launch import Ranks, join, leave
 from mirl.engine.models import MIRL, model_config
 from mirl.engine.training.noise import mask_noise
@@ -67,8 +67,12 @@ def bare_loop(case: dict) -> list[float]:
     return losses
 
 
-def train(case: dict, ranks: Ranks) -> list[float] | dict | str:
-    """Losses of every step; see `poisoned` and `visited_twice` for what comes of such cases."""
+def train(case: dict, ranks: Ranks, states: dict[str, dict[str, torch.Tensor]]) -> list[float] | dict | str:
+    """Losses of every step; see `poisoned` and `visited_twice` for what comes of such cases.
+
+    ``states``: the fp32 state of this rank after each case so far, by `name_of` the case. A case "one_pass" must end
+    with the state of the same case without it.
+    """
     if "visited_twice" in case:
         return visited_twice(case["visited_twice"] == "reentrant", ranks)
     config, model = build(case)
@@ -90,6 +94,9 @@ def train(case: dict, ranks: Ranks) -> list[float] | dict | str:
     deepspeed_patches.VERSION = case.get("version", deepspeed_patches.TESTED_VERSIONS[0])
     engine = TrainEngine(model, optimizer, ds_config, flat_gradients=case.get("flat_gradients", True))
     assert bool(engine.remarks) == ("version" in case)
+    if case.get("one_pass"):
+        assert engine.can_step_in_one_pass
+        engine.step_in_one_pass(True)
     if "poison" in case:
         return poisoned(engine, case["poison"], micro, ranks)
     losses = []
@@ -105,6 +112,20 @@ def train(case: dict, ranks: Ranks) -> list[float] | dict | str:
         if ranks.world_size > 1:
             torch.distributed.all_reduce(total)
         losses.append(total.item() / ranks.world_size)
+    state = {fragment.key: fragment.tensor.detach().clone() for fragment in engine.fragments()}
+    states[name_of(case)] = state
+    if case.get("one_pass"):
+        expected = states[name_of({key: value for key, value in case.items() if key != "one_pass"})]
+        assert state.keys() == expected.keys()
+        # In float32 by the rounding of three steps. A compute weight in bfloat16 may fall to the other side of a
+        # rounding, and then gradients differ in the last of their eight bits. Of each kind as a whole: the gradient of
+        # a key's bias is 0 but for rounding, and AdamW moves the bias all the same.
+        bound = 1e-5 if config.run.precision == "fp32" else 2e-3
+        for kind in KINDS:
+            keys = [key for key in state if key.startswith(f"{kind}/")]
+            ours, theirs = (torch.cat([made[key].flatten() for key in keys]) for made in (state, expected))
+            error = float((ours - theirs).norm() / theirs.norm())
+            assert error <= bound, f"{kind} differs by {error:.1e} in one pass"
     return losses
 
 
@@ -144,6 +165,11 @@ def visited_twice(reentrant: bool, ranks: Ranks) -> list[float] | str:
     return losses
 
 
+def name_of(case: dict) -> str:
+    """What tells one case from another."""
+    return json.dumps(case, sort_keys=True)
+
+
 def poisoned(engine: TrainEngine, value: str, micro: int, ranks: Ranks) -> dict:
     """Three steps, in the second of which one gradient of the last rank is ``value`` ("nan", "inf", "-inf")."""
     applied, states = [], []
@@ -171,7 +197,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     cases = json.load(sys.stdin)
     place = join()
-    results = {name: train(case, place) for name, case in cases.items()}
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    results = {name: train(case, place, states) for name, case in cases.items()}
     if place.is_main:
         Path(sys.argv[1]).write_text(json.dumps(results))
     leave()

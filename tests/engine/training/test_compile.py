@@ -6,15 +6,29 @@ is independent of the code generator, which takes minutes on a small machine. On
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from torch._dynamo.utils import counters
 
+from mirl.engine.configuration.config import RunConfig
+from mirl.engine.distributed.launch import Ranks
 from mirl.engine.models import MIRL, Execution
-from mirl.engine.training.compiling import choose_compile, compile_regions, expected_graphs
+from mirl.engine.training import compiling
+from mirl.engine.training.compiling import (
+    SEARCH,
+    CompileChoice,
+    choose_compile,
+    compile_regions,
+    expected_graphs,
+    search_regions,
+)
+from mirl.engine.training.resumed_settings import differences
 from mirl.kernels.triton_import import HAS_TRITON
 from tests.engine.models.helpers import gradients, make_inputs, make_model, tiny_config
 
@@ -187,16 +201,128 @@ def test_a_wrong_result_is_found_and_left_alone(monkeypatch: pytest.MonkeyPatch,
         ("on", "cpu", 1, True, "as asked"),
         ("on", "cpu", 3, False, "ZeRO-3"),
         ("off", "cuda", 2, False, "as asked"),
+        ("max", "cuda", 2, True, "as asked"),
+        ("max", "cuda", 3, False, "ZeRO-3"),
     ],
 )
 def test_choice(requested: str, device: str, stage: int, on: bool, reason: str) -> None:
     choice = choose_compile(requested, torch.device(device), stage)
     assert choice.on is on and reason in choice.reason
+    assert choice.search is (on and requested == "max")
 
 
 def test_an_unknown_choice_is_refused() -> None:
-    with pytest.raises(ValueError, match="compile is 'yes': choose one of auto, on, off"):
+    with pytest.raises(ValueError, match="compile is 'yes': choose one of auto, on, off, max"):
         choose_compile("yes", CPU, 2)
+
+
+# --- the search of --compile max
+
+SMALL: dict[str, Any] = {"objective": "mae", "segments": 1, "did": False, "depth": 2, "decoder_depth": 1}
+ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=CPU)
+
+
+class SeenSearch:
+    """A backend that runs graphs as they are, and notes Inductor's settings as each is compiled."""
+
+    def __init__(self, fault: str = "") -> None:
+        self.seen: list[dict[str, Any]] = []
+        self.fault = fault  # of the search
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        settings = {name: getattr(inductor_config, name) for name in SEARCH}
+        self.seen.append(settings)
+        run = torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        if self.fault and settings["max_autotune_gemm"]:
+            if self.fault != "wrong":
+                raise RuntimeError(self.fault)
+            return lambda *arguments: [1.5 * result for result in run(*arguments)]
+        return run
+
+
+def test_the_search_reaches_inductor_and_its_time_is_told() -> None:
+    model, backend = make_model(tiny_config(**SMALL), dtype=torch.float32), SeenSearch()
+    assert compile_regions(model, 3, CPU, backend=backend).on  # type: ignore[arg-type]
+    assert backend.seen and not any(settings["max_autotune_gemm"] for settings in backend.seen)
+    torch._dynamo.reset()
+    backend.seen.clear()
+    choice = search_regions(model, 3, ALONE, backend=backend)  # type: ignore[arg-type]
+    assert choice.on and choice.search and len(backend.seen) == expected_graphs(model)
+    assert all(settings == SEARCH for settings in backend.seen)
+    assert re.search(r"agrees with eager; products searched in \d+ s on rank 0$", choice.reason)
+    assert not inductor_config.max_autotune_gemm, "the setting outlived the search"
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("no valid triton configs", "RuntimeError: no valid triton configs"),
+        ("wrong", "a trial step differs from eager"),
+    ],
+)
+def test_a_search_that_fails_leaves_plain_regions_and_says_so(fault: str, told: str) -> None:
+    model, backend = make_model(tiny_config(**SMALL), dtype=torch.float32), SeenSearch(fault)
+    expected = step(model).loss
+    choice = search_regions(model, 3, ALONE, backend=backend)  # type: ignore[arg-type]
+    assert choice.on and not choice.search
+    assert f"WITHOUT THE SEARCH OF PRODUCTS, which failed on rank 0: {told}" in choice.reason
+    assert [settings["max_autotune_gemm"] for settings in backend.seen].count(False) == expected_graphs(model)
+    torch.testing.assert_close(step(model).loss, expected, rtol=1e-5, atol=0)
+
+
+class TwoRanks(Ranks):
+    """One of two ranks; ``sent`` is what rank 0 broadcasts, ``other`` what the other rank has to say."""
+
+    sent: Any = None
+    other: Any = None
+    order: list[str]
+
+    def broadcast(self, value: Any) -> Any:
+        self.order.append("broadcast")
+        return value if self.is_main else self.sent
+
+    def gather(self, value: object) -> list:
+        return [value, self.other] if self.is_main else [self.other, value]
+
+
+def two_ranks(rank: int, **told: Any) -> TwoRanks:
+    ranks = TwoRanks(rank=rank, world_size=2, local_rank=rank, local_world_size=2, device=CPU)
+    for name, value in ({"order": []} | told).items():
+        object.__setattr__(ranks, name, value)
+    return ranks
+
+
+def test_rank_0_searches_and_the_others_compile_from_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = CompileChoice(True, "5 graphs, a trial step agrees with eager", search=True)
+    for rank in (0, 1):
+        ranks = two_ranks(rank, sent=(good, b"cache", 71.6), other=good)
+        monkeypatch.setattr(compiling, "saved_cache", lambda ranks=ranks: ranks.order.append("save") or b"cache")
+        monkeypatch.setattr(
+            torch.compiler, "load_cache_artifacts", lambda found, ranks=ranks: ranks.order.append(found)
+        )
+        monkeypatch.setattr(
+            compiling, "compile_regions", lambda *_, search=False, ranks=ranks, **__: ranks.order.append(search) or good
+        )
+        choice = search_regions(make_model(tiny_config()), 3, ranks)
+        assert ranks.order == ([True, "save", "broadcast"] if rank == 0 else ["broadcast", b"cache", True])
+        assert choice.search and choice.reason.endswith("on rank 0, 1 others from its cache")
+
+
+def test_a_search_that_fails_on_another_rank_ends_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = CompileChoice(True, "good", search=True), CompileChoice(False, "FELL BACK TO EAGER: out of memory")
+    plain = CompileChoice(True, "plain")
+    monkeypatch.setattr(compiling, "saved_cache", lambda: None)
+    monkeypatch.setattr(compiling, "compile_regions", lambda *_, search=False, **__: good if search else plain)
+    choice = search_regions(make_model(tiny_config()), 3, two_ranks(0, other=bad))
+    wanted = "plain; WITHOUT THE SEARCH OF PRODUCTS, which failed on rank 1: out of memory"
+    assert choice.on and not choice.search and choice.reason == wanted
+
+
+def test_a_resumed_run_may_search_and_the_change_is_told() -> None:
+    saved = dataclasses.asdict(RunConfig(compile="max"))
+    assert differences("run", RunConfig, RunConfig(compile="max"), saved) == []
+    (found,) = differences("run", RunConfig, RunConfig(), saved)
+    assert (found.name, found.theirs, found.ours, found.free) == ("compile", "max", "auto", True)
 
 
 @pytest.mark.slow
