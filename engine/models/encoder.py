@@ -105,10 +105,11 @@ class Encoder(nn.Module):
         """z_{g-1} -> z_g."""
         stop = g * self.config.segment_depth
         for first, last in self.checkpointing.groups(stop - self.config.segment_depth, stop):
-            x_BSD = self.checkpointing.call(partial(self._run_blocks, first, last), x_BSD)
+            x_BSD = self.checkpointing.call(partial(self.run_blocks, first, last), x_BSD)
         return x_BSD
 
-    def _run_blocks(self, first: int, last: int, x_BSD: Tensor) -> Tensor:
+    def run_blocks(self, first: int, last: int, x_BSD: Tensor) -> Tensor:
+        """Blocks ``first`` up to ``last``, that one not included."""
         delta_BSD = None
         for block in self.blocks[first:last]:
             x_BSD, delta_BSD = block.branches(x_BSD, delta_BSD)
