@@ -23,10 +23,11 @@ def norm_of(kind: str) -> Callable[[int], nn.Module]:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Groups of at most 32, as many as divide the channels."""
+    """At most 32 groups of at least four channels: a map of one place has to have something to be normalised by."""
 
     def __init__(self, channels: int) -> None:
-        groups = next(groups for groups in range(min(GROUPS, channels), 0, -1) if channels % groups == 0)
+        most = max(1, min(GROUPS, channels // 4))
+        groups = next(groups for groups in range(most, 0, -1) if channels % groups == 0)
         super().__init__(groups, channels)
 
     def forward(self, x_BDhw: Tensor) -> Tensor:
