@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mirl.engine.checkpoints.kinds import ENCODER, PRETRAINED, kind_of, require_kind
+from mirl.engine.checkpoints.kinds import ENCODER, PRETRAINED, SEGMENTER, kind_of, require_kind
 from mirl.engine.checkpoints.reader import CheckpointReader, locate
 from mirl.engine.configuration.config import section_from_dict
 from mirl.engine.models import MIRL, ModelConfig
@@ -122,4 +122,8 @@ def _model_config(reader: CheckpointReader) -> ModelConfig:
         values = reader.state["config"]["model"]
     except (KeyError, TypeError):
         raise UserError(f"{source} describes no model: give a checkpoint that this engine wrote") from None
+    if kind_of(reader.state) == SEGMENTER:
+        # Its positions are those of the grid that it was pre-trained on, stretched over any other.
+        sizes = {name: reader.state["config"]["source"][name] for name in ("image_height", "image_width")}
+        values = values | sizes
     return section_from_dict(ModelConfig, values, source=source)

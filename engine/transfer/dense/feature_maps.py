@@ -70,7 +70,7 @@ class DenseModel(ComputeChoices):
         assert list(self.taken) == sorted(set(self.taken)) and self.taken[-1] == config.depth - 1, self.taken
         self.position_grid = position_grid or self.config.grid
         self._tables: dict[tuple[Any, ...], Tensor] = {}  # positions, of the grids last seen
-        self.encoder = Encoder(self.config)
+        self.encoder = _DenseEncoder(self.config)
         self.encoder.norm = nn.Identity()
         del self.encoder.pos_embed  # of one grid alone
         initialise(self.encoder)
@@ -82,6 +82,9 @@ class DenseModel(ComputeChoices):
         and W, or C is another than the model's.
         """
         self.choose(images)
+        return self.encoder(self._maps, images)
+
+    def _maps(self, images: Tensor) -> tuple[Tensor, ...]:
         grid = self._grid_of(images)
         x_BSD, delta_BSD = self.embed(images, grid), None
         maps, start = [], 0
@@ -149,6 +152,16 @@ class DenseModel(ComputeChoices):
                 f"images have shape {list(images.shape)} and dtype {images.dtype}: this model takes uint8 [B, H, W, "
                 f"{channels}] or float [B, {channels}, H, W], with H and W multiples of {side}"
             )
+
+
+class _DenseEncoder(Encoder):
+    """The encoder, whose forward pass is what a model of places makes of it: in there ZeRO-3 has gathered its own
+    parameters.
+    """
+
+    def forward(self, run: Callable[..., Any], *inputs: Any) -> Any:
+        """``run(*inputs)``."""
+        return run(*inputs)
 
 
 class _Blocks:

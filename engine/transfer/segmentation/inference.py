@@ -62,10 +62,12 @@ def predict(
 ) -> Tensor:
     """Probabilities [K, h, w], float32 on ``device``, of a uint8 image; ``model`` is in eval mode."""
     sizes, pieces = _pieces(model.config, image_hwC, view)
+    # Agreed on before anything is computed: on every rank the same exchanges come in the same order.
+    spare = 0 if lockstep is None else lockstep(len(pieces)) - len(pieces)
     sums: list[Tensor | None] = [None] * len(sizes)
     counts: list[Tensor | None] = [None] * len(sizes)
     for piece in pieces:
-        logits = model.logits(piece.images.to(device))
+        logits: Tensor = model(piece.images.to(device))
         height, width = sizes[piece.view][:2]
         if sums[piece.view] is None:
             sums[piece.view] = logits.new_zeros(logits.shape[1], height, width)
@@ -76,9 +78,8 @@ def predict(
             down, across = min(one.shape[1], height - top), min(one.shape[2], width - left)
             total[:, top : top + down, left : left + across] += one[:, :down, :across]
             count[top : top + down, left : left + across] += 1
-    if lockstep is not None:
-        for _ in range(lockstep(len(pieces)) - len(pieces)):
-            idle(model, device)
+    for _ in range(spare):
+        idle(model, device)
     found = None
     for (_, _, mirrored), total, count in zip(sizes, sums, counts, strict=True):
         assert total is not None and count is not None
@@ -95,7 +96,7 @@ def idle(model: Segmenter, device: torch.device) -> None:
     """A forward pass of nothing, for a rank that has run out while others go on under ZeRO-3."""
     config = model.config
     size = (config.image_height, config.image_width)
-    model.logits(torch.zeros(1, *size, config.channels, dtype=torch.uint8, device=device))
+    model(torch.zeros(1, *size, config.channels, dtype=torch.uint8, device=device))
 
 
 def _pieces(config: ModelConfig, image_hwC: np.ndarray, view: View) -> tuple[list[tuple[int, int, bool]], list[_Piece]]:

@@ -41,14 +41,13 @@ class Segmenter(DenseModel):
         self.decode_head = UPerHead(width, head_channels or width, num_classes, made)
         self.auxiliary_head = FCNHead(width, num_classes, made)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of both heads, [B, K, 4H/P, 4W/P] and [B, K, H/P, W/P]; images as in `DenseModel.feature_maps`."""
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """In training logits of both heads, [B, K, 4H/P, 4W/P] and [B, K, H/P, W/P]; else those of the decode head at
+        the size of the images, float32 [B, K, H, W]. Images as in `DenseModel.feature_maps`.
+        """
         maps = self.pyramid(self.feature_maps(images))
-        return self.decode_head(maps), self.auxiliary_head(maps)
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Float32 logits [B, K, H, W] of the decode head at the size of the images."""
-        maps = self.pyramid(self.feature_maps(images))
+        if self.training:
+            return self.decode_head(maps), self.auxiliary_head(maps)
         rows, columns = self._grid_of(images)
         side = self.config.patch_size
         return resized(self.decode_head(maps).float(), (rows * side, columns * side))

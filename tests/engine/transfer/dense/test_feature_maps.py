@@ -11,6 +11,7 @@ from torch import nn
 
 from mirl.engine.models.positions import resample_positions, sincos_positions
 from mirl.engine.training.compiling import compile_regions, expected_graphs
+from mirl.engine.transfer.dense import norms
 from mirl.engine.transfer.dense.feature_maps import DenseModel, Pyramid, taken_blocks
 from mirl.engine.transfer.dense.norms import BatchNorm, GroupNorm
 from mirl.engine.transfer.initialise_from import initialise_from
@@ -136,3 +137,33 @@ def test_batch_norm_is_that_of_torch_and_stays_float32():
     low = ours.bfloat16()
     assert low.weight.dtype == torch.bfloat16 and torch.equal(low.running_mean, kept)
     assert low(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_batch_norm_over_ranks_is_that_of_all_their_images(monkeypatch):
+    """Both ranks in one process: what each would send is taken first, and their sum is given to both."""
+    x = [(torch.randn(2, 6, 3, 5) * 2 + number).requires_grad_() for number in range(2)]
+    weights = [torch.randn(2, 6, 3, 5) for _ in x]
+    sent: list[torch.Tensor] = []
+
+    def send(row: torch.Tensor) -> torch.Tensor:
+        sent.append(row)
+        return row
+
+    monkeypatch.setattr(norms, "_ranks", lambda: 2)
+    made = []
+    for give in (send, lambda row: sent[0] + sent[1]):
+        monkeypatch.setattr(norms._SumOverRanks, "apply", give)
+        made = [BatchNorm(6) for _ in x]
+        out = []
+        for rank, (norm, images) in enumerate(zip(made, x, strict=True)):
+            monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+            out.append(norm(images))
+    theirs, both = nn.BatchNorm2d(6), torch.cat([images.detach() for images in x]).requires_grad_()
+    expected = theirs(both)
+    torch.testing.assert_close(torch.cat(out), expected, atol=1e-5, rtol=1e-5)  # float32 sums in another order
+    (expected * torch.cat(weights)).sum().backward()
+    sum((y * weight).sum() for y, weight in zip(out, weights, strict=True)).backward()
+    torch.testing.assert_close(torch.cat([images.grad for images in x]), both.grad, atol=1e-5, rtol=1e-4)
+    for norm in made:
+        torch.testing.assert_close(norm.running_var, theirs.running_var)
+        torch.testing.assert_close(norm.running_mean, theirs.running_mean)
