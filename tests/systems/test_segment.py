@@ -16,6 +16,7 @@ from mirl.engine.checkpoints.best import read_best
 from mirl.engine.checkpoints.pretrained import load_encoder
 from mirl.engine.checkpoints.reader import CheckpointReader
 from mirl.engine.cli import dispatch
+from mirl.engine.models.pixels import normalise_images
 from mirl.engine.transfer.segmentation.evaluation import evaluate_segmenter
 from mirl.engine.transfer.segmentation.load import load_segmenter, view_of
 from mirl.engine.transfer.segmentation.task import BUFFER
@@ -141,6 +142,66 @@ def test_its_encoder_starts_another_run(whole, pretrained):
     source, before = load_encoder(pretrained)
     assert config.grid == source.grid and set(before) - set(encoder) == {"norm.weight", "norm.bias"}
     assert not torch.equal(encoder["blocks.3.mlp.fc1.weight"], before["blocks.3.mlp.fc1.weight"])
+
+
+def test_its_exports_are_read_by_others(whole, sets, tmp_path, capsys):
+    model, _ = load_segmenter(whole)
+    images = torch.randint(0, 256, (2, 32, 32, 3), generator=torch.Generator().manual_seed(0)).byte()
+
+    def export(to: str, name: str) -> Path:
+        assert dispatch(["export", str(whole), "--to", to, "--out", str(tmp_path / name)]) == 0
+        return tmp_path / name
+
+    transformers = pytest.importorskip("transformers", reason="an extra of the tests: pip install mirl-engine[test]")
+    theirs = transformers.UperNetForSemanticSegmentation.from_pretrained(export("hf", "hf")).eval()
+    pixels = normalise_images(images, model.config.mean, model.config.std, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), theirs(pixels).logits, atol=1e-4, rtol=1e-4)  # float32, other sums
+    assert theirs.config.id2label == dict(enumerate(NAMES))
+
+    state = torch.load(export("mmseg", "seg.pth"))["state_dict"]
+    assert torch.equal(state["backbone.layers.2.ffn.layers.0.0.weight"], model.encoder.blocks[2].mlp.fc1.weight)
+    assert torch.equal(state["backbone.layers.0.ln1.bias"], model.encoder.blocks[0].norm1.bias)
+    assert torch.equal(state["neck.upsample_4x.3.weight"], model.pyramid.fpn1[3].weight)
+    assert state["backbone.pos_embed"].shape == (1, 17, 32) and "decode_head.psp_modules.1.1.bn.running_var" in state
+    assert len(state) == len(model.state_dict()) + 1
+
+    # Names of mae_pretrain_vit_*.pth, but for the norm behind the last block, which a segmenter has not.
+    mae = torch.load(export("mae", "mae.pth"))["model"]
+    assert {name for name in mae if not name.startswith("blocks.")} == {
+        "cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"
+    }  # fmt: skip
+    assert {name[len("blocks.0.") :] for name in mae if name.startswith("blocks.0.")} == {
+        f"{layer}.{kind}"
+        for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        for kind in ("weight", "bias")
+    }
+    said = capsys.readouterr().out
+    assert "out_indices=[0, 1, 2, 3]" in said and "window_block_indexes" in said and "num_classes=3" in said
+    with pytest.raises(UserError, match="give hf, mmseg, mae or safetensors"):
+        export("timm", "timm")
+    with pytest.raises(UserError, match=r"ends in \.pth"):
+        export("mae", "mae.bin")
+
+
+def test_predictions_are_pictures_and_numbers(whole, sets, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"nothing")
+    image = sets / "val" / "images" / "odd.png"
+    out = tmp_path / "out"
+    assert dispatch(["predict", str(whole), str(image), str(broken), str(image), "--out", str(out)]) == 0
+    first, second, third = json.loads((out / "predictions.json").read_text())
+    assert "error" in second and third["overlay"].endswith("odd-2.png")
+    labels = np.array(Image.open(first["labels"]))
+    assert labels.shape == (40, 150) and sum(item["pixels"] for item in first["classes"]) == labels.size
+    assert {item["label"]: item["pixels"] for item in first["classes"]} == {
+        int(value): int((labels == value).sum()) for value in np.unique(labels)
+    }
+    assert sum(item["share"] for item in first["classes"]) == pytest.approx(1)
+    assert Image.open(first["overlay"]).height > 192
+    for arguments, message in ((["--out", out], "which exists"), ([], "not given"), (["--out", "x.csv"], "a folder")):
+        with pytest.raises(UserError, match=message):
+            dispatch(["predict", str(whole), str(image), *map(str, arguments)])
 
 
 @pytest.mark.parametrize(
