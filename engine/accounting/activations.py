@@ -155,24 +155,22 @@ def segmenter_activations(
     """Of one crop in the training of a segmenter: every block of the encoder sees all patches; pyramid, heads and the
     loss at the size of the crop come on top. Arguments and errors as for `activations`.
 
-    A convolution with its norm and ReLU keeps its output, the norm's input as float32, and what ReLU gives.
+    A convolution with its norm and ReLU keeps the norm's input, as float32, and what ReLU gives.
     """
     encoder = classifier_activations(config, checkpointing, precision, math=math, recompute=recompute)
     size, patches, width = VALUE_BYTES[precision], config.num_patches, config.width
     made = head_channels or width
-    low = 0 if precision == "fp32" else 4  # a norm computes in float32 and keeps its input as such
-    tower = 3 * size + low
-    # The four taken maps; both deconvolutions of the first with norm and GELU between; that of the second; the pooled.
-    kept = patches * width * (4 * size + 4 * (4 * size + low) + 16 * size + 4 * size + size / 4)
-    kept += patches * made * (16 + 4 + 1) * (2 * tower + size)  # laterals, their sums, and what follows them
-    kept += patches / 4 * ((width + 4 * made) * size + made * tower)
-    kept += 16 * patches * made * (3 + 4) * size + 16 * patches * made * tower  # resized, joined, fused
-    kept += patches * 256 * tower
-    pixels = config.image_height * config.image_width
-    # Logits of both heads brought to the size of the crop, and their log-softmax: float32; then their gradients.
-    loss = 2 * 2 * STATISTICS_BYTES * pixels * classes
+    tower = STATISTICS_BYTES + size
+    # The four taken maps; both deconvolutions of the first, norm and GELU between; that of the second; the pooled one.
+    kept = patches * width * (4 * size + 4 * (STATISTICS_BYTES + 2 * size) + 16 * size + 4 * size + size / 4 + 2)
+    kept += 21 * patches * made * (2 * tower + size)  # laterals, their sums, and what follows them
+    kept += patches / 4 * ((width + 4 * made) * size + made * tower)  # joined with what was pooled
+    kept += 16 * patches * made * (4 * size + tower + size)  # joined, fused, and with dropout
+    kept += patches * 256 * (tower + size)
+    # Of each head the log-softmax of its logits, brought to the size of the crop, in float32.
+    logits = STATISTICS_BYTES * config.image_height * config.image_width * classes
     return Activations(
-        encoder=encoder.encoder, decoders=kept + loss, loss_work=0.0, decoder_work=loss / 2 + 16 * patches * made * 4,
+        encoder=encoder.encoder, decoders=kept + 2 * logits, loss_work=0.0, decoder_work=2 * logits,
         encoder_work=encoder.encoder_work,
     )  # fmt: skip
 
