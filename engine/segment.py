@@ -26,10 +26,15 @@ from mirl.engine.errors import run_entry_point  # noqa: E402
 
 def main(argv: list[str] | None = None) -> int:
     """Parse ``argv`` (default: the command line) and run; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--demo" in argv:
+        from mirl.engine.transfer.segmentation.demo import run_demo
+
+        return run_demo([argument for argument in argv if argument != "--demo"])
     from mirl.engine.configuration.flags import parse
     from mirl.engine.transfer.segmentation.command_line import SEGMENT
 
-    config = parse(SEGMENT, sys.argv[1:] if argv is None else argv)
+    config = parse(SEGMENT, argv)
     from mirl.engine.transfer.segmentation.early import refuse_early
 
     refuse_early(config)

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from mirl.dataloaders.tools.composite_sets import write_labels
-from mirl.dataloaders.tools.composites import Composer
+from mirl.dataloaders.tools.composites import STUFF, Composer
 from mirl.dataloaders.tools.demo import default_cache_dir
 from mirl.disk import set_mode
 from mirl.errors import UserError
@@ -18,13 +18,14 @@ def prepare_label_composites(
 ) -> Path:
     """The folder of composites with label images: images/ and annotations/, in each train/ and val/, label-map.txt.
 
+    Each photograph is a class, and all objects are one: to tell ten kinds of them apart takes longer than a demo.
     It is made once and published by one rename. Any number of processes may call it at once. UserError if the folder
     cannot be written.
     """
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     composer = Composer(size=(side, side), objects=(2, 4), share=(0.3, 0.55))
     kind = "fashion" if composer.fashion else "glyphs"
-    target = cache / f"label-composites-{side}px-{kind}-{train}-{val}-v1"
+    target = cache / f"label-composites-{side}px-{kind}-{train}-{val}-v2"
     if target.is_dir():
         return target
     try:
@@ -37,7 +38,8 @@ def prepare_label_composites(
     try:
         for split, count in (("train", train), ("val", val)):
             write_labels(work, split, count, composer)
-        names = ["0 ignore", *(f"{value} {name}" for value, name in enumerate(composer.label_names, 1))]
+        meant = [*STUFF, *("object" for _ in composer.names)]
+        names = ["0 ignore", *(f"{value} {name}" for value, name in enumerate(meant, 1))]
         (work / "label-map.txt").write_text("\n".join(names) + "\n")
         set_mode(work, 0o755)
         work.rename(target)

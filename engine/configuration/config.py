@@ -49,7 +49,9 @@ class DataConfig(Section):
     data: tuple[str, ...] = setting(
         (), "folder(s), text list(s) or tar shard(s) of images; none: the demo photographs", metavar="PATH"
     )
-    index_dir: str = setting("", "folder of the .idx files of tar shards; none: beside the shards", metavar="DIR")
+    index_dir: str = setting(
+        "", "folder of the .idx files of tar shards; none: beside the shards", metavar="DIR", of=_CROPPED
+    )
     crop_scale: tuple[float, float] | None = setting(
         (0.2, 1.0),
         "smallest and largest share of the image area that a crop covers",

@@ -38,6 +38,28 @@ def small_data() -> SegmentConfig:
     )
 
 
+def demo() -> SegmentConfig:
+    """Composites of objects on photographs, for some minutes on two CPU cores: what `mirl segment --demo` runs twice.
+
+    Chosen here for a short run of a small encoder; nothing is inherited, and nothing follows for other data.
+
+    Command: ``mirl segment --demo``
+    """
+    return SegmentConfig(
+        recipe="demo",
+        segment=SegmentSection(
+            image_height=96, image_width=96, scale=(0.9, 1.4), cat_max_ratio=0.9, photometric=False, layer_decay=0.9,
+            drop_path=0.0, head_channels=64, eval_every=1 / 3,
+        ),
+        data=DataConfig(),
+        optim=OptimConfig(
+            batch_size=8, steps=100, warmup_share=0.05, lr=2e-3, betas=(0.9, 0.999), clip_grad=1.0, schedule="poly"
+        ),
+        run=RunConfig(out="runs/segment_demo", checkpoint_every=100),
+        log=LogConfig(picture_every=50),
+    )  # fmt: skip
+
+
 def _ade20k(name: str, *, lr: float, layer_decay: float, drop_path: float) -> SegmentConfig:
     """What all of them inherit from BEiT's segmentation (unilm/beit/semantic_segmentation,
     configs/beit/upernet/upernet_beit_base_12_512_slide_160k_ade20k_pt.py): AdamW (0.9, 0.999), weight decay 0.05,
@@ -106,7 +128,8 @@ def vit_b_48() -> SegmentConfig:
 
 
 RECIPES: dict[str, Callable[[], SegmentConfig]] = {
-    "small_data": small_data, "vit_b": vit_b, "vit_s_54": vit_s_54, "vit_b_24": vit_b_24, "vit_b_48": vit_b_48,
+    "small_data": small_data, "demo": demo, "vit_b": vit_b, "vit_s_54": vit_s_54, "vit_b_24": vit_b_24,
+    "vit_b_48": vit_b_48,
 }  # fmt: skip
 
 
