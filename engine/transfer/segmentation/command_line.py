@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mirl.engine.configuration.flags import CommandLine
 from mirl.engine.transfer.segmentation.config import SegmentConfig
+from mirl.engine.transfer.segmentation.recipe_sizes import SIZES
 from mirl.engine.transfer.segmentation.recipes import DEFAULT_RECIPE, RECIPES
 
 SEGMENT = CommandLine(
@@ -15,6 +16,7 @@ SEGMENT = CommandLine(
     arguments="--checkpoint RUN --data PATH ... [--labels DIR ...] [--val PATH ...] [--recipe NAME] [flags]",
     description="Train a segmenter, UperNet on a pre-trained encoder, end to end: a class for every pixel.\n"
     "--demo trains a small one on made-up pictures, in some minutes, and compares it with a fresh encoder.",
+    sizes=SIZES,
     texts={
         "data.data": "images: folder(s) beside --labels, a list of lines image<TAB>label image, or a data set laid out "
         "as ADE20K, Cityscapes or VOC; needed",
