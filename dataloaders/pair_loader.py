@@ -7,7 +7,7 @@ decoding does not give.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -167,7 +167,7 @@ class PairLoader(TrainLoader):
 
 def eval_pairs(
     reader: PairReader, *, rank: int, world_size: int, threads: int
-) -> Iterator[tuple[int, np.ndarray, np.ndarray] | tuple[int, None, str] | None]:
+) -> Generator[tuple[int, np.ndarray, np.ndarray] | tuple[int, None, str] | None, None, None]:
     """The pairs of an evaluation that rank ``rank`` looks at, in order, each once on all ranks together.
 
     Gives (index, image uint8 [h, w, C], labels int16 [h, w]); (index, None, reason) for one that is broken; None where

@@ -100,5 +100,6 @@ def resized(map_BDhw: Tensor, size: Sequence[int]) -> Tensor:
 def _classifier(channels: int, classes: int) -> nn.Conv2d:
     made = nn.Conv2d(channels, classes, 1)
     nn.init.normal_(made.weight, std=CLASSIFIER_STD)
+    assert made.bias is not None
     nn.init.zeros_(made.bias)
     return made

@@ -64,7 +64,7 @@ def test_activations(precision, norm):
 
     found = (kept(6) - kept(2)) / 4
     estimate = segmenter_activations(CONFIG, CLASSES, 32, precision=precision).kept
-    assert found == pytest.approx(estimate, rel=0.1)  # small things of the heads are left out
+    assert found == pytest.approx(estimate, rel=0.03)  # 1.2 and 1.6 % are small things of the heads
 
 
 def test_the_summary_of_a_segmenter(capsys):
