@@ -122,8 +122,8 @@ def _open_one(root: Path, labels: Path | None, split: str) -> PairSource:
         raise UserError(f"data {shown(root)} does not exist; check the path")
     if root.suffix.lower() in (".json", ".jsonl"):
         raise UserError(
-            f"data {shown(root)} is a JSON file, as COCO's annotations of objects are: mirl detect takes those; "
-            "mirl segment needs label images, which hold the class of every pixel"
+            f"data {shown(root)} is a JSON file, as COCO's annotations are, which are for detection: mirl segment "
+            "needs label images, which hold the class of every pixel"
         )
     if root.is_file():
         if root.suffix.lower() not in LIST_SUFFIXES:

@@ -209,7 +209,7 @@ def test_predictions_are_pictures_and_numbers(whole, sets, tmp_path):
     [
         (["--data", "{sets}/train/images"], "give --labels FOLDER"),
         (["--data", "{sets}/train", "--val", "{tmp}/renamed"], "label value 1 is 'disc' in data and 'ball' in val"),
-        (["--data", "{tmp}/coco.json"], "mirl detect takes those"),
+        (["--data", "{tmp}/coco.json"], "which are for detection"),
         (["--data", "{tmp}/empty.txt"], "is empty"),
         (["--data", "{sets}/train", "--label-map", "cityscape"], "label_map is 'cityscape': no such file"),
         (["--data", "{sets}/train", "--val-labels", "{sets}/val/labels"], "val_labels is given and val is not"),

@@ -201,7 +201,7 @@ def test_what_is_no_set_of_pairs_is_refused(tmp_path, shapes):
             open_pairs([tmp_path / name for name in data], [tmp_path / name for name in labels], split=split)
 
     (tmp_path / "instances.json").write_text('{"images": [], "annotations": [], "categories": []}')
-    refused("is a JSON file, as COCO's annotations of objects are: mirl detect takes those", ["instances.json"])
+    refused("is a JSON file, as COCO's annotations are, which are for detection", ["instances.json"])
     refused("does not exist", ["nowhere"])
     (tmp_path / "empty.txt").write_text("\n")
     refused("is empty: give lines image<TAB>label image", ["empty.txt"])
