@@ -1,4 +1,4 @@
-"""`mirl config [pretrain|finetune|segment] FLAGS`: the configuration that such a run would have, as JSON for `--config`."""
+"""`mirl config [pretrain|finetune|segment] FLAGS`: the configuration of such a run, as JSON for `--config`."""
 
 from __future__ import annotations
 
