@@ -46,8 +46,8 @@ class Batch:
     images: uint8 [B, H, W, C], or float32 [B, C, H, W], normalised, of a 16-bit or float array data set; on the device.
     sample_ids: int64 [B], the items shown (a stand-in's own number where an image was broken). epoch: from 0.
     positions: int64 [B], places in the epoch's order; (seed, epoch, position) is a key of the sample that no division
-    of the work among ranks changes. labels: int64 [B] on the device, or None. valid: bool [B]; False marks padding and,
-    in evaluation, broken images.
+    of the work among ranks changes. labels: on the device, int64 [B], or of label images int16 [B, H, W]; or None.
+    valid: bool [B]; False marks padding and, in evaluation, broken images.
     """
 
     images: torch.Tensor

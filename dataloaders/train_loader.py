@@ -146,7 +146,7 @@ class TrainLoader:
         self,
         source: Source,
         plan: StepPlan,
-        augmentation: Augmentation,
+        augmentation: Augmentation | None,
         reader: SampleReader,
         decoder: DaliDecoder | None,
         resizer: CpuResizer | None,
@@ -206,17 +206,7 @@ class TrainLoader:
         TooManyBadImages past the limit (see `build_train_loader`); UserError if stand-ins cannot be read either.
         """
         if self._stream is None:
-            self._stream = BatchStream(
-                self._plans(self._micro_step),
-                self._reader,
-                self._geometry,
-                self._decoder,
-                self._resizer,
-                device=self._device,
-                prefetch=self._prefetch,
-                statistics=self._statistics,
-                transform=self._transform,
-            )
+            self._stream = self._open_stream(self._plans(self._micro_step))
         batch = next(self._stream)
         self._micro_step += 1
         self._count_bad(batch.bad)
@@ -289,12 +279,26 @@ class TrainLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _open_stream(self, plans: Iterator[BatchPlan]) -> BatchStream:
+        return BatchStream(
+            plans,
+            self._reader,
+            self._geometry,
+            self._decoder,
+            self._resizer,
+            device=self._device,
+            prefetch=self._prefetch,
+            statistics=self._statistics,
+            transform=self._transform,
+        )
+
     def _plans(self, first_micro_step: int) -> Iterator[BatchPlan]:
         for micro_step in count(first_micro_step):
             epoch, positions = self.plan.locate(micro_step)
             yield BatchPlan(epoch, self._order(epoch)[positions], positions)
 
     def _geometry(self, sizes_B2: np.ndarray, epoch: int, positions: np.ndarray):
+        assert self.augmentation is not None
         windows_B4, mirrored_B = self.augmentation.windows(sizes_B2, self.seed, epoch, positions)
         return windows_B4, mirrored_B, None, None
 

@@ -45,6 +45,12 @@ def _finetune(argv: Sequence[str]) -> int:
     return main(list(argv))
 
 
+def _segment(argv: Sequence[str]) -> int:
+    from mirl.engine.segment import main
+
+    return main(list(argv))
+
+
 def _probe(argv: Sequence[str]) -> int:
     from mirl.engine.commands.probe import main
 
@@ -118,6 +124,10 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
         _finetune,
         "fine-tune a pre-trained encoder as a classifier (several ranks: deepspeed engine/finetune.py)",
     ),
+    "segment": (
+        _segment,
+        "train a segmenter, UperNet on a pre-trained encoder (several ranks: deepspeed engine/segment.py)",
+    ),
     "evaluate": (_evaluate, "accuracy of a fine-tuned classifier, by class and in all, and its confusions"),
     "predict": (_predict, "classes of images, by a fine-tuned classifier"),
     "probe": (_probe, "linear probe and nearest neighbours on frozen features"),
@@ -159,7 +169,7 @@ def dispatch(argv: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
-    if sys.argv[1:2] not in (["pretrain"], ["finetune"]):
+    if sys.argv[1:2] not in (["pretrain"], ["finetune"], ["segment"]):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `mirl summary | head` ends quietly; a run outlives its reader
     run_entry_point(lambda: dispatch(sys.argv[1:]))
 

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from mirl.engine.transfer.classification.load import load_classifier
     from mirl.engine.transfer.classification.recipes import finetune_recipe
     from mirl.engine.transfer.classification.run import finetune
+    from mirl.engine.transfer.segmentation.config import SegmentConfig
+    from mirl.engine.transfer.segmentation.load import load_segmenter
+    from mirl.engine.transfer.segmentation.recipes import segment_recipe
+    from mirl.engine.transfer.segmentation.run import segment
     from mirl.engine.version import __version__
     from mirl.errors import UserError
 
@@ -63,6 +67,10 @@ _HOMES = {
     "load_classifier": "engine.transfer.classification.load",
     "finetune_recipe": "engine.transfer.classification.recipes",
     "finetune": "engine.transfer.classification.run",
+    "SegmentConfig": "engine.transfer.segmentation.config",
+    "load_segmenter": "engine.transfer.segmentation.load",
+    "segment_recipe": "engine.transfer.segmentation.recipes",
+    "segment": "engine.transfer.segmentation.run",
     "__version__": "engine.version",
     "UserError": "errors",
 }
@@ -72,6 +80,7 @@ __all__ = [
     "FinetuneConfig",
     "ModelConfig",
     "PretrainConfig",
+    "SegmentConfig",
     "UserError",
     "__version__",
     "build_eval_loader",
@@ -85,12 +94,15 @@ __all__ = [
     "load_frozen_encoder",
     "load_images",
     "load_pretrained",
+    "load_segmenter",
     "mask_from_noise",
     "model_config",
     "pretrain",
     "recipe",
     "reconstruct",
     "save_grid",
+    "segment",
+    "segment_recipe",
 ]
 
 

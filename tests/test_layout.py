@@ -16,10 +16,11 @@ from tests.support.launch import CHECKOUT
 FLOORS = (
     ("mirl.engine.cli",),
     ("mirl.engine.commands",),
-    ("mirl.engine.pretrain", "mirl.engine.finetune"),
+    ("mirl.engine.pretrain", "mirl.engine.finetune", "mirl.engine.segment", "mirl.engine.detect"),
     ("mirl.engine.analysis",),
     ("mirl.engine.pretraining",),
-    ("mirl.engine.transfer.classification",),
+    ("mirl.engine.transfer.classification", "mirl.engine.transfer.segmentation", "mirl.engine.transfer.detection"),
+    ("mirl.engine.transfer.dense",),
     ("mirl.engine.transfer",),
     ("mirl.engine.training",),
     ("mirl.engine.checkpoints", "mirl.engine.accounting"),

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from mirl.engine.commands.probe import main as probe
+from mirl.engine.configuration.config import is_offered
 from mirl.engine.configuration.flags import CommandLine, parse
 from mirl.engine.configuration.overrides import override_by_keyword
 from mirl.engine.models import model_config
 from mirl.engine.pretraining.command_line import PRETRAIN
 from mirl.engine.training.noise import mask_noise, seed_stochastic_depth
 from mirl.engine.transfer.classification.command_line import FINETUNE
+from mirl.engine.transfer.segmentation.command_line import SEGMENT
 from mirl.errors import UserError
 from mirl.keyed import fold_seed, keyed_u64
 from mirl.settings import Section
@@ -30,21 +32,21 @@ def float_fields(command: CommandLine) -> list[tuple[str, int]]:
         for item in dataclasses.fields(kind):
             hint = typing.get_type_hints(kind)[item.name]
             parts = typing.get_args(hint) if typing.get_origin(hint) is tuple else (hint,)
-            if float in parts and item.metadata.get("of", section) in command.kind.sections():
+            if float in parts and is_offered(item, section, command.kind.sections()):
                 found.append((item.name, 3 if Ellipsis in parts else len(parts)))
     return found
 
 
 EVERY_FLOAT = [
     pytest.param(command, name, count, id=f"{command.kind.__name__}-{name}")
-    for command in (PRETRAIN, FINETUNE)
+    for command in (PRETRAIN, FINETUNE, SEGMENT)
     for name, count in float_fields(command)
 ]
 
 
 def test_every_section_is_one_whose_numbers_are_checked():
-    kinds = {kind for command in (PRETRAIN, FINETUNE) for kind in command.kind.sections().values()}
-    assert len(kinds) == 6 and all(issubclass(kind, Section) for kind in kinds)
+    kinds = {kind for command in (PRETRAIN, FINETUNE, SEGMENT) for kind in command.kind.sections().values()}
+    assert len(kinds) == 7 and all(issubclass(kind, Section) for kind in kinds)
     assert len(EVERY_FLOAT) > 35
     with pytest.raises(TypeError, match="Leaky has a __post_init__"):
         type("Leaky", (Section,), {"__post_init__": lambda self: None})

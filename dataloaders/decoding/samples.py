@@ -22,9 +22,14 @@ from mirl.errors import UserError
 from mirl.keyed import keyed_u64
 
 _REPLACEMENT_STREAM = 3
-_MAX_REPLACEMENTS = 100
+MAX_REPLACEMENTS = 100
 _NO_DATA = np.empty(0, np.uint8)
 _CHUNK = 8  # samples a thread reads per task: a task costs about 20 us, a sample about 40
+
+
+def replacement(num_images: int, seed: int, epoch: int, position: int, attempt: int) -> int:
+    """The number of stand-in ``attempt`` for a broken image at a position of an epoch."""
+    return int(keyed_u64(_REPLACEMENT_STREAM, seed, epoch, position, attempt)[0]) % num_images
 
 
 @dataclass(slots=True)
@@ -89,9 +94,8 @@ class SampleReader:
     def replace(self, sample: Sample, reason: str) -> Sample:
         """The next stand-in for a sample whose current image failed; the reason of the first failure is kept."""
         first_reason = sample.reason or reason
-        for attempt in range(sample.attempt, _MAX_REPLACEMENTS):
-            key = int(keyed_u64(_REPLACEMENT_STREAM, self.seed, sample.epoch, sample.position, attempt)[0])
-            index = key % self.source.num_images
+        for attempt in range(sample.attempt, MAX_REPLACEMENTS):
+            index = replacement(self.source.num_images, self.seed, sample.epoch, sample.position, attempt)
             try:
                 return self._load(
                     Sample(
@@ -109,7 +113,7 @@ class SampleReader:
             except ImageError:
                 continue
         raise UserError(
-            f"{self.source.path(sample.wanted)} cannot be read ({first_reason}), nor can {_MAX_REPLACEMENTS} other "
+            f"{self.source.path(sample.wanted)} cannot be read ({first_reason}), nor can {MAX_REPLACEMENTS} other "
             "images that were tried in its place; run mirl validate-data on the data set"
         )
 

@@ -142,6 +142,39 @@ def classifier_activations(
     )  # fmt: skip
 
 
+def segmenter_activations(
+    config: ModelConfig,
+    classes: int,
+    head_channels: int = 0,
+    checkpointing: str | int = "none",
+    precision: str = "bf16",
+    *,
+    math: bool = False,
+    recompute: bool = False,
+) -> Activations:
+    """Of one crop in the training of a segmenter: every block of the encoder sees all patches; pyramid, heads and the
+    loss at the size of the crop come on top. Arguments and errors as for `activations`.
+
+    A convolution with its norm and ReLU keeps the norm's input, as float32, and what ReLU gives.
+    """
+    encoder = classifier_activations(config, checkpointing, precision, math=math, recompute=recompute)
+    size, patches, width = VALUE_BYTES[precision], config.num_patches, config.width
+    made = head_channels or width
+    tower = STATISTICS_BYTES + size
+    # The four taken maps; both deconvolutions of the first, norm and GELU between; that of the second; the pooled one.
+    kept = patches * width * (4 * size + 4 * (STATISTICS_BYTES + 2 * size) + 16 * size + 4 * size + size / 4 + 2)
+    kept += 21 * patches * made * (2 * tower + size)  # laterals, their sums, and what follows them
+    kept += patches / 4 * ((width + 4 * made) * size + made * tower)  # joined with what was pooled
+    kept += 16 * patches * made * (4 * size + tower + size)  # joined, fused, and with dropout
+    kept += patches * 256 * (tower + size)
+    # Of each head the log-softmax of its logits, brought to the size of the crop, in float32.
+    logits = STATISTICS_BYTES * config.image_height * config.image_width * classes
+    return Activations(
+        encoder=encoder.encoder, decoders=kept + 2 * logits, loss_work=0.0, decoder_work=2 * logits,
+        encoder_work=encoder.encoder_work,
+    )  # fmt: skip
+
+
 def encoder_block_values(
     config: ModelConfig, tokens: int | None = None, *, math: bool = False, recompute: bool = False
 ) -> float:

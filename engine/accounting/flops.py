@@ -174,3 +174,34 @@ def _patch_projection(config: ModelConfig) -> int:
 def _block(width: int, hidden: int) -> int:
     """Attention, MLP and two norms."""
     return 4 * width**2 + 4 * width + 2 * width * hidden + width + hidden + 4 * width
+
+
+def segmenter_flops(config: ModelConfig, classes: int, head_channels: int) -> ForwardFlops:
+    """FLOPs of one image of a segmenter (`mirl.engine.transfer.segmentation`): the encoder on all patches, and every
+    convolution of pyramid and heads, auxiliary head included.
+    """
+    width, patches, made = config.width, config.num_patches, head_channels or config.width
+    tokens = 1 + patches
+    # Places of the four maps: 16, 4, 1 and 1/4 of the patches.
+    pyramid = patches * width**2 * (4 + 16 + 4)
+    pooled = sum(side**2 for side in (1, 2, 3, 6)) * width * made + patches / 4 * 9 * (width + 4 * made) * made
+    laterals = (16 + 4 + 1) * patches * (width * made + 9 * made**2)
+    fused = 16 * patches * (9 * 4 * made**2 + made * classes)
+    auxiliary = patches * (9 * width * 256 + 256 * classes)
+    return ForwardFlops(
+        patch_projection=2 * patches * config.patch_pixels * width,
+        encoder=config.depth * encoder_block_flops(config, tokens),
+        embeds=0.0,
+        decoders=2 * pyramid,
+        heads=2 * (pooled + laterals + fused + auxiliary),
+    )
+
+
+def segmenter_parameters(config: ModelConfig, classes: int, head_channels: int) -> int:
+    """Trained parameters of a segmenter: of its encoder without its last norm, of the pyramid, and of both heads."""
+    width, made = config.width, head_channels or config.width
+    encoder = _patch_projection(config) + width + config.depth * _block(width, config.mlp_width)
+    pyramid = 3 * (4 * width**2 + width) + 2 * width
+    norms = 2 * made * (4 + 1 + 6 + 1)
+    head = 4 * width * made + 9 * (width + 4 * made) * made + 3 * (width * made + 9 * made**2) + 36 * made**2
+    return encoder + pyramid + norms + head + (made + 1) * classes + 9 * width * 256 + 512 + 257 * classes

@@ -17,8 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mirl.engine.accounting.activations import VALUE_BYTES, activations, classifier_activations
-from mirl.engine.accounting.flops import encoder_parameters, pretraining_parameters
+from mirl.engine.accounting.activations import VALUE_BYTES, activations, classifier_activations, segmenter_activations
+from mirl.engine.accounting.flops import encoder_parameters, pretraining_parameters, segmenter_parameters
 from mirl.engine.accounting.memory import BUCKET_VALUES, GIB, parameter_bytes, reduction_bytes
 from mirl.engine.configuration.config import PretrainConfig
 from mirl.engine.models.config import ModelConfig
@@ -155,6 +155,31 @@ def classifier_footprint(
         model_bytes=average,
         saved_values=4 if averaged else 3,
         group=2 if paired else 1,
+    )
+
+
+def segmenter_footprint(
+    model: ModelConfig,
+    classes: int,
+    head_channels: int,
+    precision: str,
+    *,
+    on_gpu: bool,
+    checkpointing: str | int = "none",
+    recompute: bool = False,
+    group: int = 1,
+) -> Footprint:
+    """The footprint of a segmentation run of encoder ``model``, at the size of its crops."""
+    pixels = model.image_height * model.image_width
+    kept = segmenter_activations(
+        model, classes, head_channels, checkpointing, precision, math=writes_out_attention(model, on_gpu=on_gpu),
+        recompute=recompute,
+    )  # fmt: skip
+    return Footprint(
+        parameters=segmenter_parameters(model, classes, head_channels),
+        image_bytes=kept.peak + pixels * (model.channels + 8),  # labels as int64
+        pixel_bytes=pixels * (model.channels + 2),  # and as int16, with which they come
+        group=group,
     )
 
 

@@ -17,12 +17,13 @@ NAMES = {"last": "the weights as trained", "ema": "the average of the weights (E
 class Standing:
     """What an evaluation found. weights: the better ones, "last" as training left them, or "ema" their average.
 
-    images: of the set that it was measured on.
+    score_percent: the higher the better; ``metric`` says what it is. images: of the set that it was measured on.
     """
 
     weights: str
-    top1_percent: float
+    score_percent: float
     images: int
+    metric: str = "top-1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,8 @@ class Best(Standing):
 
     def __str__(self) -> str:
         return (
-            f"epoch {self.epoch:g} (step {self.step}), top-1 {self.top1_percent:.2f}% of {self.images} images with "
-            f"{NAMES[self.weights]}"
+            f"epoch {self.epoch:g} (step {self.step}), {self.metric} {self.score_percent:.2f}% of {self.images} images "
+            f"with {NAMES[self.weights]}"
         )
 
 
@@ -48,6 +49,7 @@ def read_best(folder: Path) -> Best | None:
     """The record in a folder of checkpoints; None where there is none, or none that can be read."""
     try:
         values = json.loads((folder / RECORD).read_text())
+        values = {"metric": "top-1", "score_percent": values.get("top1_percent")} | values  # as records were before
         found = Best(**{item.name: values[item.name] for item in fields(Best)})
         return found if found.weights in NAMES else None
     except (OSError, ValueError, KeyError, TypeError):

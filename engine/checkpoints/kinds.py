@@ -14,17 +14,21 @@ from mirl.engine.configuration.config import section_from_dict
 from mirl.engine.models.config import ModelConfig
 from mirl.errors import UserError
 
-PRETRAINED, ENCODER, CLASSIFIER = "pre-trained model", "encoder", "classifier"
+PRETRAINED, ENCODER, CLASSIFIER, SEGMENTER = "pre-trained model", "encoder", "classifier", "segmenter"
+# The section of a run's settings that tells its kind.
+_SECTIONS = {"finetune": CLASSIFIER, "segment": SEGMENTER}
 # What each kind is called in a sentence, and what gives one.
 _NAMES = {
     PRETRAINED: "a pre-trained model with its decoders",
     ENCODER: "a pre-trained encoder without decoders",
     CLASSIFIER: "a fine-tuned classifier",
+    SEGMENTER: "a segmenter",
 }
 _SOURCES = {
     PRETRAINED: "give the run of mirl pretrain, or an imported model that has its decoders",
     ENCODER: "give the run of mirl pretrain, or an imported model",
     CLASSIFIER: "fine-tune it first (mirl finetune --checkpoint {given} --data TRAIN --val VAL) and give that run",
+    SEGMENTER: "train one first (mirl segment --checkpoint {given} --data IMAGES --labels LABELS) and give that run",
 }
 WHICH = ("best", "last")
 
@@ -40,7 +44,7 @@ class Given:
 
     @property
     def kind(self) -> str:
-        """PRETRAINED, ENCODER or CLASSIFIER."""
+        """PRETRAINED, ENCODER, CLASSIFIER or SEGMENTER."""
         return kind_of(self.state)
 
     @property
@@ -98,9 +102,10 @@ def _best_of(path: Path) -> tuple[Path, Best] | None:
 
 
 def kind_of(state: dict[str, Any]) -> str:
-    """PRETRAINED, ENCODER or CLASSIFIER, of the state of a checkpoint."""
-    if "finetune" in (state.get("config") or {}):
-        return CLASSIFIER
+    """PRETRAINED, ENCODER, CLASSIFIER or SEGMENTER, of the state of a checkpoint."""
+    for section, kind in _SECTIONS.items():
+        if section in (state.get("config") or {}):
+            return kind
     parameters = state.get("parameters") or {}
     return ENCODER if parameters and all(name.startswith("encoder.") for name in parameters) else PRETRAINED
 
@@ -108,12 +113,20 @@ def kind_of(state: dict[str, Any]) -> str:
 def describe(state: dict[str, Any]) -> str:
     """What a checkpoint is, in a few words, with what it was made from."""
     config, kind = state.get("config") or {}, kind_of(state)
-    if kind != CLASSIFIER:
+    if kind in (PRETRAINED, ENCODER):
         model = _label(config.get("model") or {})
         return _NAMES[kind] + (f" ({model})" if model else "")
-    source = config["finetune"].get("checkpoint")
-    classes = (state.get("parameters") or {}).get("head.weight", [len(config.get("classes", ()))])[0]
+    source = _source(config)
+    parameters = state.get("parameters") or {}
+    head = parameters.get("head.weight") or parameters.get("decode_head.conv_seg.weight")
+    classes = head[0] if head else len(config.get("classes", ()))
     return f"{_NAMES[kind]} of {classes} classes" + (f", made from {source}" if source else "")
+
+
+def _source(config: dict[str, Any]) -> str | None:
+    """The checkpoint that a run of transfer started from."""
+    sections = (config.get(section) or {} for section in _SECTIONS)
+    return next((section["checkpoint"] for section in sections if section.get("checkpoint")), None)
 
 
 def _label(model: dict[str, Any]) -> str | None:
@@ -129,10 +142,10 @@ def require_kind(state: dict[str, Any], asked: Path | str, command: str, *kinds:
     kind = kind_of(state)
     if kind in kinds:
         return
-    source = ((state.get("config") or {}).get("finetune") or {}).get("checkpoint")
+    source = _source(state.get("config") or {})
     mend = (
         f"give {source}"
-        if source and kind == CLASSIFIER
+        if source and not set(kinds) & set(_SECTIONS.values())
         else _SOURCES[kinds[0]].format(given=shlex.quote(os.fspath(asked)))
     )
     raise UserError(f"{asked} is {describe(state)}: {command} needs {_NAMES[kinds[0]]}; {mend}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mirl.engine.checkpoints.kinds import CLASSIFIER, ENCODER, PRETRAINED, kind_of, require_kind
+from mirl.engine.checkpoints.kinds import ENCODER, PRETRAINED, SEGMENTER, kind_of, require_kind
 from mirl.engine.checkpoints.reader import CheckpointReader, locate
 from mirl.engine.configuration.config import section_from_dict
 from mirl.engine.models import MIRL, ModelConfig
@@ -30,7 +30,7 @@ def load_pretrained(path: Path | str, *, device: torch.device | str = "cpu") -> 
     """
     reader = CheckpointReader(locate(Path(path)))
     kind = kind_of(reader.state)
-    if kind == CLASSIFIER:
+    if kind not in (PRETRAINED, ENCODER):
         require_kind(reader.state, path, "load_pretrained", PRETRAINED)
     if kind == ENCODER:
         raise UserError(
@@ -58,7 +58,7 @@ def load_encoder(path: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
     Keys are timm's: ``patch_embed.proj.*``, ``cls_token``, ``blocks.i.*``, ``norm.*``. The norms of the inner segments
     are left out: only decoders read them. There are ``config.built_depth`` blocks: a truncated model has its first ones
     only. A checkpoint without decoders is good enough, and so is a fine-tuned classifier, which has no ``norm.*`` where
-    it pools the mean. Reads nothing else.
+    it pools the mean, and a segmenter, which has none. Reads nothing else.
 
     Raises:
         UserError: no checkpoint at ``path``, a damaged one, or one that lacks a weight of the encoder.
@@ -68,7 +68,8 @@ def load_encoder(path: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
     _require_fixed_positions(reader, config)
     stored = {name.removeprefix(_ENCODER): shape for name, shape in reader.shapes.items() if name.startswith(_ENCODER)}
     wanted = encoder_shapes(config)
-    if "head.weight" in reader.shapes and "norm.weight" not in stored:  # a classifier whose norm follows the pooling
+    # A classifier whose norm follows the pooling, and a segmenter, which reads the blocks themselves.
+    if kind_of(reader.state) not in (PRETRAINED, ENCODER) and "norm.weight" not in stored:
         wanted = {name: shape for name, shape in wanted.items() if not name.startswith("norm.")}
     for name, shape in wanted.items():
         if stored.get(name) != shape:
@@ -121,4 +122,8 @@ def _model_config(reader: CheckpointReader) -> ModelConfig:
         values = reader.state["config"]["model"]
     except (KeyError, TypeError):
         raise UserError(f"{source} describes no model: give a checkpoint that this engine wrote") from None
+    if kind_of(reader.state) == SEGMENTER:
+        # Its positions are those of the grid that it was pre-trained on, stretched over any other.
+        sizes = {name: reader.state["config"]["source"][name] for name in ("image_height", "image_width")}
+        values = values | sizes
     return section_from_dict(ModelConfig, values, source=source)

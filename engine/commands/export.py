@@ -1,5 +1,5 @@
-"""`mirl export CHECKPOINT --to timm|hf|safetensors|onnx|torch-export --out PATH`: a checkpoint for other libraries: the
-encoder, or the classifier.
+"""`mirl export CHECKPOINT --to timm|hf|safetensors|onnx|torch-export|mae|mmseg --out PATH`: a checkpoint for other
+libraries: the encoder, the classifier, or the segmenter.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mirl.dataloaders.decoding.crops import evaluation_crop
 from mirl.engine.checkpoints.best import NAMES as WEIGHTS
-from mirl.engine.checkpoints.kinds import CLASSIFIER, given
+from mirl.engine.checkpoints.kinds import CLASSIFIER, SEGMENTER, given
 from mirl.engine.commands.checkpoint_flags import add_checkpoint
 from mirl.engine.configuration.flags import Parser, image_size
 from mirl.errors import UserError
@@ -23,6 +23,7 @@ LOADING = {
 }
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 POOLED = ("timm", "onnx", "torch-export")
+DENSE = ("mae", "mmseg")  # for code of detection and segmentation
 LOADING_CLASSIFIER = LOADING | {"hf": 'transformers.ViTForImageClassification.from_pretrained("{out}")'}
 
 
@@ -46,6 +47,13 @@ def run(argv: Sequence[str]) -> int:
     print(f"checkpoint {found}", flush=True)
 
     # Only now: these import torch, and a wrong flag should be told at once.
+    if found.kind == SEGMENTER or arguments.to in DENSE:
+        from mirl.engine.commands.export_dense import export_dense
+
+        if arguments.encoder_only:
+            raise UserError(f"encoder_only is given and to is {arguments.to!r}: leave it out; mae writes encoders")
+        print("\n".join(export_dense(found, arguments.to, arguments.out, arguments.image_size)))
+        return 0
     from mirl.engine.commands.export_formats import EXPORTS, read_classifier, read_encoder
     from mirl.engine.models.interop.huggingface import crops_as_evaluation
     from mirl.engine.models.interop.timm_keys import grid_of
@@ -88,11 +96,12 @@ def run(argv: Sequence[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="mirl export", description="Write the encoder of a checkpoint in another library's format.")
-    add_checkpoint(parser, "a pre-trained model, an encoder or a fine-tuned classifier")
+    add_checkpoint(parser, "a pre-trained model, an encoder, a fine-tuned classifier or a segmenter")
     parser.add_argument(
-        "--to", required=True, choices=sorted(LOADING),
-        help="timm: a folder for timm.create_model; hf: a folder for transformers' ViTModel; safetensors: one file; "
-        "onnx and torch-export: one file with a graph that runs without this package",
+        "--to", required=True, choices=sorted([*LOADING, *DENSE]),
+        help="timm: a folder for timm.create_model; hf: a folder for transformers' ViTModel, or its UperNet; "
+        "safetensors: one file; onnx and torch-export: one file with a graph that runs without this package; mae: a "
+        ".pth for ViTDet and BEiT-like code; mmseg: a .pth for mmsegmentation",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="what to write; must not exist")
     parser.add_argument(

@@ -1,4 +1,6 @@
-"""`mirl predict CHECKPOINT IMAGE ...`: the classes that a fine-tuned classifier sees in images."""
+"""`mirl predict CHECKPOINT IMAGE ...`: the classes that a fine-tuned classifier sees in images; of a segmenter those of
+every pixel (`mirl.engine.commands.predict_segments`).
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,11 @@ from typing import Any
 from mirl.dataloaders.decoding.crops import evaluation_crop
 from mirl.engine.checkpoints.best import NAMES as WEIGHTS
 from mirl.engine.checkpoints.files import write_whole
-from mirl.engine.checkpoints.kinds import CLASSIFIER, given
+from mirl.engine.checkpoints.kinds import CLASSIFIER, SEGMENTER, given
 from mirl.engine.commands.checkpoint_flags import add_checkpoint
 from mirl.engine.commands.device_flag import add_device, device_of_process
 from mirl.engine.commands.image_inputs import open_images
+from mirl.engine.commands.predict_segments import check_out, predict_segments
 from mirl.engine.configuration.flags import Parser
 from mirl.errors import UserError
 
@@ -28,6 +31,12 @@ def main(argv: Sequence[str]) -> int:
         if getattr(arguments, name) < 1:
             raise UserError(f"{name} is {getattr(arguments, name)}: give 1 or more")
     out = arguments.out
+    found = given(arguments.checkpoint, arguments.which).require("mirl predict", CLASSIFIER, SEGMENTER)
+    if found.kind == SEGMENTER:
+        check_out(out)
+        source = open_images(arguments.images, index_dir=arguments.index_dir)
+        print(f"checkpoint {found}", flush=True)
+        return predict_segments(found, source, out, device=arguments.device)
     if out is not None:
         if out.suffix.lower() not in FORMATS:
             raise UserError(f"out is {out}: give a name that ends in {' or '.join(FORMATS)}")
@@ -35,7 +44,6 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"out is {out}, which exists: give another name or --overwrite")
         if not out.parent.is_dir():
             raise UserError(f"out is {out} and {out.parent} is no folder: make it, or give another name")
-    found = given(arguments.checkpoint, arguments.which).require("mirl predict", CLASSIFIER)
     source = open_images(arguments.images, index_dir=arguments.index_dir)
     print(f"checkpoint {found}", flush=True)
 
@@ -134,8 +142,10 @@ FORMATS = {".csv": _as_csv, ".json": _as_json}
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="mirl predict", description="Classes of images, by a fine-tuned classifier.")
-    add_checkpoint(parser, "a fine-tuned classifier")
+    parser = Parser(
+        prog="mirl predict", description="Classes of images by a fine-tuned classifier, of pixels by a segmenter."
+    )
+    add_checkpoint(parser, "a fine-tuned classifier or a segmenter")
     parser.add_argument(
         "images", type=Path, nargs="+", metavar="IMAGE", help="image files, folders, lists of paths or tar shards"
     )
@@ -144,7 +154,12 @@ def _parser() -> Parser:
         "--weights", choices=sorted(WEIGHTS),
         help="as training left them, or their average [those that made the checkpoint the best, else last]",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write a .csv or .json file instead of printing")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="write a .csv or .json file instead of printing; of a segmenter: the folder of its pictures, needed",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     add_device(parser)
     parser.add_argument("--batch-size", type=int, default=64, help="images of a forward pass [64]")

@@ -8,7 +8,8 @@ import os
 from collections.abc import Sequence
 
 from mirl.engine.commands.device_flag import add_device, device_of_process
-from mirl.engine.configuration.flags import HelpFormatter, Parser
+from mirl.engine.configuration.flags import HelpFormatter, Parser, image_size
+from mirl.errors import UserError
 
 DESCRIPTION = """\
 Parameters, FLOPs and memory of the models of the paper; or of a run, with its time on this machine.
@@ -27,6 +28,9 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--model", metavar="NAME", help="one model in detail; without any flag: the table of all")
+    parser.add_argument(
+        "--task", choices=("segment",), help="of a model of transfer: segment, with --image-size and --num-classes"
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable [off]")
     parser.add_argument(
         "--time",
@@ -35,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
     )
     add_device(parser)
     known, flags = parser.parse_known_args(argv)
+    if known.task == "segment":
+        return _segment(known, flags)
     if not flags and known.time is None:
         # Only here, so that --help waits for no torch.
         from mirl.engine.commands.summary import run_summary
@@ -48,4 +54,17 @@ def main(argv: Sequence[str]) -> int:
     flags += ["--device", known.device, *(["--model", known.model] if known.model else [])]
     summary = summarise_run(flags, measure=known.time)
     print(json.dumps(summary.to_dict(), indent=2) if known.json else summary)
+    return 0
+
+
+def _segment(known: argparse.Namespace, flags: Sequence[str]) -> int:
+    parser = Parser(prog="mirl summary --task segment", allow_abbrev=False, formatter_class=HelpFormatter)
+    parser.add_argument("--image-size", type=image_size, default=(512, 512))
+    parser.add_argument("--num-classes", type=int, default=150)
+    asked = parser.parse_args(list(flags))
+    if asked.num_classes < 2:
+        raise UserError(f"num_classes is {asked.num_classes}: segmentation needs two classes or more")
+    from mirl.engine.commands.segment_summary import segment_summary
+
+    print(segment_summary(known.model, image_size=asked.image_size, classes=asked.num_classes, as_json=known.json))
     return 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -22,16 +22,25 @@ from mirl.settings import LARGEST, Section
 PRECISIONS = ("auto", "bf16", "fp32")
 SWITCHES = ("auto", "on", "off")
 COMPILES = (*SWITCHES, "max")
-SCHEDULES = ("cosine", "step")
+SCHEDULES = ("cosine", "step", "poly")
+_CROPPED = ("model", "finetune")  # runs whose images are cropped without regard to label images or boxes
+_PICTURED = ("model", "segment", "detect")
 
 
 def setting(default: Any, text: str, **metadata: Any) -> Any:
     """A dataclass field with the help text of its command-line flag.
 
-    ``of`` in ``metadata``: the section of the only kind of run that offers the flag. ``unset``: what None, which the
-    run replaces by a value when it begins, is called in help; a resumed run goes on with the value of its checkpoint.
+    ``of`` in ``metadata``: the section of the only kind of run that offers the flag, or those of several. ``unset``:
+    what None, which the run replaces by a value when it begins, is called in help; a resumed run goes on with the value
+    of its checkpoint.
     """
     return field(default=default, metadata={"help": text, **metadata})
+
+
+def is_offered(item: Any, section: str, sections: Collection[str]) -> bool:
+    """Whether a run with ``sections`` offers the field ``item`` of ``section`` as a flag (``of`` of `setting`)."""
+    of = item.metadata.get("of", section)
+    return any(name in sections for name in ((of,) if isinstance(of, str) else of))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +50,25 @@ class DataConfig(Section):
     data: tuple[str, ...] = setting(
         (), "folder(s), text list(s) or tar shard(s) of images; none: the demo photographs", metavar="PATH"
     )
-    index_dir: str = setting("", "folder of the .idx files of tar shards; none: beside the shards", metavar="DIR")
-    crop_scale: tuple[float, float] | None = setting(
-        (0.2, 1.0), "smallest and largest share of the image area that a crop covers", unset="scaled"
+    index_dir: str = setting(
+        "", "folder of the .idx files of tar shards; none: beside the shards", metavar="DIR", of=_CROPPED
     )
-    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "narrowest and widest aspect ratio of a crop")
+    crop_scale: tuple[float, float] | None = setting(
+        (0.2, 1.0),
+        "smallest and largest share of the image area that a crop covers",
+        unset="scaled",
+        of=_CROPPED,
+    )
+    crop_ratio: tuple[float, float] = setting(
+        (3 / 4, 4 / 3), "narrowest and widest aspect ratio of a crop", of=_CROPPED
+    )
     flip: bool = setting(True, "mirror every other crop at random")
     centre_crops: float | None = setting(
         0.0,
         "share of the images that are cropped as in evaluation instead, and not mirrored",
         unset="scaled",
         before=0.0,
+        of=_CROPPED,
     )
     loader_threads: int = setting(
         0, "CPU threads that decode images, per rank; 0: the cores of the machine shared by its ranks"
@@ -92,7 +109,9 @@ class OptimConfig(Section):
     lr: float = setting(0.0, "peak learning rate itself; 0: base_lr * batch_size / 256")
     min_lr: float = setting(0.0, "learning rate at the end of the cosine")
     schedule: str = setting(
-        "cosine", "learning-rate curve after the warm-up; step: x0.1 at 90 % and at 95 %", choices=SCHEDULES
+        "cosine",
+        "learning-rate curve after the warm-up; step: x0.1 at 90 % and at 95 %; poly: a straight line",
+        choices=SCHEDULES,
     )
     betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's decay rates of the two moments")
     weight_decay: float = setting(0.05, "AdamW's weight decay, on matrices only")
@@ -242,8 +261,8 @@ class LogConfig(Section):
     """What the run tells while it goes on."""
 
     log_every: int = setting(0, "optimiser steps between log lines; 0: sixty in a run")
-    picture_every: int = setting(0, "optimiser steps between picture grids; 0: six in a run", of="model")
-    pictures: int = setting(4, "images in a picture grid; 0: no pictures", of="model")
+    picture_every: int = setting(0, "optimiser steps between picture grids; 0: six in a run", of=_PICTURED)
+    pictures: int = setting(4, "images in a picture grid; 0: no pictures", of=_PICTURED)
     tensorboard: bool = setting(True, "write TensorBoard event files")
     profile: int = setting(
         0,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mirl.engine.configuration.config import Config
+from mirl.engine.configuration.config import Config, is_offered
 from mirl.engine.configuration.config_file import config_of_file
 from mirl.engine.configuration.help_lines import describe_recipe, nearest, shown_default, usage
 from mirl.engine.configuration.overrides import override
@@ -24,6 +24,7 @@ from mirl.settings import require_finite
 TITLES = {
     "model": "model (section 3 and Table 1 of the paper)",
     "finetune": "classifier and augmentation",
+    "segment": "segmenter, label images, augmentation and evaluation",
     "data": "data",
     "optim": "optimiser and length",
     "run": "run",
@@ -163,7 +164,7 @@ def build_parser(command: CommandLine, recipe: str | None = None) -> Parser:
         hints = typing.get_type_hints(kind)
         values = getattr(shown, section)
         for item in dataclasses.fields(kind):
-            if item.metadata.get("of", section) not in sections:
+            if not is_offered(item, section, sections):
                 continue
             if item.name == "image_height":
                 side = f"{values.image_height}x{values.image_width}" if values.image_height else "of pre-training"

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from mirl.engine.configuration.config import Config, OptimConfig
+from mirl.engine.configuration.config import Config, OptimConfig, is_offered
 from mirl.engine.models.config import MODEL_NAMES, SINGLE_DECODER, SIZE_FIELDS, ModelConfig, model_config
 from mirl.errors import UserError
 from mirl.settings import require_finite
@@ -47,7 +47,7 @@ def by_section(base: Config, changes: Mapping[str, Any]) -> dict[str, Any]:
         item.name: section
         for section, kind in base.sections().items()
         for item in dataclasses.fields(kind)
-        if item.metadata.get("of", section) in base.sections()
+        if is_offered(item, section, base.sections())
     }
     several = {
         item.name

@@ -21,6 +21,7 @@ from mirl.engine.models.execution import Regions
 from mirl.engine.models.heads import prediction_head
 from mirl.engine.models.layers import (
     Attention,
+    Branch,
     CrossAttention,
     Mlp,
     ResidualNorm,
@@ -31,9 +32,6 @@ from mirl.engine.models.layers import (
 from mirl.engine.models.masking import PatchMask
 from mirl.engine.models.skips import ExactSkips
 from mirl.kernels import gather_tokens, gather_tokens_passing_on, scatter_tokens
-
-# x, delta and a bias that delta lacks, if any: a residual stream that is still to be added up.
-Branch = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Entry(NamedTuple):

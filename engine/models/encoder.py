@@ -119,11 +119,13 @@ class Encoder(nn.Module):
         for first, last in self.checkpointing.groups(start, stop):
             # One tensor goes from group to group, because each group keeps what it begins with.
             x_BSD = x_BSD if branch is None else add_branch(*branch)
-            branch = self.checkpointing.call(partial(self._run_blocks, first, last), x_BSD)
+            branch = self.checkpointing.call(partial(self.run_blocks, first, last), x_BSD)
         return branch
 
-    def _run_blocks(self, first: int, last: int, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        delta_BSD = bias_D = None
+    def run_blocks(
+        self, first: int, last: int, x_BSD: Tensor, delta_BSD: Tensor | None = None, bias_D: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Blocks ``first`` up to ``last``, that one not included, of x + (delta + bias), as such a sum again."""
         for block in islice(self.blocks, first, last):  # a slice of a ModuleList is another module, made each time
             x_BSD, delta_BSD, bias_D = block.branches(x_BSD, delta_BSD, bias_D)
         return x_BSD, delta_BSD, bias_D

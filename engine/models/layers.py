@@ -76,6 +76,10 @@ class StreamNorm(ResidualNorm):
         return normed_BSD if delta_BSD is None else (total_BSD, normed_BSD)
 
 
+# x, delta and a bias that delta lacks, if any: a residual stream that is still to be added up.
+Branch = tuple[Tensor, Tensor | None, Tensor | None]
+
+
 def add_branch(x_BSD: Tensor, delta_BSD: Tensor | None, delta_bias_D: Tensor | None) -> Tensor:
     """x + delta, x + (delta + bias) where the Linear that made delta left its bias, or x where there is no delta."""
     if delta_BSD is None:

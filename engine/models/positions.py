@@ -9,8 +9,11 @@ from torch.nn import functional as F
 from mirl.errors import UserError
 
 
-def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
+def sincos_positions(grid: tuple[int, int], width: int, source_grid: tuple[int, int] | None = None) -> Tensor:
     """Positions of a class token and of ``grid[0] * grid[1]`` patches in row-major order: [1 + N, width], float32.
+
+    source_grid: the patches of ``grid`` lie where those of this grid would, stretched over the same area, so that
+    centres of patches fall on each other as in a resized image; None: ``grid`` itself.
 
     Row 0 belongs to the class token and is zeros. In the other rows the first half of the features encodes the column,
     the second half the row; each half is sin, then cos, of position / 10000^(4i / width). Float64 until the last step.
@@ -24,14 +27,20 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
     rows, columns = grid
     quarter = width // 4
     frequencies_F = 1 / 10000.0 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    row_N = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
-    column_N = torch.arange(columns, dtype=torch.float64).repeat(rows)
+    source_rows, source_columns = source_grid or grid
+    row_N = _places(rows, source_rows).repeat_interleave(columns)
+    column_N = _places(columns, source_columns).repeat(rows)
     halves = []
     for position_N in (column_N, row_N):
         angle_NF = torch.outer(position_N, frequencies_F)
         halves += [angle_NF.sin(), angle_NF.cos()]
     patches_ND = torch.cat(halves, dim=1)
     return torch.cat([patches_ND.new_zeros(1, width), patches_ND]).float()
+
+
+def _places(count: int, source: int) -> Tensor:
+    """Centres of ``count`` patches in the numbering of ``source`` ones over the same length."""
+    return (torch.arange(count, dtype=torch.float64) + 0.5) * (source / count) - 0.5
 
 
 def resample_positions(table_ND: Tensor, source_grid: tuple[int, int], target_grid: tuple[int, int]) -> Tensor:

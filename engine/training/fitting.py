@@ -126,7 +126,8 @@ def _changes(config: Any, sections: dict[str, type]) -> list[tuple[str, dict[str
             ("--activation-checkpointing every",
              {"run.activation_checkpointing": "every", "run.recompute_pointwise": False})
         )  # fmt: skip
-    model, section = config.model, "model" if "model" in sections else "finetune"
+    model = config.model
+    section = next(name for name, kind in sections.items() if "image_height" in kind.__dataclass_fields__)
     for divisor in (2, 4):
         sides = tuple(
             max(1, side // divisor // model.patch_size) * model.patch_size

@@ -34,12 +34,18 @@ FREE: Mapping[str, frozenset[str]] = {
     }),
     "log": frozenset({"log_every", "picture_every", "pictures", "tensorboard", "profile"}),
     "finetune": frozenset({"checkpoint", "val", "eval_every", "attention", "head_init"}),
+    "segment": frozenset({
+        "checkpoint", "labels", "val", "val_labels", "label_map", "ignore", "eval_every", "attention", "eval_mode",
+        "eval_stride", "eval_scales", "eval_flip", "fresh",
+    }),
 }  # fmt: skip
 # The order of images, or the shapes of the weights, rest on these: no run can go on with others.
 FIXED = frozenset({
     "seed", "batch_size", "depth", "width", "mlp_ratio", "patch_size", "channels", "segments", "decoder_width",
     "decoder_depth", "variant", "truncated_depth",
 })  # fmt: skip
+# The section that makes a run one of transfer, of its kind.
+_OF_TRANSFER = ("finetune", "segment", "detect")
 # Not told where they differ: each start has its own.
 _OF_A_START = frozenset({"name", "out", "resume", "init_from", "change", "checkpoint", "statistics"})
 # One of them is as good as the other in --change.
@@ -94,7 +100,8 @@ def compare_settings(config: Config, reader: CheckpointReader) -> list[str]:
         UserError: settings of the experiment differ and are not named by ``run.change``; all of them are listed.
     """
     saved = reader.state["config"]
-    if not set(config.sections()) <= set(saved) or ("finetune" in saved) != ("finetune" in config.sections()):
+    own = [section for section in config.sections() if section in _OF_TRANSFER]
+    if not set(config.sections()) <= set(saved) or own != [section for section in saved if section in _OF_TRANSFER]:
         return []  # of another kind of run, or imported: each kind of run says so itself
     found = [
         difference
@@ -178,7 +185,7 @@ def _means_the_same(item: Difference, config: Config, saved: Mapping[str, Any]) 
         theirs = saved["optim"]
         peak = theirs["lr"] or theirs["base_lr"] * theirs["batch_size"] / 256
         return config.optim.peak_lr == peak
-    if item.section == "finetune":
+    if item.section in _OF_TRANSFER:
         # The image size stands in the encoder, which is compared when it is known; the classes are those of the data.
         automatic = item.name == "num_classes" and 0 in (item.ours, item.theirs)
         return automatic or item.name in ("image_height", "image_width")

@@ -111,9 +111,10 @@ class RunLog:
         if self.is_main:
             self._append(self._metrics, to_json({"event": kind, "step": step, "time": time.time(), **details}))
 
-    def picture(self, image: Image.Image, step: int) -> None:
+    def picture(self, image: Image.Image, step: int, *, name: str = "reconstructions") -> None:
+        """Show ``image`` in TensorBoard."""
         if self._board is not None:
-            self._on_board(lambda board: board.add_image("reconstructions", np.asarray(image), step, dataformats="HWC"))
+            self._on_board(lambda board: board.add_image(name, np.asarray(image), step, dataformats="HWC"))
 
     def close(self) -> None:
         if not self.is_main:

@@ -22,7 +22,7 @@ from mirl.engine.training.task import Task
 
 def _is_better(found: Best, before: Best) -> bool:
     """Of equal ones the earlier stays; but the start of a run, which nothing has trained, gives way."""
-    return (found.top1_percent, not before.step) > (before.top1_percent, False)
+    return (found.score_percent, not before.step) > (before.score_percent, False)
 
 
 class Saver:

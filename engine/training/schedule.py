@@ -32,8 +32,8 @@ class Schedule:
     def lr(self, applied_steps: int) -> float:
         """Learning rate of the next step, once ``applied_steps`` steps have been applied.
 
-        Linear warm-up from peak / warmup_steps, then half a cosine to ``min_lr``, or (`shape` = step) the peak times
-        0.1 from 90 % and times 0.01 from 95 % of the run.
+        Linear warm-up from peak / warmup_steps, then half a cosine to ``min_lr``, or (`shape` = poly) a straight line
+        to it, or (step) the peak times 0.1 from 90 % and times 0.01 from 95 % of the run.
         """
         if applied_steps < self.warmup_steps:
             return self.peak_lr * (applied_steps + 1) / self.warmup_steps
@@ -45,6 +45,8 @@ class Schedule:
                     factor = decay
             return self.peak_lr * factor
         share = (applied_steps - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        if self.shape == "poly":
+            return self.min_lr + (self.peak_lr - self.min_lr) * (1 - min(1.0, share))
         return self.min_lr + (self.peak_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mirl.engine.distributed.ds_engine import FragmentReader
 from mirl.engine.models.config import ModelConfig
 from mirl.engine.models.initialise import initialise
 from mirl.engine.transfer.encoder_model import EncoderModel
@@ -51,6 +52,19 @@ def initialise_from(model: EncoderModel, source_config: ModelConfig, encoder_wei
     if model.position_grid != model.config.grid:
         remarks.append(f"positions are resampled from {_grid(model.position_grid)} to {_grid(model.config.grid)}")
     return remarks
+
+
+def exact_reader(model: nn.Module) -> FragmentReader:
+    """A reader of the weights of ``model`` as they are now: in bf16 DeepSpeed makes its fp32 weights of rounded ones,
+    and low bits are lost.
+    """
+    weights = {name: parameter.detach().float().cpu().clone() for name, parameter in model.named_parameters()}
+
+    def read(name: str, kind: str, start: int, numel: int) -> Tensor:
+        assert kind == "weight"
+        return weights[name].flatten()[start : start + numel]
+
+    return read
 
 
 @torch.no_grad()

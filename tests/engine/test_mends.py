@@ -77,7 +77,7 @@ def test_the_commands_that_runs_tell_run_as_they_are_told(run, tmp_path, monkeyp
 def test_a_run_without_its_best_checkpoint_is_read_by_the_flag_that_is_named(which, checkpoint, tmp_path):
     folder = checkpoint(tiny_config()).parent
     if which is None:
-        write_best(folder, Best(step=9, epoch=1.0, weights="last", top1_percent=50.0, images=8))
+        write_best(folder, Best(step=9, epoch=1.0, weights="last", score_percent=50.0, images=8))
     with pytest.raises(UserError) as refused:
         given(folder.parent, which)
     value = re.search(r"give (?:--which )?(last)", str(refused.value))[1]

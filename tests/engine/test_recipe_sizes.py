@@ -12,13 +12,16 @@ import pytest
 
 from mirl.engine.accounting.flops import CLASSES
 from mirl.engine.accounting.machines import Machine, memory_by_machine
-from mirl.engine.accounting.run_memory import classifier_footprint, pretraining_footprint
+from mirl.engine.accounting.run_memory import classifier_footprint, pretraining_footprint, segmenter_footprint
 from mirl.engine.models import model_config
 from mirl.engine.pretraining import recipe_sizes as of_pretraining
 from mirl.engine.pretraining.recipes import RECIPES
 from mirl.engine.transfer.classification import recipe_sizes as of_finetuning
 from mirl.engine.transfer.classification import recipes as finetuning
 from mirl.engine.transfer.classification.classifier import encoder_config
+from mirl.engine.transfer.segmentation import recipe_sizes as of_segmentation
+from mirl.engine.transfer.segmentation import recipes as segmentation
+from mirl.engine.transfer.segmentation.run import CLASSES as PIXEL_CLASSES
 from tests.support.launch import CHECKOUT
 
 ENCODERS = {"small_data": "vit_s", "vit_b_48": "vit_b_48", "vit_s_54": "vit_s_54"}
@@ -50,6 +53,29 @@ def finetuning_text(name: str) -> str:
     return f"pixels of pre-training, batch {batch}; estimated memory for {ENCODERS[name]} at 224x224: {memory}"
 
 
+SEGMENTED = {
+    "small_data": "vit_s", "demo": "demo", "vit_b": "vit_b", "vit_s_54": "vit_s_54", "vit_b_24": "vit_b_24",
+    "vit_b_48": "vit_b_48",
+}  # fmt: skip
+
+
+def segmenting_text(name: str) -> str:
+    config = segmentation.RECIPES[name]()
+    section, batch, encoder = config.segment, config.optim.batch_size, SEGMENTED[name]
+    source = RECIPES["demo"]().model if encoder == "demo" else model_config(encoder)
+    model = config.resized(encoder_config(source, section.drop_path))
+
+    def footprint(machine: Machine):
+        return segmenter_footprint(
+            model, PIXEL_CLASSES, section.head_channels, machine.precision, on_gpu=machine.on_gpu, group=2
+        )
+
+    memory = ", ".join(memory_by_machine(footprint, batch))
+    size = f"{model.image_height}x{model.image_width}"
+    pixels = f"crops of {size}" if section.image_height else "pixels of pre-training"
+    return f"{pixels}, batch {batch}; estimated memory for {encoder} at {size}, {PIXEL_CLASSES} classes: {memory}"
+
+
 def words(text: str) -> str:
     return " ".join(text.split())
 
@@ -62,6 +88,11 @@ def test_the_size_of_a_pretraining_recipe_is_the_estimate(name):
 @pytest.mark.parametrize("name", sorted(finetuning.RECIPES))
 def test_the_size_of_a_finetuning_recipe_is_the_estimate(name):
     assert of_finetuning.SIZES[name] == finetuning_text(name)
+
+
+@pytest.mark.parametrize("name", sorted(segmentation.RECIPES))
+def test_the_size_of_a_segmentation_recipe_is_the_estimate(name):
+    assert of_segmentation.SIZES[name] == segmenting_text(name)
 
 
 @pytest.mark.parametrize("name", ["demo", "small_data"])
@@ -87,4 +118,5 @@ def test_the_recipe_of_the_readme_fits_on_a_laptop_and_on_one_gpu():
 
 if __name__ == "__main__":
     print(json.dumps({name: pretraining_text(name) for name in RECIPES}, indent=4))
+    print(json.dumps({name: segmenting_text(name) for name in segmentation.RECIPES}, indent=4))
     print(json.dumps({name: finetuning_text(name) for name in finetuning.RECIPES}, indent=4))

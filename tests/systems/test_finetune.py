@@ -111,8 +111,8 @@ def test_two_ranks_resumed_in_bf16_under_zero2(server, pretrained, folders, tmp_
     best = read_best(one / "checkpoints")
     assert best is not None and (one / "checkpoints" / best.checkpoint).is_dir()
     prefix = "val_ema_" if best.weights == "ema" else "val_"
-    assert best.top1_percent == max(max(r["val_top1_percent"], r["val_ema_top1_percent"]) for r in found)
-    assert next(r for r in found if r["step"] == best.step)[prefix + "top1_percent"] == best.top1_percent
+    assert best.score_percent == max(max(r["val_top1_percent"], r["val_ema_top1_percent"]) for r in found)
+    assert next(r for r in found if r["step"] == best.step)[prefix + "top1_percent"] == best.score_percent
     best_weights = load_classifier(one / "checkpoints" / best.checkpoint, weights=best.weights)[0].state_dict()
     newest = load_classifier(one, which="last", weights="ema")[0].state_dict()
     for name, tensor in load_classifier(one)[0].state_dict().items():

@@ -5,7 +5,6 @@ Shapes: B batch, H W image, C channels, N patches, D width, L depth.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from itertools import islice
 
@@ -17,9 +16,11 @@ from mirl.engine.models.config import ModelConfig
 from mirl.engine.models.encoder import Encoder
 from mirl.engine.models.initialise import initialise
 from mirl.engine.models.layers import add_branch, layer_norm
-from mirl.engine.models.masking import PatchMask
 from mirl.engine.models.positions import resample_positions, sincos_positions
+from mirl.engine.transfer.encoder_model import all_visible, encoder_config
 from mirl.errors import UserError
+
+__all__ = ["Classifier", "all_visible", "encoder_config", "fixed_positions", "pool_tokens"]
 
 POOLS = ("avg", "token")
 HEAD_STD = 2e-5
@@ -117,26 +118,9 @@ class Classifier(ComputeChoices):
             yield add_branch(x_BSD, delta_BSD, bias_D)
 
 
-def encoder_config(config: ModelConfig, drop_path: float = 0.0, attention: str = "auto") -> ModelConfig:
-    """``config`` as that of a plain Vision Transformer of all its blocks, without norms that only decoders read.
-
-    The attention backend of pre-training is not taken over: it may not run here.
-    """
-    return dataclasses.replace(
-        config, segments=1, did=False, objective="mae", truncated_depth=None, feature_loss=0.0, vgg_loss=0.0,
-        drop_path=drop_path, attention=attention,
-    )  # fmt: skip
-
-
 def fixed_positions(config: ModelConfig, source_grid: tuple[int, int]) -> Tensor:
     """The sin-cos positions of ``source_grid``, resampled to the grid of ``config``: [1 + N, D]."""
     return resample_positions(sincos_positions(source_grid, config.width), source_grid, config.grid)
-
-
-def all_visible(batch: int, num_patches: int, device: torch.device) -> PatchMask:
-    """The mask that hides nothing."""
-    ids_BN = torch.arange(num_patches, device=device).expand(batch, num_patches)
-    return PatchMask(ids_keep=ids_BN, ids_masked=ids_BN[:, :0], ids_restore=ids_BN)
 
 
 def pool_tokens(tokens_BSD: Tensor, pool: str) -> Tensor:

@@ -43,7 +43,7 @@ from mirl.engine.transfer.classification.rand_augment import RandAugment
 from mirl.engine.transfer.classification.recipes import finetune_recipe
 from mirl.engine.transfer.classification.scaled import is_open, regularisation, settle
 from mirl.engine.transfer.classification.task import FinetuneTask
-from mirl.engine.transfer.initialise_from import initialise_from, reinit_last
+from mirl.engine.transfer.initialise_from import exact_reader, initialise_from, reinit_last
 from mirl.engine.transfer.layer_decay import layer_decay_groups
 from mirl.errors import UserError
 
@@ -164,14 +164,7 @@ class Finetuning(RunKind[FinetuneConfig]):
         return layer_decay_groups(model, weight_decay=config.optim.weight_decay, decay=config.finetune.layer_decay)
 
     def exact_weights(self, plan: FinetunePlan, model: Classifier) -> FragmentReader:
-        """The pre-trained weights: in bf16 DeepSpeed makes its fp32 weights of rounded ones, and low bits are lost."""
-        weights = {name: parameter.detach().float().cpu().clone() for name, parameter in model.named_parameters()}
-
-        def read(name: str, kind: str, start: int, numel: int) -> torch.Tensor:
-            assert kind == "weight"
-            return weights[name].flatten()[start : start + numel]
-
-        return read
+        return exact_reader(model)
 
     def build_task(self, parts: RunParts[FinetuneConfig]) -> FinetuneTask:
         plan, config, section = parts.plan, parts.plan.config, parts.plan.config.finetune
@@ -211,7 +204,7 @@ class Finetuning(RunKind[FinetuneConfig]):
         best = read_best(out / "checkpoints")
         compared = []
         if best is not None:
-            reached = best.top1_percent if best.step else None
+            reached = best.score_percent if best.step else None
             compared = [compare_with_start(reached, self.start, self.start_unknown)]
         return [*compared, *_next_commands(out, self.val is not None)]
 

@@ -73,7 +73,7 @@ class FinetuneTask:
             return None
         # For a run that is resumed before its first report.
         self.log.metrics({"step": 0, RECORDED: self.start_top1_percent}, None)
-        return Standing(weights="last", top1_percent=self.start_top1_percent, images=self.val.num_images)
+        return Standing(weights="last", score_percent=self.start_top1_percent, images=self.val.num_images)
 
     def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> Standing | None:
         """Top-1, top-5 and loss of the weights, and of their average, at the interval and at the end."""
@@ -101,7 +101,7 @@ class FinetuneTask:
         self.log.metrics(values, "  ".join(parts))
         better = max(self.scores, key=lambda prefix: self.scores[prefix].correct)
         found = self.scores[better]
-        return Standing(weights="ema" if better else "last", top1_percent=found.top1_percent, images=found.images)
+        return Standing(weights="ema" if better else "last", score_percent=found.top1_percent, images=found.images)
 
     def reports_after(self, step: int, total_steps: int) -> int:
         """The evaluations."""

@@ -74,7 +74,7 @@ def run_folder(tmp_path_factory) -> tuple[Path, dict[str, dict[str, Classifier]]
         "newest": write_classifier(folder / "step-00000020", seed=5),
     }
     (folder / "latest").write_text("step-00000020\n")
-    write_best(folder, Best(weights="ema", top1_percent=50.0, images=14, step=10, epoch=1.0))
+    write_best(folder, Best(weights="ema", score_percent=50.0, images=14, step=10, epoch=1.0))
     return run, models
 
 

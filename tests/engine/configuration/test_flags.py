@@ -19,6 +19,7 @@ from mirl.engine.models import model_config
 from mirl.engine.pretraining.command_line import PRETRAIN, parse_pretrain
 from mirl.engine.pretraining.recipes import RECIPES, recipe
 from mirl.engine.transfer.classification.command_line import FINETUNE
+from mirl.engine.transfer.segmentation.command_line import SEGMENT
 from tests.support.launch import CHECKOUT, launch_environment
 
 
@@ -144,7 +145,7 @@ def help_of(command: CommandLine, argv: list[str], capsys) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [PRETRAIN, FINETUNE], ids=["pretrain", "finetune"])
+@pytest.mark.parametrize("command", [PRETRAIN, FINETUNE, SEGMENT], ids=["pretrain", "finetune", "segment"])
 def test_help_shows_the_values_of_the_recipe_wherever_it_stands(command, capsys):
     for name, make in command.recipes.items():
         config = make()
@@ -161,7 +162,7 @@ def test_help_shows_the_values_of_the_recipe_wherever_it_stands(command, capsys)
 
 
 def test_defaults_of_the_help_have_one_style(capsys):
-    text = help_of(PRETRAIN, ["--help"], capsys) + help_of(FINETUNE, ["--help"], capsys)
+    text = "".join(help_of(command, ["--help"], capsys) for command in (PRETRAIN, FINETUNE, SEGMENT))
     for wrong in ("[]", "[None]", "[()]", "[True]", "[False]", "default:"):
         assert wrong not in text
 
@@ -178,6 +179,19 @@ def test_the_help_of_finetuning_speaks_of_finetuning(capsys):
     assert set(FINETUNE.texts) <= known
 
 
+def test_the_help_of_segmentation_speaks_of_segmentation(capsys):
+    text = " ".join(help_of(SEGMENT, ["--help"], capsys).split())
+    for wrong in ("demo photographs", "masks", "--crop-scale", "--centre-crops", "--index-dir"):
+        assert wrong not in text
+    assert "--picture-every" in text and "poly" in text
+    known = {
+        f"{section}.{item.name}"
+        for section, kind in SEGMENT.kind.sections().items()
+        for item in dataclasses.fields(kind)
+    }
+    assert set(SEGMENT.texts) <= known
+
+
 def test_the_usage_line_is_one_that_works_where_it_is_typed(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/mirl", "pretrain"])
     monkeypatch.setattr(shutil, "which", lambda name: f"/somewhere/{name}")
@@ -186,7 +200,7 @@ def test_the_usage_line_is_one_that_works_where_it_is_typed(capsys, monkeypatch)
     text = help_of(PRETRAIN, ["--help"], capsys)
     assert text.startswith("usage: python -m mirl.engine.pretrain [--recipe NAME]")
     assert "deepspeed --module mirl.engine.pretrain --deepspeed_config zero2" in text
-    for command in (PRETRAIN, FINETUNE):
+    for command in (PRETRAIN, FINETUNE, SEGMENT):
         assert importlib.util.find_spec(command.module) is not None
     assert read_ds_config("zero2")
     monkeypatch.chdir(CHECKOUT)
@@ -200,7 +214,7 @@ def test_help_of_any_recipe_waits_for_no_torch():
         "try:\n    dispatch([sys.argv[1], '--help', '--recipe', 'small_data'])\n"
         "except SystemExit:\n    sys.exit('torch' in sys.modules)\nsys.exit(2)"
     )
-    for name in ("pretrain", "finetune"):
+    for name in ("pretrain", "finetune", "segment"):
         done = subprocess.run([sys.executable, "-c", code, name], cwd=CHECKOUT, env=launch_environment(), check=False)
         assert done.returncode == 0
 

@@ -51,7 +51,7 @@ class Run:
             self.progress.step += 1
             if save:
                 self.saver.save()
-            self.saver.keep_if_best(Standing(weights="ema", top1_percent=value, images=10))
+            self.saver.keep_if_best(Standing(weights="ema", score_percent=value, images=10))
             self.saver.report()
         return self
 
@@ -71,7 +71,7 @@ def test_the_best_outlives_the_newer_ones(save, tmp_path):
     Run(tmp_path).steps(30, 50, 40, 50, 45, save=save).finish()
     assert steps_in(tmp_path) == ([2, 5] if save else [2])
     best = read_best(tmp_path / "checkpoints")
-    assert best == Best(weights="ema", top1_percent=50, images=10, step=2, epoch=1.0)
+    assert best == Best(weights="ema", score_percent=50, images=10, step=2, epoch=1.0)
     found = given(tmp_path)
     assert found.checkpoint.name == "step-00000002" and found.weights == "ema" and "epoch 1 (step 2)" in str(found)
     assert given(tmp_path, "last").checkpoint.name == ("step-00000005" if save else "step-00000002")
@@ -80,7 +80,7 @@ def test_the_best_outlives_the_newer_ones(save, tmp_path):
 def test_the_start_is_the_best_until_a_step_is_better(tmp_path):
     def begin(out: Path) -> Run:
         run = Run(out)
-        run.saver.keep_if_best(Standing(weights="last", top1_percent=45, images=10))
+        run.saver.keep_if_best(Standing(weights="last", score_percent=45, images=10))
         return run
 
     begin(tmp_path / "worse").steps(30, 44).finish()

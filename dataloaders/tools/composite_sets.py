@@ -1,0 +1,152 @@
+"""Folders of composites: COCO annotations for detection, label pictures for semantic segmentation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mirl.dataloaders.tools.composites import UNLABELLED, Composer, cases_of
+
+CATEGORY_IDS = (1, 2, 4, 7, 13, 18, 21, 44, 62, 90)
+"""Of the ten classes: with gaps, as COCO's own."""
+IMAGE_IDS_STEP = 7  # ids of images have gaps too
+FORMS = ("polygon", "rle", "compressed")
+
+
+def write_coco(
+    folder: Path, split: str, count: int, composer: Composer, *, cases: Sequence[str] = (), forms: Sequence[str] = FORMS
+) -> Path:
+    """Write ``count`` composites to ``folder/split`` and their annotations to ``folder/split.json``, whose path comes
+    back. Object n has the form ``forms[n % len(forms)]`` of its mask; one with a hole, and a crowd, is never a polygon.
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, (name, composite) in enumerate(_write_pictures(folder / split, split, count, composer, cases)):
+        height, width = composite.labels.shape
+        image_id = 1 + IMAGE_IDS_STEP * number
+        images.append({"id": image_id, "file_name": name, "height": height, "width": width})
+        for instance in composite.instances:
+            form = forms[len(annotations) % len(forms)]
+            annotations.append(
+                {
+                    "id": 1 + 3 * len(annotations),
+                    "image_id": image_id,
+                    "category_id": CATEGORY_IDS[instance.category],
+                    "bbox": list(instance.box),
+                    "area": int(instance.mask.sum()),
+                    "iscrowd": int(instance.crowd),
+                    "segmentation": encode(instance.mask, "rle" if instance.crowd else form),
+                }
+            )
+    categories = [{"id": key, "name": name} for key, name in zip(CATEGORY_IDS, composer.names, strict=True)]
+    path = folder / f"{split}.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return path
+
+
+def write_labels(
+    folder: Path, split: str, count: int, composer: Composer, *, cases: Sequence[str] = (), unlabelled: int = 0
+) -> tuple[Path, Path]:
+    """Write ``count`` composites to ``folder/images/split`` and label pictures of the same names to
+    ``folder/annotations/split``; both folders come back. As ADE20K's: classes from 1, ``unlabelled`` 0 or 255.
+    """
+    labels_folder = folder / "annotations" / split
+    labels_folder.mkdir(parents=True, exist_ok=True)
+    for name, composite in _write_pictures(folder / "images" / split, split, count, composer, cases):
+        labels = np.where(composite.labels == UNLABELLED, np.uint8(unlabelled), composite.labels)
+        Image.fromarray(labels).save(labels_folder / name)
+    return folder / "images" / split, labels_folder
+
+
+def _write_pictures(folder: Path, split: str, count: int, composer: Composer, cases: Sequence[str]):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, case in enumerate(cases_of(count, cases)):
+        composite, name = composer.make(split, number, case), f"{number:05d}.png"
+        Image.fromarray(composite.image).save(folder / name)
+        yield name, composite
+
+
+def encode(mask: np.ndarray, form: str) -> Any:
+    """The ``segmentation`` of a bool mask [H, W] in one of `FORMS`, exact when pycocotools decodes it.
+
+    A mask with holes, or with pixels that touch at a corner alone, has no exact polygon and is run-length encoded.
+    """
+    if form == "polygon" and (polygons := outlines(mask)) is not None:
+        return polygons
+    counts = run_lengths(mask)
+    return {"size": list(mask.shape), "counts": compress(counts) if form == "compressed" else counts}
+
+
+def run_lengths(mask: np.ndarray) -> list[int]:
+    """Lengths of runs of equal pixels down the columns, one after another; the first is of zeros and may be 0."""
+    flat = mask.astype(np.int8).ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    lengths = np.diff([0, *edges.tolist(), flat.size]).tolist()
+    return [0, *lengths] if flat[0] else lengths
+
+
+def compress(counts: Sequence[int]) -> str:
+    """COCO's text of run lengths: differences to the one before the last, five bits a character, the lowest first."""
+    text = []
+    for index, count in enumerate(counts):
+        value, more = count - (counts[index - 2] if index > 2 else 0), True
+        while more:
+            bits, value = value & 31, value >> 5
+            more = value != (-1 if bits & 16 else 0)
+            text.append(chr(bits + 32 * more + 48))
+    return "".join(text)
+
+
+def outlines(mask: np.ndarray) -> list[list[int]] | None:
+    """Polygons along the edges of the pixels, x and y in turn, one for each part of the mask; None where a part has a
+    hole or touches itself at a corner.
+    """
+    from skimage.measure import label
+
+    parts, count = label(mask, connectivity=1, return_num=True)
+    found = []
+    for number in range(1, int(count) + 1):
+        part = parts == number
+        polygon = _outline(part)
+        if polygon is None:
+            return None
+        found.append(polygon)
+    return found
+
+
+def _outline(part: np.ndarray) -> list[int] | None:
+    padded = np.pad(part, 1)
+    # Directed edges, the inside on the right: start -> end, both (x, y) of corners.
+    following: dict[tuple[int, int], tuple[int, int]] = {}
+    for dy, dx, start, end in (
+        (-1, 0, (0, 0), (1, 0)), (0, 1, (1, 0), (1, 1)), (1, 0, (1, 1), (0, 1)), (0, -1, (0, 1), (0, 0)),
+    ):  # fmt: skip
+        border = padded & ~np.roll(padded, (-dy, -dx), axis=(0, 1))
+        for y, x in np.argwhere(border) - 1:
+            key = int(x + start[0]), int(y + start[1])
+            if key in following:
+                return None  # two edges leave one corner
+            following[key] = int(x + end[0]), int(y + end[1])
+    first = next(iter(following))
+    corners, point, before = [], first, None
+    for _ in range(len(following)):
+        step = following[point]
+        direction = step[0] - point[0], step[1] - point[1]
+        if direction != before:
+            corners.append(point)
+        before, point = direction, step
+        if point == first:
+            break
+    if sum(1 for _ in following) != _length(corners, first):
+        return None  # a hole has an outline of its own
+    return [value for corner in corners for value in corner]
+
+
+def _length(corners: list[tuple[int, int]], first: tuple[int, int]) -> int:
+    closed = [*corners, corners[0]]
+    return sum(abs(a[0] - b[0]) + abs(a[1] - b[1]) for a, b in zip(closed, closed[1:], strict=False))

@@ -1,0 +1,1 @@
+"""Semantic segmentation: a class for every pixel, by UperNet on a pre-trained encoder."""
