@@ -51,6 +51,12 @@ def _segment(argv: Sequence[str]) -> int:
     return main(list(argv))
 
 
+def _detect(argv: Sequence[str]) -> int:
+    from mirl.engine.detect import main
+
+    return main(list(argv))
+
+
 def _probe(argv: Sequence[str]) -> int:
     from mirl.engine.commands.probe import main
 
@@ -128,8 +134,12 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
         _segment,
         "train a segmenter, UperNet on a pre-trained encoder (several ranks: deepspeed engine/segment.py)",
     ),
+    "detect": (
+        _detect,
+        "train a detector with masks, Mask R-CNN on a pre-trained encoder (several ranks: deepspeed engine/detect.py)",
+    ),
     "evaluate": (_evaluate, "accuracy of a fine-tuned classifier, by class and in all, and its confusions"),
-    "predict": (_predict, "classes of images, by a fine-tuned classifier"),
+    "predict": (_predict, "classes of images, by a classifier; objects in them, by a detector"),
     "probe": (_probe, "linear probe and nearest neighbours on frozen features"),
     "embed": (_embed, "features of every image of a data set, to a .npz, .parquet or .safetensors file"),
     "depth-report": (_depth_report, "what each block does: gradient norm, probe accuracy, effect of making it fresh"),
@@ -169,7 +179,7 @@ def dispatch(argv: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
-    if sys.argv[1:2] not in (["pretrain"], ["finetune"], ["segment"]):
+    if sys.argv[1:2] not in (["pretrain"], ["finetune"], ["segment"], ["detect"]):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `mirl summary | head` ends quietly; a run outlives its reader
     run_entry_point(lambda: dispatch(sys.argv[1:]))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mirl.dataloaders.tools.composites import UNLABELLED, Composer, cases_of
+from mirl.dataloaders.tools.composites import FASHION_FOLDER, UNLABELLED, Composer, cases_of
+from mirl.dataloaders.tools.demo import default_cache_dir
+from mirl.disk import set_mode
+from mirl.errors import UserError
 
 CATEGORY_IDS = (1, 2, 4, 7, 13, 18, 21, 44, 62, 90)
 """Of the ten classes: with gaps, as COCO's own."""
 IMAGE_IDS_STEP = 7  # ids of images have gaps too
+DEMO_CLASSES = {
+    "fashion": ("trouser", "pullover", "sandal", "bag", "boot"),
+    "glyphs": ("star", "heart", "telephone", "umbrella", "notes"),
+}
 FORMS = ("polygon", "rle", "compressed")
 
 
@@ -43,7 +52,7 @@ def write_coco(
                     "segmentation": encode(instance.mask, "rle" if instance.crowd else form),
                 }
             )
-    categories = [{"id": key, "name": name} for key, name in zip(CATEGORY_IDS, composer.names, strict=True)]
+    categories = [{"id": key, "name": name} for key, name in zip(CATEGORY_IDS, composer.names, strict=False)]
     path = folder / f"{split}.json"
     path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
     return path
@@ -150,3 +159,37 @@ def _outline(part: np.ndarray) -> list[int] | None:
 def _length(corners: list[tuple[int, int]], first: tuple[int, int]) -> int:
     closed = [*corners, corners[0]]
     return sum(abs(a[0] - b[0]) + abs(a[1] - b[1]) for a, b in zip(closed, closed[1:], strict=False))
+
+
+def prepare_composites(
+    cache_dir: str | Path | None = None, *, train: int = 2000, val: int = 150, side: int = 96
+) -> Path:
+    """The folder of composites for demos: ``train``, ``val`` with COCO files beside them.
+
+    It is made once and published by one rename. Any number of processes may call it at once. UserError if the folder
+    cannot be written.
+    """
+    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    kind = "fashion" if FASHION_FOLDER.is_dir() else "glyphs"
+    composer = Composer(size=(side, side), objects=(1, 3), share=(0.35, 0.6), classes=DEMO_CLASSES[kind])
+    target = cache / f"composites-{side}px-{kind}-{train}-{val}-v1"
+    if target.is_dir():
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=cache, prefix=".composites-"))
+    except OSError as error:
+        raise UserError(
+            f"demo cache folder {cache} cannot be written ({error.strerror}); set MIRL_CACHE to one that can"
+        ) from None
+    try:
+        write_coco(work, "train", train, composer)
+        write_coco(work, "val", val, composer)
+        set_mode(work, 0o755)
+        work.rename(target)
+    except OSError:
+        if not target.is_dir():  # otherwise another process was first
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target

@@ -75,7 +75,7 @@ class Composer:
 
     size: height and width in pixels. objects: the fewest and the most in a picture. share: the smallest and the largest
     side of an object, as a share of the picture's shorter side. fashion: the folder of Fashion-MNIST, None for glyphs;
-    by default Debian's where it is. UserError for sizes that cannot be.
+    by default Debian's where it is. classes: of the objects, None for all ten. UserError for sizes that cannot be.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Composer:
         objects: tuple[int, int] = (1, 6),
         share: tuple[float, float] = (0.25, 0.55),
         fashion: Path | None = FASHION_FOLDER,
+        classes: Sequence[str] | None = None,
     ) -> None:
         if min(size) < _TINY:
             raise UserError(f"size is {size[0]}x{size[1]}: give composites of at least {_TINY} pixels a side")
@@ -93,7 +94,10 @@ class Composer:
             raise UserError(f"objects is {objects}: give the fewest and the most of a picture, e.g. 1 6")
         self.size, self.seed, self.objects, self.share = size, seed, objects, share
         self.fashion = fashion if fashion is not None and fashion.is_dir() else None
-        self.names: tuple[str, ...] = FASHION if self.fashion else tuple(GLYPHS)
+        known = FASHION if self.fashion else tuple(GLYPHS)
+        self.names: tuple[str, ...] = known if classes is None else tuple(classes)
+        if unknown := [name for name in self.names if name not in known]:
+            raise UserError(f"classes has {unknown[0]!r}: choose from {', '.join(known)}")
         self.label_names: tuple[str, ...] = (*STUFF, *self.names)
 
     def make(self, split: str, number: int, case: str = "plain") -> Composite:
@@ -113,7 +117,9 @@ class Composer:
         if case == "one_pixel":
             free = np.argwhere(canvas.owner < 0)
             top, left = free[rng.integers(len(free))]
-            canvas.paste(np.full((1, 1, 3), 255, np.uint8), np.ones((1, 1), bool), top, left, int(rng.integers(10)))
+            canvas.paste(
+                np.full((1, 1, 3), 255, np.uint8), np.ones((1, 1), bool), top, left, int(rng.integers(len(self.names)))
+            )
         return self._finish(canvas, case)
 
     def _crowd(self, canvas: _Canvas, split: str, rng: np.random.Generator) -> None:
@@ -144,7 +150,7 @@ class Composer:
     def _object(self, category: int, split: str, side: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Pixels uint8 [h, w, 3] and silhouette bool [h, w] of one object, h and w at most ``side``, tinted."""
         if self.fashion is not None:
-            grey, alpha = _fashion_item(self.fashion, category, split, side, rng)
+            grey, alpha = _fashion_item(self.fashion, FASHION.index(self.names[category]), split, side, rng)
         else:
             grey, alpha = _glyph(self.names[category], side, rng)
         tint_3 = rng.uniform(0.25, 1.0, 3)

@@ -14,21 +14,24 @@ from mirl.engine.configuration.config import section_from_dict
 from mirl.engine.models.config import ModelConfig
 from mirl.errors import UserError
 
-PRETRAINED, ENCODER, CLASSIFIER, SEGMENTER = "pre-trained model", "encoder", "classifier", "segmenter"
+PRETRAINED, ENCODER = "pre-trained model", "encoder"
+CLASSIFIER, SEGMENTER, DETECTOR = "classifier", "segmenter", "detector"
 # The section of a run's settings that tells its kind.
-_SECTIONS = {"finetune": CLASSIFIER, "segment": SEGMENTER}
+_SECTIONS = {"finetune": CLASSIFIER, "segment": SEGMENTER, "detect": DETECTOR}
 # What each kind is called in a sentence, and what gives one.
 _NAMES = {
     PRETRAINED: "a pre-trained model with its decoders",
     ENCODER: "a pre-trained encoder without decoders",
     CLASSIFIER: "a fine-tuned classifier",
     SEGMENTER: "a segmenter",
+    DETECTOR: "a detector",
 }
 _SOURCES = {
     PRETRAINED: "give the run of mirl pretrain, or an imported model that has its decoders",
     ENCODER: "give the run of mirl pretrain, or an imported model",
     CLASSIFIER: "fine-tune it first (mirl finetune --checkpoint {given} --data TRAIN --val VAL) and give that run",
     SEGMENTER: "train one first (mirl segment --checkpoint {given} --data IMAGES --labels LABELS) and give that run",
+    DETECTOR: "train one first (mirl detect --checkpoint {given} --data DIR --annotations FILE) and give that run",
 }
 WHICH = ("best", "last")
 
@@ -44,7 +47,7 @@ class Given:
 
     @property
     def kind(self) -> str:
-        """PRETRAINED, ENCODER, CLASSIFIER or SEGMENTER."""
+        """PRETRAINED, ENCODER, CLASSIFIER, SEGMENTER or DETECTOR."""
         return kind_of(self.state)
 
     @property
@@ -102,7 +105,7 @@ def _best_of(path: Path) -> tuple[Path, Best] | None:
 
 
 def kind_of(state: dict[str, Any]) -> str:
-    """PRETRAINED, ENCODER, CLASSIFIER or SEGMENTER, of the state of a checkpoint."""
+    """PRETRAINED, ENCODER, CLASSIFIER, SEGMENTER or DETECTOR, of the state of a checkpoint."""
     for section, kind in _SECTIONS.items():
         if section in (state.get("config") or {}):
             return kind

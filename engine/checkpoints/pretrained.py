@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mirl.engine.checkpoints.kinds import ENCODER, PRETRAINED, SEGMENTER, kind_of, require_kind
+from mirl.engine.checkpoints.kinds import DETECTOR, ENCODER, PRETRAINED, SEGMENTER, kind_of, require_kind
 from mirl.engine.checkpoints.reader import CheckpointReader, locate
 from mirl.engine.configuration.config import section_from_dict
 from mirl.engine.models import MIRL, ModelConfig
@@ -58,7 +59,8 @@ def load_encoder(path: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
     Keys are timm's: ``patch_embed.proj.*``, ``cls_token``, ``blocks.i.*``, ``norm.*``. The norms of the inner segments
     are left out: only decoders read them. There are ``config.built_depth`` blocks: a truncated model has its first ones
     only. A checkpoint without decoders is good enough, and so is a fine-tuned classifier, which has no ``norm.*`` where
-    it pools the mean, and a segmenter, which has none. Reads nothing else.
+    it pools the mean, and a segmenter or a detector, which have none: of these the configuration has the image size of
+    pre-training, whose positions they stretch over every other. Reads nothing else.
 
     Raises:
         UserError: no checkpoint at ``path``, a damaged one, or one that lacks a weight of the encoder.
@@ -66,6 +68,9 @@ def load_encoder(path: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
     reader = CheckpointReader(locate(Path(path)))
     config = _model_config(reader)
     _require_fixed_positions(reader, config)
+    if kind_of(reader.state) in (SEGMENTER, DETECTOR):
+        source = _source_config(reader)
+        config = dataclasses.replace(config, image_height=source.image_height, image_width=source.image_width)
     stored = {name.removeprefix(_ENCODER): shape for name, shape in reader.shapes.items() if name.startswith(_ENCODER)}
     wanted = encoder_shapes(config)
     # A classifier whose norm follows the pooling, and a segmenter, which reads the blocks themselves.
@@ -86,12 +91,17 @@ def _require_fixed_positions(reader: CheckpointReader, config: ModelConfig) -> N
     section = reader.state["config"].get("finetune")
     if section is None:
         return
-    source = section_from_dict(ModelConfig, reader.state["config"]["source"], source=str(reader.path / "state.json"))
+    source = _source_config(reader)
     if section["train_positions"] or source.grid != config.grid:
         raise UserError(
             f"{reader.path} was fine-tuned with positions of its own (trained, or resampled for another image size): "
             "give the checkpoint it started from (mirl export takes both)"
         )
+
+
+def _source_config(reader: CheckpointReader) -> ModelConfig:
+    """Of the encoder that a run of transfer started from."""
+    return section_from_dict(ModelConfig, reader.state["config"]["source"], source=str(reader.path / "state.json"))
 
 
 def encoder_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""`mirl config [pretrain|finetune|segment] FLAGS`: the configuration of such a run, as JSON for `--config`."""
+"""`mirl config [pretrain|finetune|segment|detect] FLAGS`: the configuration that such a run would have, as JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mirl.engine.configuration.flags import CommandLine, parse
 from mirl.errors import UserError
 
-USAGE = """usage: mirl config [pretrain|finetune|segment] [--recipe NAME] [--config FILE] [flags of that run]
+USAGE = """usage: mirl config [pretrain|finetune|segment|detect] [--recipe NAME] [--config FILE] [flags of that run]
 
 Prints the resolved configuration as JSON, and starts nothing: all settings, with recipe, file and flags applied.
     mirl config --recipe small_data --epochs 200 > mine.json
@@ -21,8 +21,8 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0
     kind = words.pop(0) if words and not words[0].startswith("-") else "pretrain"
-    if kind not in ("pretrain", "finetune", "segment"):
-        raise UserError(f"{kind!r} is no kind of run: give pretrain, finetune or segment, then flags")
+    if kind not in ("pretrain", "finetune", "segment", "detect"):
+        raise UserError(f"{kind!r} is no kind of run: give pretrain, finetune, segment or detect, then flags")
     print(parse(_command(kind), words).to_json(), end="")
     return 0
 
@@ -32,6 +32,10 @@ def _command(kind: str) -> CommandLine:
         from mirl.engine.pretraining.command_line import PRETRAIN
 
         return PRETRAIN
+    if kind == "detect":
+        from mirl.engine.transfer.detection.command_line import DETECT
+
+        return DETECT
     if kind == "segment":
         from mirl.engine.transfer.segmentation.command_line import SEGMENT
 

@@ -1,5 +1,5 @@
 """`mirl predict CHECKPOINT IMAGE ...`: the classes that a fine-tuned classifier sees in images; of a segmenter those of
-every pixel (`mirl.engine.commands.predict_segments`).
+every pixel (`mirl.engine.commands.predict_segments`), of a detector the objects in them (`predict_objects`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 from mirl.dataloaders.decoding.crops import evaluation_crop
 from mirl.engine.checkpoints.best import NAMES as WEIGHTS
 from mirl.engine.checkpoints.files import write_whole
-from mirl.engine.checkpoints.kinds import CLASSIFIER, SEGMENTER, given
+from mirl.engine.checkpoints.kinds import CLASSIFIER, DETECTOR, SEGMENTER, given
+from mirl.engine.commands import predict_objects
 from mirl.engine.commands.checkpoint_flags import add_checkpoint
 from mirl.engine.commands.device_flag import add_device, device_of_process
 from mirl.engine.commands.image_inputs import open_images
@@ -31,7 +32,9 @@ def main(argv: Sequence[str]) -> int:
         if getattr(arguments, name) < 1:
             raise UserError(f"{name} is {getattr(arguments, name)}: give 1 or more")
     out = arguments.out
-    found = given(arguments.checkpoint, arguments.which).require("mirl predict", CLASSIFIER, SEGMENTER)
+    found = given(arguments.checkpoint, arguments.which).require("mirl predict", CLASSIFIER, SEGMENTER, DETECTOR)
+    if found.kind == DETECTOR:
+        return predict_objects.run(found, arguments)
     if found.kind == SEGMENTER:
         check_out(out)
         source = open_images(arguments.images, index_dir=arguments.index_dir)
@@ -143,9 +146,10 @@ FORMATS = {".csv": _as_csv, ".json": _as_json}
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="mirl predict", description="Classes of images by a fine-tuned classifier, of pixels by a segmenter."
+        prog="mirl predict",
+        description="Classes of images by a fine-tuned classifier, of pixels by a segmenter, objects by a detector.",
     )
-    add_checkpoint(parser, "a fine-tuned classifier or a segmenter")
+    add_checkpoint(parser, "a fine-tuned classifier, a segmenter or a detector")
     parser.add_argument(
         "images", type=Path, nargs="+", metavar="IMAGE", help="image files, folders, lists of paths or tar shards"
     )
@@ -158,7 +162,11 @@ def _parser() -> Parser:
         "--out",
         type=Path,
         metavar="PATH",
-        help="write a .csv or .json file instead of printing; of a segmenter: the folder of its pictures, needed",
+        help="write a .csv or .json file instead of printing; of a segmenter: the folder of its pictures, needed; of "
+        "a detector: the folder of its pictures and JSON [detections]",
+    )
+    parser.add_argument(
+        "--min-score", type=float, default=0.5, metavar="X", help="of a detector: least score of what is told [0.5]"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     add_device(parser)

@@ -29,7 +29,10 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--model", metavar="NAME", help="one model in detail; without any flag: the table of all")
     parser.add_argument(
-        "--task", choices=("segment",), help="of a model of transfer: segment, with --image-size and --num-classes"
+        "--task",
+        choices=("segment", "detect"),
+        help="of a model of transfer: segment, with --image-size and --num-classes; detect, in windows of "
+        "attention and without",
     )
     parser.add_argument("--json", action="store_true", help="machine-readable [off]")
     parser.add_argument(
@@ -41,6 +44,15 @@ def main(argv: Sequence[str]) -> int:
     known, flags = parser.parse_known_args(argv)
     if known.task == "segment":
         return _segment(known, flags)
+    if known.task == "detect":
+        if flags or known.time is not None:
+            raise UserError(
+                f"task is detect and {flags[0] if flags else '--time'} is given: give --model and --json alone"
+            )
+        from mirl.engine.commands.detection_summary import detection_summary
+
+        print(detection_summary(known.model, known.json))
+        return 0
     if not flags and known.time is None:
         # Only here, so that --help waits for no torch.
         from mirl.engine.commands.summary import run_summary

@@ -113,6 +113,9 @@ class OptimConfig(Section):
         "learning-rate curve after the warm-up; step: x0.1 at 90 % and at 95 %; poly: a straight line",
         choices=SCHEDULES,
     )
+    step_at: tuple[float, ...] = setting(
+        (0.90, 0.95), "shares of the run from which schedule step takes a tenth of the rate", of="detect"
+    )
     betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's decay rates of the two moments")
     weight_decay: float = setting(0.05, "AdamW's weight decay, on matrices only")
     teacher_decay: float = setting(
@@ -143,6 +146,8 @@ class OptimConfig(Section):
             raise UserError(f"base_lr is {self.base_lr}: give a positive learning rate, e.g. 1.5e-4")
         if self.schedule not in SCHEDULES:
             raise UserError(f"schedule is {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
+        if not all(0 < share < 1 for share in self.step_at) or list(self.step_at) != sorted(self.step_at):
+            raise UserError(f"step_at is {self.step_at}: give rising shares of the run between 0 and 1, e.g. 0.9 0.95")
         if not 0 <= self.teacher_decay < 1:
             raise UserError(f"teacher_decay is {self.teacher_decay}: give a number in [0, 1), e.g. 0.999")
         if not 0 < self.peak_lr <= LARGEST:

@@ -25,6 +25,7 @@ TITLES = {
     "model": "model (section 3 and Table 1 of the paper)",
     "finetune": "classifier and augmentation",
     "segment": "segmenter, label images, augmentation and evaluation",
+    "detect": "detector, annotations and evaluation",
     "data": "data",
     "optim": "optimiser and length",
     "run": "run",

@@ -225,6 +225,7 @@ class Block(nn.Module):
     """Pre-norm encoder block: x += SelfAttn(LN x); x += MLP(LN x). ``drop_path`` is its rate of stochastic depth.
 
     ``leaves_bias``: False where some block of the model drops paths, so that the biases go the same way in all blocks.
+    ``parts``: consecutive sequences of a batch that are of one image, which is dropped or kept as a whole.
     """
 
     def __init__(
@@ -236,6 +237,7 @@ class Block(nn.Module):
         self.norm2 = ResidualNorm(width)
         self.mlp = Mlp(width, mlp_width)
         self.drop_path, self.leaves_bias = drop_path, leaves_bias
+        self.parts = 1
         self.regions = Regions()
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -277,4 +279,5 @@ class Block(nn.Module):
         if not self.training or self.drop_path == 0:
             return None
         keep = 1 - self.drop_path
-        return x_BSD.new_empty(len(x_BSD), 1, 1).bernoulli_(keep) / keep
+        scale_B11 = x_BSD.new_empty(len(x_BSD) // self.parts, 1, 1).bernoulli_(keep) / keep
+        return scale_B11 if self.parts == 1 else scale_B11.repeat_interleave(self.parts, dim=0)

@@ -38,6 +38,9 @@ FREE: Mapping[str, frozenset[str]] = {
         "checkpoint", "labels", "val", "val_labels", "label_map", "ignore", "eval_every", "attention", "eval_mode",
         "eval_stride", "eval_scales", "eval_flip", "fresh",
     }),
+    "detect": frozenset({
+        "checkpoint", "annotations", "val", "val_annotations", "eval_every", "attention", "fresh",
+    }),
 }  # fmt: skip
 # The order of images, or the shapes of the weights, rest on these: no run can go on with others.
 FIXED = frozenset({

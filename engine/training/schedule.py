@@ -12,7 +12,6 @@ from mirl.engine.configuration.config import LogConfig, OptimConfig, RunConfig
 from mirl.errors import UserError
 
 LINES = 60  # of the log, beside evaluations, however long the run is
-STEP_DECAYS = ((0.90, 0.1), (0.95, 0.01))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,22 +27,20 @@ class Schedule:
     warmup_steps: int
     total_steps: int
     shape: str
+    step_at: tuple[float, ...] = (0.90, 0.95)
 
     def lr(self, applied_steps: int) -> float:
         """Learning rate of the next step, once ``applied_steps`` steps have been applied.
 
         Linear warm-up from peak / warmup_steps, then half a cosine to ``min_lr``, or (`shape` = poly) a straight line
-        to it, or (step) the peak times 0.1 from 90 % and times 0.01 from 95 % of the run.
+        to it, or (step) the peak times 0.1 from each share of the run in ``step_at`` on.
         """
         if applied_steps < self.warmup_steps:
             return self.peak_lr * (applied_steps + 1) / self.warmup_steps
         if self.shape == "step":
             share = applied_steps / self.total_steps
-            factor = 1.0
-            for start, decay in STEP_DECAYS:
-                if share >= start:
-                    factor = decay
-            return self.peak_lr * factor
+            passed = sum(share >= start for start in self.step_at)
+            return self.peak_lr * (1.0, 0.1, 0.01)[passed] if passed < 3 else self.peak_lr * 0.1**passed
         share = (applied_steps - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         if self.shape == "poly":
             return self.min_lr + (self.peak_lr - self.min_lr) * (1 - min(1.0, share))
@@ -90,4 +87,5 @@ class Durations:
             warmup_steps=self.warmup_steps,
             total_steps=self.total_steps,
             shape=optim.schedule,
+            step_at=optim.step_at,
         )

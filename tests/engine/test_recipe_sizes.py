@@ -19,6 +19,9 @@ from mirl.engine.pretraining.recipes import RECIPES
 from mirl.engine.transfer.classification import recipe_sizes as of_finetuning
 from mirl.engine.transfer.classification import recipes as finetuning
 from mirl.engine.transfer.classification.classifier import encoder_config
+from mirl.engine.transfer.detection import recipe_sizes as of_detection
+from mirl.engine.transfer.detection import recipes as detection
+from mirl.engine.transfer.detection.run import USUAL_CLASSES, detection_footprint, with_models
 from mirl.engine.transfer.segmentation import recipe_sizes as of_segmentation
 from mirl.engine.transfer.segmentation import recipes as segmentation
 from mirl.engine.transfer.segmentation.run import CLASSES as PIXEL_CLASSES
@@ -76,6 +79,19 @@ def segmenting_text(name: str) -> str:
     return f"{pixels}, batch {batch}; estimated memory for {encoder} at {size}, {PIXEL_CLASSES} classes: {memory}"
 
 
+def detecting_text(name: str) -> str:
+    encoder = SEGMENTED.get(name, "vit_b")
+    source = RECIPES["demo"]().model if encoder == "demo" else model_config(encoder)
+    config = with_models(detection.RECIPES[name](), source)
+
+    def footprint(machine: Machine):
+        return detection_footprint(config, machine.precision, on_gpu=machine.on_gpu)
+
+    batch, size = config.optim.batch_size, f"{config.size[0]}x{config.size[1]}"
+    memory = ", ".join(memory_by_machine(footprint, batch))
+    return f"up to {size}, batch {batch}; estimated memory for {encoder}, {USUAL_CLASSES} classes: {memory}"
+
+
 def words(text: str) -> str:
     return " ".join(text.split())
 
@@ -88,6 +104,11 @@ def test_the_size_of_a_pretraining_recipe_is_the_estimate(name):
 @pytest.mark.parametrize("name", sorted(finetuning.RECIPES))
 def test_the_size_of_a_finetuning_recipe_is_the_estimate(name):
     assert of_finetuning.SIZES[name] == finetuning_text(name)
+
+
+@pytest.mark.parametrize("name", sorted(detection.RECIPES))
+def test_the_size_of_a_detection_recipe_is_the_estimate(name):
+    assert of_detection.SIZES[name] == detecting_text(name)
 
 
 @pytest.mark.parametrize("name", sorted(segmentation.RECIPES))
@@ -118,5 +139,6 @@ def test_the_recipe_of_the_readme_fits_on_a_laptop_and_on_one_gpu():
 
 if __name__ == "__main__":
     print(json.dumps({name: pretraining_text(name) for name in RECIPES}, indent=4))
+    print(json.dumps({name: detecting_text(name) for name in detection.RECIPES}, indent=4))
     print(json.dumps({name: segmenting_text(name) for name in segmentation.RECIPES}, indent=4))
     print(json.dumps({name: finetuning_text(name) for name in finetuning.RECIPES}, indent=4))

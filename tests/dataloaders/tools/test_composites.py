@@ -145,3 +145,12 @@ def test_items_of_fashion_mnist_are_pasted_filled_where_they_are_installed(tmp_p
         (instance,) = composer.make(split, 0).instances
         _, _, width, height = instance.box
         assert instance.mask.sum() == width * height, "the middle is a hole"
+
+
+def test_a_composer_of_some_classes_knows_no_others():
+    composer = Composer(size=(64, 64), fashion=None, classes=("sun", "star"))
+    assert composer.names == ("sun", "star") and composer.label_names[-2:] == ("sun", "star")
+    seen = {item.category for number in range(8) for item in composer.make("train", number).instances}
+    assert seen == {0, 1}
+    with pytest.raises(UserError, match="classes has 'moon'"):
+        Composer(fashion=None, classes=("moon",))

@@ -17,6 +17,7 @@ from mirl.engine.training.resumed_settings import FIXED, FREE, compare_settings,
 from mirl.engine.training.run_folder import write_config
 from mirl.engine.transfer.classification.command_line import FINETUNE
 from mirl.engine.transfer.classification.config import FinetuneConfig
+from mirl.engine.transfer.detection.config import DetectConfig
 from mirl.engine.transfer.segmentation.config import SegmentConfig
 from mirl.errors import UserError
 from tests.support.launch import FIXTURES
@@ -143,7 +144,12 @@ def test_where_and_how_it_computes_is_free():
 
 
 def test_every_name_of_the_tables_is_a_setting():
-    sections = {**PretrainConfig.sections(), **FinetuneConfig.sections(), **SegmentConfig.sections()}
+    sections = {
+        **PretrainConfig.sections(),
+        **FinetuneConfig.sections(),
+        **SegmentConfig.sections(),
+        **DetectConfig.sections(),
+    }
     for section, names in FREE.items():
         assert names <= {field.name for field in dataclasses.fields(sections[section])}, section
     assert {field.name for kind in sections.values() for field in dataclasses.fields(kind)} >= FIXED

@@ -48,3 +48,14 @@ def test_step_schedule_drops_at_90_and_95_percent():
     assert schedule.lr(189) == pytest.approx(0.1)
     assert schedule.lr(190) == pytest.approx(0.01)
     assert schedule.lr(199) == pytest.approx(0.01)
+
+
+def test_step_schedule_drops_where_it_is_told_to():
+    # 12 epochs of 100 steps, a tenth of the rate from the ninth and from the eleventh on.
+    optim = OptimConfig(epochs=12, schedule="step", step_at=(9 / 12, 11 / 12), lr=1.0)
+    schedule = Durations.resolve(optim, RunConfig(), LogConfig(), steps_per_epoch=100).schedule(optim)
+    rates = [schedule.lr(step) for step in (899, 900, 1099, 1100, 1199)]
+    assert rates == pytest.approx([1.0, 0.1, 0.1, 0.01, 0.01])
+    for wrong in ((0.9, 0.5), (0.0, 0.5), (0.5, 1.0)):
+        with pytest.raises(UserError, match="step_at is"):
+            OptimConfig(epochs=1, step_at=wrong)
