@@ -246,12 +246,12 @@ def test_the_encoder_of_a_classifier_gives_its_features(pool, fine_tuned, model,
     [
         (["--to", "timm", "--out", "taken"], "taken, which exists: give another name"),
         (["--to", "safetensors", "--out", "folder"], "give a file name that ends in .safetensors"),
-        (["--to", "hf", "--out", "hf", "--pool", "avg"], "only timm's model pools an encoder"),
+        (["--to", "hf", "--out", "hf", "--pool", "avg"], "an encoder is pooled in timm, onnx, torch-export alone"),
         (
             ["--to", "hf", "--out", "hf", "--image-size", "30"],
             "image_size is 30x30 and patch_size is 4: give multiples",
         ),
-        (["--to", "onnx", "--out", "file"], "invalid choice: 'onnx'"),
+        (["--to", "tflite", "--out", "file"], "invalid choice: 'tflite'"),
     ],
 )
 def test_mistakes_are_told_and_nothing_is_written(flags, reason, checkpoint, tmp_path, monkeypatch):
