@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from mirl.engine.transfer.classification.load import load_classifier
     from mirl.engine.transfer.classification.recipes import finetune_recipe
     from mirl.engine.transfer.classification.run import finetune
+    from mirl.engine.transfer.detection.config import DetectConfig
+    from mirl.engine.transfer.detection.load import load_detector
+    from mirl.engine.transfer.detection.recipes import detect_recipe
+    from mirl.engine.transfer.detection.run import detect
     from mirl.engine.transfer.segmentation.config import SegmentConfig
     from mirl.engine.transfer.segmentation.load import load_segmenter
     from mirl.engine.transfer.segmentation.recipes import segment_recipe
@@ -67,6 +71,10 @@ _HOMES = {
     "load_classifier": "engine.transfer.classification.load",
     "finetune_recipe": "engine.transfer.classification.recipes",
     "finetune": "engine.transfer.classification.run",
+    "DetectConfig": "engine.transfer.detection.config",
+    "load_detector": "engine.transfer.detection.load",
+    "detect_recipe": "engine.transfer.detection.recipes",
+    "detect": "engine.transfer.detection.run",
     "SegmentConfig": "engine.transfer.segmentation.config",
     "load_segmenter": "engine.transfer.segmentation.load",
     "segment_recipe": "engine.transfer.segmentation.recipes",
@@ -77,6 +85,7 @@ _HOMES = {
 
 __all__ = [
     "MIRL",
+    "DetectConfig",
     "FinetuneConfig",
     "ModelConfig",
     "PretrainConfig",
@@ -85,11 +94,14 @@ __all__ = [
     "__version__",
     "build_eval_loader",
     "build_train_loader",
+    "detect",
+    "detect_recipe",
     "extract_features",
     "features",
     "finetune",
     "finetune_recipe",
     "load_classifier",
+    "load_detector",
     "load_encoder",
     "load_frozen_encoder",
     "load_images",

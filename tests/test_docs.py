@@ -9,6 +9,8 @@ import sys
 
 from mirl import load_pretrained
 from mirl.engine.pretraining.command_line import parse_pretrain
+from mirl.engine.transfer.detection.command_line import DETECT
+from mirl.engine.transfer.segmentation.command_line import SEGMENT
 from tests.engine.conftest import write_classes
 from tests.support.launch import CHECKOUT
 from tests.support.runs import write_photographs
@@ -63,8 +65,11 @@ def test_the_page_from_a_folder_to_a_classifier_runs_as_it_is_written(run, tmp_p
 
 def test_every_command_of_the_papers_tables_is_one():
     """Each row that was not measured has flags that a run takes, and no two rows of a table the same."""
-    rows = [line for line in (CHECKOUT / "docs" / "paper.md").read_text().splitlines() if "| not measured |" in line]
+    page = (CHECKOUT / "docs" / "paper.md").read_text()
+    rows = [line for line in page.splitlines() if "| not measured | `--" in line]
     flags = [line.rsplit("| `", 1)[1].removesuffix("` |") for line in rows]
     assert len(flags) == 23
     for words in flags:
         assert parse_pretrain([*shlex.split(words), "--data", "imagenet/train"]).recipe in words
+    for command, recipe in re.findall(r"`mirl (detect|segment) --recipe (\w+)`", page):
+        assert recipe in (DETECT if command == "detect" else SEGMENT).recipes
