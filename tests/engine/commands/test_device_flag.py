@@ -16,6 +16,7 @@ DATA = ["--data", "{classes}", "--val", "{classes}"]
 ARGUMENTS = {
     "visualize": ["{pretrain}", "{classes}/even/00.png", "--out", "{folder}/grid.png"],
     "probe": ["{pretrain}", *DATA, "--epochs", "1", "--knn-k", "2", "--threads", "1"],
+    "embed": ["{pretrain}", "--data", "{classes}", "--out", "{folder}/features.npz", "--threads", "1"],
     "depth-report": ["{pretrain}", "--data", "{classes}", "--images", "4", "--out", "{folder}/report"],
     "bench-loader": ["{classes}", "--image-size", "16", "--threads", "1", "--micro-batch", "4", "--seconds", "0.1"],
     "evaluate": ["{finetune}", "--val", "{classes}", "--threads", "1"],
@@ -24,8 +25,8 @@ ARGUMENTS = {
                 "--decoder-heads", "2", "--image-size", "32", "--patch-size", "8", "--no-time"],
 }  # fmt: skip
 # They compute nothing, or on any device that is named to them, or look for GPUs themselves to report on them.
-WITHOUT = {"import", "export", "validate-data", "prepare-data", "make-index", "plan", "doctor"}
-RUN_KINDS = {"pretrain", "finetune"}  # tests/engine/distributed/test_device.py
+WITHOUT = {"import", "export", "validate-data", "prepare-data", "make-index", "plan", "doctor", "config", "report"}
+RUN_KINDS = {"pretrain", "finetune", "segment", "detect"}  # tests/engine/distributed/test_device.py
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine whose GPU torch cannot use")
 
 
