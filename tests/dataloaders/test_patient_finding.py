@@ -52,6 +52,7 @@ class FailingTimes:
 def failing(request, monkeypatch) -> FailingTimes:
     monkeypatch.setattr(patience, "_outage", patience._Outage())
     monkeypatch.setattr(patience, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(patience, "_LONGEST_WAIT_S", 0.01)
     monkeypatch.setattr(patience, "PATIENCE_S", 20.0)
     return FailingTimes(monkeypatch, request.param)
 

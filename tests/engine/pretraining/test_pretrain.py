@@ -8,13 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from mirl.engine.checkpoints.reader import find_newest_good
+from mirl.engine.errors import EXIT_DIVERGED
 from tests.support.launch import CHECKOUT, launch_environment
 from tests.support.runs import ENTRY, TINY, equal_tensors, events, losses
 
@@ -195,66 +195,45 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, photogr
     assert not (tmp_path / "out").exists()
 
 
-def test_another_architecture_and_a_taken_folder_are_refused_and_nothing_is_overwritten(tmp_path, photographs, run):
-    base = [sys.executable, ENTRY, "--data", str(photographs), *TINY, "--steps", "2", "--out", "out"]
-    assert run(*base).returncode == 0
-    before = {path: path.read_bytes() for path in sorted((tmp_path / "out").rglob("*")) if path.is_file()}
-    wider = run(*base, "--resume", "auto", "--width", "64", "--steps", "4")
-    assert wider.returncode == 2 and "width is 64 and" in wider.stderr, wider.stderr
-    assert "give --width 32 as before (width cannot change within a run)" in wider.stderr
-    again = run(*base)
-    assert again.returncode == 2 and "holds a run already" in again.stderr
-    finished = run(*base, "--resume", "auto")
-    assert finished.returncode == 2 and "is finished: 2 of 2 steps" in finished.stderr
-    other_batch = run(*base, "--resume", "auto", "--steps", "4", "--batch-size", "4")
-    assert other_batch.returncode == 2 and "batch_size is 4" in other_batch.stderr
-    assert {path: path.read_bytes() for path in sorted((tmp_path / "out").rglob("*")) if path.is_file()} == before
+def test_another_architecture_and_a_taken_folder_are_refused_and_nothing_is_overwritten(tmp_path, photographs, server):
+    out = tmp_path / "out"
+
+    def start(*flags: str) -> tuple[int | None, str]:
+        run = server.start(tmp_path, "--data", photographs, "--steps", "2", "--out", "out", *flags, ranks=1)
+        return run.end()[0], run.output()
+
+    code, told = start()
+    assert code == 0, told[-3000:]
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    code, told = start("--resume", "auto", "--width", "64", "--steps", "4")
+    assert code == 2 and "width is 64 and" in told, told
+    assert "give --width 32 as before (width cannot change within a run)" in told
+    code, told = start()
+    assert code == 2 and "holds a run already" in told
+    code, told = start("--resume", "auto")
+    assert code == 2 and "is finished: 2 of 2 steps" in told
+    code, told = start("--resume", "auto", "--steps", "4", "--batch-size", "4")
+    assert code == 2 and "batch_size is 4" in told
+    assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
 
 
-@pytest.mark.slow
-def test_a_run_that_diverges_stops_on_all_ranks_and_keeps_its_checkpoint(tmp_path, photographs, run):
-    base = [
-        "deepspeed",
-        "--num_accelerators",
-        "2",
-        ENTRY,
-        "--data",
-        str(photographs),
-        *TINY,
-        "--out",
-        "out",
-        "--checkpoint-every",
-        "3",
-    ]
-    good = run(*base, "--steps", "3")
-    assert good.returncode == 0, good.stderr
-    started = time.monotonic()
-    bad = run(
-        *base,
-        "--resume",
-        "auto",
-        "--steps",
-        "40",
-        "--lr",
-        "1e30",
-        "--change",
-        "lr",
-        "--max-nonfinite-steps",
-        "3",
-        "--checkpoint-every",
-        "100",
-    )
-    assert bad.returncode != 0
-    assert time.monotonic() - started < 90
-    text = bad.stdout + bad.stderr
+def test_a_run_that_diverges_stops_on_all_ranks_and_keeps_its_checkpoint(tmp_path, photographs, server):
+    base = ["--data", photographs, "--out", "out", "--checkpoint-every"]
+    good = server.start(tmp_path, *base, "3", "--steps", "3")
+    assert good.end() == [0, 0], good.output()[-3000:]
+    more = ["100", "--resume", "auto", "--steps", "40", "--lr", "1e30", "--change", "lr", "--max-nonfinite-steps", "3"]
+    bad = server.start(tmp_path, *base, *more)
+    assert bad.end(90) == [EXIT_DIVERGED] * 2
+    text = bad.output(0) + bad.output(1)
     assert "for 3 steps in a row" in text and "rank 1: loss of pair_1_4" in text and ".jpg" in text, text[-3000:]
     assert "Traceback" not in text
     skipped = events(tmp_path / "out", "skipped_step")
     assert [event["in_a_row"] for event in skipped][-3:] == [1, 2, 3]
     assert find_newest_good(tmp_path / "out" / "checkpoints")[0].name == "step-00000003"
     assert "Lower --base-lr" in text
-    lowered = run(*base, "--resume", "auto", "--steps", "5")  # as told: the rate of before, which is lower
-    assert lowered.returncode == 0, lowered.stderr[-3000:]
+    # As told: the rate of before, which is lower.
+    lowered = server.start(tmp_path, *base, "3", "--resume", "auto", "--steps", "5")
+    assert lowered.end() == [0, 0], lowered.output()[-3000:]
     assert max(losses(tmp_path / "out")) == 5
 
 
