@@ -50,7 +50,7 @@ def workers_of(launcher: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_interrupted_and_resumed_is_the_uninterrupted_run_to_the_bit(tmp_path, photographs, run):
+def test_interrupted_and_resumed_is_the_uninterrupted_run_to_the_bit(tmp_path, photographs, run, server):
     common = [
         "deepspeed",
         "--num_accelerators",
@@ -64,8 +64,9 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run_to_the_bit(tmp_path, p
         "--checkpoint-every",
         "4",
     ]
-    whole = run(*common, "--out", "whole")
-    assert whole.returncode == 0, whole.stdout[-3000:] + whole.stderr[-3000:]
+    flags = ["--data", photographs, "--steps", "12", "--checkpoint-every", "4"]
+    whole = server.start(tmp_path, *flags, "--out", "whole")  # two ranks without a launcher
+    assert whole.end() == [0, 0], whole.output()[-3000:]
     code, output = stop_when([*common, "--out", "cut"], "step  7/12", signal.SIGTERM, tmp_path)
     assert code == 75, output[-3000:]
     assert "SIGTERM came after step" in output
@@ -82,10 +83,10 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run_to_the_bit(tmp_path, p
 
 
 @pytest.mark.slow
-def test_a_checkpoint_resumes_on_another_number_of_ranks_and_another_stage(tmp_path, photographs, run):
+def test_a_checkpoint_resumes_on_another_number_of_ranks_and_another_stage(tmp_path, photographs, run, server):
     base = ["--data", str(photographs), *TINY, "--steps", "10", "--checkpoint-every", "4"]
-    one = run(sys.executable, ENTRY, *base, "--out", "one")
-    assert one.returncode == 0, one.stderr[-3000:]
+    one = server.start(tmp_path, *base, "--out", "one", ranks=1, tiny=False)
+    assert one.end() == [0], one.output()[-3000:]
     for step in ("step-00000008", "step-00000010"):
         subprocess.run(["rm", "-r", str(tmp_path / "one" / "checkpoints" / step)], check=True)
     expected = losses(tmp_path / "one")
