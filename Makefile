@@ -1,5 +1,5 @@
 # `make pretrain` and `make test` are the two commands of the README; PYTHON picks the interpreter that makes .venv.
-# For those who change the code: `make quick` (a minute, every room), `make lint`.
+# For those who change the code: `make quick` (two or three minutes, every room), `make lint`.
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST_ARGS ?=
