@@ -21,6 +21,7 @@ from mirl.engine.accounting.activations import VALUE_BYTES, activations, classif
 from mirl.engine.accounting.flops import encoder_parameters, pretraining_parameters, segmenter_parameters
 from mirl.engine.accounting.memory import BUCKET_VALUES, GIB, parameter_bytes, reduction_bytes
 from mirl.engine.configuration.config import PretrainConfig
+from mirl.engine.models.compute_choices import spares_matrix
 from mirl.engine.models.config import ModelConfig
 
 # Resident after a step of a tiny model, with torch 2.14, DeepSpeed 0.19.8 and DALI on Linux: pages of the libraries'
@@ -184,5 +185,6 @@ def segmenter_footprint(
 
 
 def writes_out_attention(model: ModelConfig, *, on_gpu: bool) -> bool:
-    """Whether attention keeps its weights: the backend "math", which a CPU chooses first."""
-    return model.attention == "math" or (model.attention == "auto" and not on_gpu)
+    """Whether attention keeps its weights: the backend "math", which a CPU chooses first for all but long sequences."""
+    chosen = model.attention == "auto" and not on_gpu and not spares_matrix(model, on_gpu=on_gpu)
+    return model.attention == "math" or chosen

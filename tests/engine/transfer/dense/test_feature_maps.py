@@ -9,6 +9,7 @@ import torch
 from timm.models import VisionTransformer
 from torch import nn
 
+from mirl.engine.accounting.run_memory import writes_out_attention
 from mirl.engine.models.positions import resample_positions, sincos_positions
 from mirl.engine.training.compiling import compile_regions, expected_graphs
 from mirl.engine.transfer.dense import norms
@@ -167,3 +168,17 @@ def test_batch_norm_over_ranks_is_that_of_all_their_images(monkeypatch):
     for norm in made:
         torch.testing.assert_close(norm.running_var, theirs.running_var)
         torch.testing.assert_close(norm.running_mean, theirs.running_mean)
+
+
+def test_long_sequences_keep_no_matrix_on_a_cpu():
+    """From 2,048 patches on; one that was asked for by name is kept."""
+    config = tiny_config(patch_size=2, image_height=64, image_width=128)
+    assert config.num_patches == 2048
+    for asked, names in (("auto", {"sdpa"}), ("math", {"math"})):
+        asking = dataclasses.replace(config, attention=asked)
+        chosen = DenseModel(asking).resolve_attention(torch.device("cpu"))
+        assert {backend.name for backend in chosen.values()} == names
+        assert writes_out_attention(asking, on_gpu=False) == (names == {"math"})
+    short = dataclasses.replace(config, image_height=62, attention="auto")
+    assert {backend.name for backend in DenseModel(short).resolve_attention(torch.device("cpu")).values()} == {"math"}
+    assert writes_out_attention(short, on_gpu=False) and not writes_out_attention(short, on_gpu=True)
