@@ -63,8 +63,8 @@ def test_an_encoder_as_a_graph(kind, tmp_path, capsys):
     assert told["image_size"] == list(SIZE) and told["mean"] == list(model.config.mean) and told["classes"] == []
 
 
-@pytest.mark.parametrize("pool", ["avg", "token"])
-def test_a_classifier_as_a_graph(pool, tmp_path):
+@pytest.mark.parametrize(("kind", "pool"), [("onnx", "token"), ("onnx", "avg"), ("torch-export", "avg")])
+def test_a_classifier_as_a_graph(kind, pool, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs: pip install onnx onnxscript onnxruntime")
     config = tiny_config(segments=1, did=False)
     torch.manual_seed(0)
@@ -76,10 +76,10 @@ def test_a_classifier_as_a_graph(pool, tmp_path):
     head = {key: value for key, value in state.items() if not key.startswith("encoder.")}
     size = (config.image_height, config.image_width)
     exported = Exported(encoder=encoder, config=config, image_size=size, pool=pool, head=head, classes=("a", "b", "c"))
-    path = tmp_path / "x.onnx"
-    export_graphs.export_onnx(path, exported)
+    path = tmp_path / ("x" + SUFFIXES[kind])
+    (export_graphs.export_onnx if kind == "onnx" else export_graphs.export_torch)(path, exported)
     images = images_of(config, size)
-    (logits,), told = outputs("onnx", path, images)
+    (logits,), told = outputs(kind, path, images)
     with torch.no_grad():
         torch.testing.assert_close(logits, model(images), rtol=1e-4, atol=1e-4)
     assert told["classes"] == ["a", "b", "c"] and timm_state_dict(encoder, config, image_size=size, head=head)
