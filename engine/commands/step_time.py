@@ -47,15 +47,17 @@ def step_seconds(
         count = min(micro, 2 * count)
         seconds = one_pass(count)
     seconds = statistics.median(one_pass(count) for _ in range(PASSES))
-    values = sum(parameter.numel() for parameter in network.parameters())
-    return batch / count * seconds + _optimizer_seconds(config, values, device), count
+    return batch / count * seconds + _optimizer_seconds(config, network, device), count
 
 
-def _optimizer_seconds(config: Config, values: int, device: torch.device) -> float:
-    """Of AdamW on so many float32 ``values``, one flat tensor, as a ZeRO stage has them."""
-    flat = nn.ParameterList([nn.Parameter(torch.zeros(values, device=device))])
-    flat[0].grad = torch.ones_like(flat[0])
-    optimizer = build_optimizer(flat, config.optim, device)
+def _optimizer_seconds(config: Config, network: nn.Module, device: torch.device) -> float:
+    """Of AdamW on the float32 values of ``network`` as one flat tensor, as a ZeRO stage has them; of Muon on each."""
+    if config.optim.optimizer == "adamw":
+        values = sum(parameter.numel() for parameter in network.parameters())
+        network = nn.ParameterList([nn.Parameter(torch.zeros(values, device=device))])
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = build_optimizer(network, config.optim, device)
     optimizer.step()
     begin = _now(device)
     optimizer.step()

@@ -23,6 +23,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 SWITCHES = ("auto", "on", "off")
 COMPILES = (*SWITCHES, "max")
 SCHEDULES = ("cosine", "step", "poly")
+OPTIMIZERS = ("adamw", "muon")
 _CROPPED = ("model", "finetune")  # runs whose images are cropped without regard to label images or boxes
 _PICTURED = ("model", "segment", "detect")
 
@@ -92,7 +93,7 @@ class DataConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(Section):
-    """AdamW, its learning rate and how long it runs (section 4.1 of the paper; the recipe of MAE)."""
+    """The optimiser, its learning rate and how long it runs (section 4.1 of the paper; the recipe of MAE)."""
 
     batch_size: int = setting(4096, "effective batch: images of one optimiser step over all ranks")
     micro_batch: int = setting(
@@ -116,8 +117,13 @@ class OptimConfig(Section):
     step_at: tuple[float, ...] = setting(
         (0.90, 0.95), "shares of the run from which schedule step takes a tenth of the rate", of="detect"
     )
+    optimizer: str = setting(
+        "adamw",
+        "muon: orthogonal updates for the matrices of the blocks, AdamW for the rest; under ZeRO 1 and 2",
+        choices=OPTIMIZERS,
+    )
     betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's decay rates of the two moments")
-    weight_decay: float = setting(0.05, "AdamW's weight decay, on matrices only")
+    weight_decay: float = setting(0.05, "weight decay, on matrices only")
     teacher_decay: float = setting(
         0.999, "share of the old average that the teacher of --feature-loss keeps in a step", of="model"
     )
@@ -144,6 +150,8 @@ class OptimConfig(Section):
                 raise UserError(f"{name} is {getattr(self, name)}: give zero or more")
         if self.base_lr <= 0:
             raise UserError(f"base_lr is {self.base_lr}: give a positive learning rate, e.g. 1.5e-4")
+        if self.optimizer not in OPTIMIZERS:
+            raise UserError(f"optimizer is {self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
         if self.schedule not in SCHEDULES:
             raise UserError(f"schedule is {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
         if not all(0 < share < 1 for share in self.step_at) or list(self.step_at) != sorted(self.step_at):

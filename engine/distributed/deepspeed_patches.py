@@ -24,6 +24,7 @@ from torch import nn
 
 from mirl.engine.distributed.environment import DEEPSPEED_INSTALL
 from mirl.engine.distributed.flat_gradients import FlatGradients, FlatGroup
+from mirl.engine.distributed.muon import Matrix, MuonAdamW, Share
 from mirl.engine.distributed.one_pass import OnePassAdamW, OwnedGroup
 from mirl.errors import UserError
 
@@ -271,6 +272,21 @@ def take_gradients(
     return flat
 
 
+def lay_out_matrices(optimizer: Any, muon: MuonAdamW) -> None:
+    """Tell ``muon``, which ZeRO 1 or 2 steps on flat shares, which matrices lie in the groups that it takes whole.
+
+    Replaces nothing. DeepSpeed has a Muon of its own since pull request 7509, which needs its own gradient path.
+    test_muon.py holds the values.
+    """
+    rank = torch.distributed.get_rank(optimizer.dp_process_group)
+    layouts = zip(flat_groups(optimizer), optimizer.single_partition_of_fp32_groups, muon.param_groups, strict=True)
+    for layout, flat, group in layouts:
+        if group.get("muon"):
+            share = Share(rank * layout.part, (rank + 1) * layout.part, rank, optimizer.dp_process_group)
+            places = sorted(layout.offsets.items(), key=lambda item: item[1])
+            muon.lay_out(flat, share, [Matrix(*parameter.shape, offset) for parameter, offset in places])
+
+
 def can_step_in_one_pass(optimizer: Any) -> bool:
     """Whether `step_in_one_pass` can take the step of ``optimizer``, which has flat gradients and its moments.
 
@@ -397,7 +413,7 @@ def require_state(optimizer: Any, stage: int, parameters: Iterable[nn.Parameter]
 
 
 def make_moments(optimizer: Any, stage: int) -> None:
-    """Make the state that AdamW would make at its first step.
+    """Make the state that AdamW, or Muon, would make at its first step.
 
     Made before the first step, so that there is something to load into, and because ZeRO 1 and 2 link parameters to
     their moments only once, during the step of the first group, when those of the other groups would not exist yet.
@@ -408,8 +424,10 @@ def make_moments(optimizer: Any, stage: int) -> None:
         flats = optimizer.fp32_partitioned_groups_flat
     else:  # one flat tensor a group, in DeepSpeed's optimisers of ZeRO 1, of ZeRO 1 in bf16, and of ZeRO 2 alike
         flats = [flat for group in optimizer.optimizer.param_groups for flat in group["params"]]
+    alone = {flat for group in optimizer.optimizer.param_groups if group.get("muon") for flat in group["params"]}
     for flat in flats:
-        moments = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
+        kinds = MOMENTS[:1] if flat in alone else MOMENTS
+        moments = {kind: torch.zeros_like(flat, requires_grad=False) for kind in kinds}
         optimizer.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device)} | moments
     if stage != 3:
         optimizer._lazy_init_hp_params_optimizer_state()
@@ -421,8 +439,10 @@ def set_steps(optimizer: Any, steps: int) -> None:
         state["step"].fill_(steps)
 
 
-def mapped_state(parameter: Any) -> tuple[int, dict[str, torch.Tensor]]:
+def mapped_state(parameter: Any, moments: tuple[str, ...] = MOMENTS) -> tuple[int, dict[str, torch.Tensor]]:
     """``(start, {kind: flat view})`` of this rank's part of a ZeRO-1 or -2 parameter; empty where it has none.
+
+    ``moments``: those that its optimiser keeps.
 
     DeepSpeed's public `safe_get_full_*` functions gather whole parameters on every rank; these are live views, for
     checkpoints and for loading. Upstream: no public way to them was found.
@@ -431,8 +451,8 @@ def mapped_state(parameter: Any) -> tuple[int, dict[str, torch.Tensor]]:
     mapping = parameter._hp_mapping
     if mapping is None:
         return 0, {}
-    moments = {kind: mapping.optim_fragment[kind] for kind in MOMENTS}
-    return mapping.lp_fragment_address.start, {"weight": mapping.hp_fragment.detach()} | moments
+    kept = {kind: mapping.optim_fragment[kind] for kind in moments}
+    return mapping.lp_fragment_address.start, {"weight": mapping.hp_fragment.detach()} | kept
 
 
 def partition_of(parameter: Any) -> tuple[int, int]:

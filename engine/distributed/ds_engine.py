@@ -12,7 +12,9 @@ from torch import nn
 
 from mirl.engine.distributed import deepspeed_patches as patches
 from mirl.engine.distributed.flat_gradients import FlatGradients
+from mirl.engine.distributed.muon import MuonAdamW
 from mirl.engine.distributed.one_pass import OnePassAdamW
+from mirl.errors import UserError
 
 DEEPSPEED_VERSION = patches.VERSION
 KINDS = ("weight", *patches.MOMENTS)
@@ -22,7 +24,7 @@ KINDS = ("weight", *patches.MOMENTS)
 class Fragment:
     """A run of consecutive elements of one parameter's fp32 state, owned by this rank.
 
-    ``kind`` is "weight", "exp_avg" or "exp_avg_sq"; ``start`` counts elements of the flattened parameter.
+    ``kind`` is "weight", "exp_avg" or, but for what Muon steps, "exp_avg_sq"; ``start`` counts elements of the flattened parameter.
     """
 
     name: str
@@ -63,6 +65,11 @@ class TrainEngine:
         self.stage: int = ds_config["zero_optimization"]["stage"]
         self.remarks = patches.remark_on_version()
         flat_gradients = flat_gradients and patches.is_tested()
+        self._momentum_alone = {
+            parameter for group in optimizer.param_groups if group.get("muon") for parameter in group["params"]
+        }
+        if isinstance(optimizer, MuonAdamW):
+            ds_config = ds_config | {"zero_allow_untested_optimizer": True}  # a subclass of one that DeepSpeed knows
         self._engine, self._optimizer = patches.initialize(
             model, optimizer, patches.gradient_types(ds_config, flat_gradients)
         )
@@ -79,6 +86,14 @@ class TrainEngine:
             self._in_flat_weights = patches.spare_walks_over_parameters(self._optimizer)
             if not self._in_flat_weights:
                 self.remarks.append("parameters do not lie in the flat weights: each step walks over all of them")
+        if isinstance(optimizer, MuonAdamW):
+            if self._flat is None:
+                raise UserError(
+                    f"optimizer is muon, which steps whole matrices and needs flat gradients under ZeRO 1 or 2: this "
+                    f"is stage {self.stage}{'' if self.stage == 3 else ' without them'}: give --deepspeed_config "
+                    "zero2, without offloading and --no-flat-gradients, or --optimizer adamw"
+                )
+            patches.lay_out_matrices(self._optimizer, optimizer)
         patches.make_moments(self._optimizer, self.stage)
 
     @property
@@ -157,7 +172,7 @@ class TrainEngine:
                 start, numel = patches.partition_of(parameter)
                 pieces = {kind: patches.get_partition(parameter, kind)[:numel] for kind in KINDS} if numel else {}
             else:
-                start, pieces = patches.mapped_state(parameter)
+                start, pieces = self._mapped_state(parameter)
             for kind, tensor in pieces.items():
                 yield Fragment(name=name, kind=kind, start=start, tensor=tensor)
 
@@ -179,9 +194,14 @@ class TrainEngine:
                     padded[:numel] = read(name, kind, start, numel)
                     patches.set_partition(parameter, kind, padded)
             else:
-                start, pieces = patches.mapped_state(parameter)
-                for kind in kinds if pieces else ():
-                    pieces[kind].copy_(read(name, kind, start, pieces[kind].numel()))
+                start, pieces = self._mapped_state(parameter)
+                for kind, piece in pieces.items():
+                    if kind in kinds:
+                        piece.copy_(read(name, kind, start, piece.numel()))
+
+    def _mapped_state(self, parameter: nn.Parameter) -> tuple[int, dict[str, torch.Tensor]]:
+        moments = patches.MOMENTS[:1] if parameter in self._momentum_alone else patches.MOMENTS
+        return patches.mapped_state(parameter, moments)
 
     def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad)

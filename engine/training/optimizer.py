@@ -1,4 +1,4 @@
-"""AdamW and its parameter groups."""
+"""The optimiser and its parameter groups."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mirl.engine.configuration.config import OptimConfig
+from mirl.engine.distributed.muon import MuonAdamW
 
 
 def takes_weight_decay(parameter: nn.Parameter) -> bool:
@@ -29,6 +30,26 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
+def is_matrix_of_block(name: str, parameter: nn.Parameter) -> bool:
+    """Whether ``parameter`` is a matrix inside of a block of an encoder or a decoder, which is what Muon steps.
+
+    Projections from pixels, to pixels and between encoder and decoders are left to AdamW, as Muon's authors advise for
+    the first and the last layer.
+    """
+    return parameter.ndim == 2 and "blocks" in name.split(".")
+
+
+def with_matrices_apart(groups: list[dict], model: nn.Module) -> list[dict]:
+    """``groups`` with the matrices of each in a group of its own, "muon" True, and all else as it was."""
+    matrices = {id(parameter) for name, parameter in model.named_parameters() if is_matrix_of_block(name, parameter)}
+    made = []
+    for group in groups:
+        apart = [parameter for parameter in group["params"] if id(parameter) in matrices]
+        rest = [parameter for parameter in group["params"] if id(parameter) not in matrices]
+        made += [group | {"params": apart, "muon": True}, group | {"params": rest}]
+    return [group for group in made if group["params"]]
+
+
 def assert_covered_once(parameters: Iterable[nn.Parameter], groups: list[dict]) -> None:
     """Assert that each trainable one of ``parameters`` is in exactly one of ``groups``, and that nothing else is."""
     covered = [id(parameter) for group in groups for parameter in group["params"]]
@@ -41,12 +62,14 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW of torch: compiles nothing at start, unlike DeepSpeed's own. One fused kernel where torch has one.
 
+    Where ``config.optimizer`` is "muon", that of the matrices of blocks is Muon (`mirl.engine.distributed.muon`).
+
     groups: parameter groups of ``model`` with their weight decay; None: those of `parameter_groups`.
     """
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay) if groups is None else groups,
-        lr=config.peak_lr,
-        betas=config.betas,
-        eps=1e-8,
-        fused=device.type in ("cuda", "cpu"),
-    )
+    groups = parameter_groups(model, config.weight_decay) if groups is None else groups
+    settings = {
+        "lr": config.peak_lr, "betas": config.betas, "eps": 1e-8, "fused": device.type in ("cuda", "cpu")
+    }  # fmt: skip
+    if config.optimizer == "muon":
+        return MuonAdamW(with_matrices_apart(groups, model), **settings)
+    return torch.optim.AdamW(groups, **settings)

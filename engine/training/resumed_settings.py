@@ -42,10 +42,10 @@ FREE: Mapping[str, frozenset[str]] = {
         "checkpoint", "annotations", "val", "val_annotations", "eval_every", "attention", "fresh",
     }),
 }  # fmt: skip
-# The order of images, or the shapes of the weights, rest on these: no run can go on with others.
+# The order of images, or the shapes of the weights and moments, rest on these: no run can go on with others.
 FIXED = frozenset({
     "seed", "batch_size", "depth", "width", "mlp_ratio", "patch_size", "channels", "segments", "decoder_width",
-    "decoder_depth", "variant", "truncated_depth",
+    "decoder_depth", "variant", "truncated_depth", "optimizer",
 })  # fmt: skip
 # The section that makes a run one of transfer, of its kind.
 _OF_TRANSFER = ("finetune", "segment", "detect")

@@ -34,6 +34,10 @@ CASES = {
     "zero2-one pass-micro2": {"stage": "zero2", "one_pass": True, "micro_batch": 2},
     # A version of DeepSpeed that the tests have not seen keeps its own ways.
     **{f"{stage}-untested": {"stage": stage, "version": "0.19.9"} for stage in ("zero1", "zero2", "zero3")},
+    # Muon, whose matrices lie across the border of two ranks' shares.
+    **{f"{stage}-muon": {"stage": stage, "optimizer": "muon"} for stage in ("zero1", "zero2")},
+    "zero2-muon-micro2": {"stage": "zero2", "optimizer": "muon", "micro_batch": 2},
+    "zero2-muon-bf16": {"stage": "zero2", "optimizer": "muon", "precision": "bf16"},
     "zero1-buckets-bf16": {"stage": "zero1", "flat_gradients": False, "precision": "bf16"},
 }
 POISONED = {
@@ -42,7 +46,13 @@ POISONED = {
     for precision in ("fp32", "bf16")
     for value in ("nan", "-inf")
 }
+POISONED["zero2-muon-nan"] = {"stage": "zero2", "optimizer": "muon", "poison": "nan"}
 POISONED |= {f"one pass-{case}": POISONED[case] | {"one_pass": True} for case in ("zero2-fp32-nan", "zero2-bf16--inf")}
+REFUSED = {
+    "muon-stage 3": {"stage": "zero3", "optimizer": "muon"},
+    "muon-offloaded": {"stage": "zero2_offload", "optimizer": "muon"},
+    "muon-buckets": {"stage": "zero2", "optimizer": "muon", "flat_gradients": False},
+}
 VISITED_TWICE = {f"twice-{kind}": {"visited_twice": kind} for kind in ("reentrant", "as the message says")}
 
 
@@ -53,7 +63,7 @@ CASES_OF = {1: {name: case for name, case in CASES.items() if name.endswith("-pa
 def train(tmp_path: Path, world_size: int) -> dict[str, list[float]]:
     """Losses of every case, trained by ``world_size`` processes."""
     out = tmp_path / "losses.json"
-    cases = CASES_OF[world_size] | (POISONED | VISITED_TWICE if world_size == 2 else {})
+    cases = CASES_OF[world_size] | (POISONED | VISITED_TWICE | REFUSED if world_size == 2 else {})
     run_ranks("tests.engine.distributed.zero_worker", world_size, cases, str(out))
     return json.loads(out.read_text())
 
@@ -66,13 +76,14 @@ def losses(tmp_path_factory) -> dict[int, dict[str, list[float]]]:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, list[float]]:
-    return {variant: bare_loop({"variant": variant}) for variant in ("paper", "release")}
+    cases = {variant: {"variant": variant} for variant in ("paper", "release")} | {"muon": {"optimizer": "muon"}}
+    return {name: bare_loop(case) for name, case in cases.items()}
 
 
 @pytest.mark.parametrize(("world_size", "case"), [(size, case) for size, cases in CASES_OF.items() for case in cases])
 def test_losses_equal_those_of_a_plain_loop(world_size, case, losses, expected):
     found = losses[world_size][case]
-    wanted = expected[CASES[case].get("variant", "paper")]
+    wanted = expected["muon" if "muon" in case else CASES[case].get("variant", "paper")]
     assert wanted[-1] < 0.95 * wanted[0]  # it trains: four equal numbers would prove nothing
     if CASES[case].get("precision") == "bf16":
         # bf16 has 8 bits: a unit in the last place is 0.4 %; four steps of rounded weights add up to less than 1 %.
@@ -90,6 +101,11 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(case, l
     assert found["applied"] == [True, False, True]
     before, after, later = found["states"]
     assert after == before and later != before and later == later  # no NaN
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_muon_is_refused_where_no_rank_has_whole_matrices(case, losses):
+    assert losses[2][case].startswith("optimizer is muon, which steps whole matrices")
 
 
 def test_a_model_that_visits_its_weights_twice_trains_as_it_is_told(losses):

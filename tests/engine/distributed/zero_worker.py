@@ -21,6 +21,7 @@ from mirl.engine.distributed.launch import Ranks, join, leave
 from mirl.engine.models import MIRL, model_config
 from mirl.engine.training.noise import mask_noise
 from mirl.engine.training.optimizer import build_optimizer
+from mirl.errors import UserError
 
 BATCH, STEPS, LR = 8, 3, 2e-3
 SIZE = {
@@ -35,7 +36,14 @@ def build(case: dict) -> tuple[PretrainConfig, MIRL]:
         recipe="test",
         model=model_config("vit_s", **SIZE, variant=case.get("variant", "paper")),
         data=DataConfig(),
-        optim=OptimConfig(batch_size=BATCH, micro_batch=case.get("micro_batch", 0), steps=STEPS, lr=LR, clip_grad=0.5),
+        optim=OptimConfig(
+            batch_size=BATCH,
+            micro_batch=case.get("micro_batch", 0),
+            steps=STEPS,
+            lr=LR,
+            clip_grad=0.5,
+            optimizer=case.get("optimizer", "adamw"),
+        ),
         run=RunConfig(deepspeed_config=case["stage"], precision=case.get("precision", "fp32")),
     )
     torch.manual_seed(0)
@@ -92,7 +100,10 @@ def train(case: dict, ranks: Ranks, states: dict[str, dict[str, torch.Tensor]]) 
         ds_config["zero_optimization"]["reduce_bucket_size"] = 4 * pieces
     optimizer = build_optimizer(model, config.optim, ranks.device)
     deepspeed_patches.VERSION = case.get("version", deepspeed_patches.TESTED_VERSIONS[0])
-    engine = TrainEngine(model, optimizer, ds_config, flat_gradients=case.get("flat_gradients", True))
+    try:
+        engine = TrainEngine(model, optimizer, ds_config, flat_gradients=case.get("flat_gradients", True))
+    except UserError as error:
+        return str(error)
     assert bool(engine.remarks) == ("version" in case)
     if case.get("one_pass"):
         assert engine.can_step_in_one_pass
@@ -113,6 +124,10 @@ def train(case: dict, ranks: Ranks, states: dict[str, dict[str, torch.Tensor]]) 
             torch.distributed.all_reduce(total)
         losses.append(total.item() / ranks.world_size)
     state = {fragment.key: fragment.tensor.detach().clone() for fragment in engine.fragments()}
+    if case.get("optimizer") == "muon":
+        layouts = optimizer._layouts.values()
+        assert ranks.world_size == 1 or any(not share.holds(matrix) for share, here in layouts for matrix in here)
+        reload(engine, state)
     states[name_of(case)] = state
     if case.get("one_pass"):
         expected = states[name_of({key: value for key, value in case.items() if key != "one_pass"})]
@@ -127,6 +142,18 @@ def train(case: dict, ranks: Ranks, states: dict[str, dict[str, torch.Tensor]]) 
             error = float((ours - theirs).norm() / theirs.norm())
             assert error <= bound, f"{kind} differs by {error:.1e} in one pass"
     return losses
+
+
+def reload(engine: TrainEngine, state: dict[str, torch.Tensor]) -> None:
+    """Assert that the state that Muon leaves has one moment of its matrices, and is set as it was read."""
+    matrices = {key.split("/", 1)[1] for key in state if "blocks" in key and "weight@" in key and ".norm" not in key}
+    assert matrices and not any(f"exp_avg_sq/{key}" in state for key in matrices)
+    assert all(f"exp_avg/{key}" in state for key in matrices)
+    assert any(key.startswith("exp_avg_sq/") for key in state)
+    for fragment in engine.fragments():
+        fragment.tensor.zero_()
+    engine.load_fragments(lambda name, kind, start, count: state[f"{kind}/{name}@{start}"], optimizer_steps=STEPS)
+    assert all(torch.equal(fragment.tensor, state[fragment.key]) for fragment in engine.fragments())
 
 
 class VisitedTwice(torch.nn.Module):
