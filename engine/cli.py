@@ -99,6 +99,12 @@ def _export(argv: Sequence[str]) -> int:
     return run(argv)
 
 
+def _average(argv: Sequence[str]) -> int:
+    from mirl.engine.commands.average import main
+
+    return main(argv)
+
+
 def _doctor(argv: Sequence[str]) -> int:
     from mirl.engine.commands.doctor import main
 
@@ -145,6 +151,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "depth-report": (_depth_report, "what each block does: gradient norm, probe accuracy, effect of making it fresh"),
     "import": (_import, "read a checkpoint of the MIRL release or of MAE"),
     "export": (_export, "write the encoder for timm, Hugging Face, or as plain safetensors"),
+    "average": (_average, "the mean of a run's last checkpoints, or the average it kept, as a checkpoint"),
     "visualize": (_visualize, "reconstruct images with a checkpoint"),
     "validate-data": (_data_command("validate_data"), "decode every image once and write down the broken ones"),
     "prepare-data": (_data_command("prepare_data"), "re-encode a data set to small JPEG files or tar shards"),

@@ -106,7 +106,7 @@ def run_bytes(
     return PROCESS_BYTES + states + footprint.model_bytes + saved + work + loader
 
 
-def pretraining_footprint(config: PretrainConfig, precision: str, *, on_gpu: bool) -> Footprint:
+def pretraining_footprint(config: PretrainConfig, precision: str, *, on_gpu: bool, ranks: int = 1) -> Footprint:
     """The footprint of a pre-training run. UserError on an unknown form of activation checkpointing."""
     model, size = config.model, VALUE_BYTES[precision]
     pixels = model.image_height * model.image_width
@@ -120,9 +120,12 @@ def pretraining_footprint(config: PretrainConfig, precision: str, *, on_gpu: boo
     if model.vgg_loss:
         further += size * VGG_WEIGHTS
         image += 2 * size * VGG_VALUES_PER_PIXEL * pixels  # before and after each ReLU
+    parameters, averaged = pretraining_parameters(model), bool(config.optim.ema)
+    if averaged:
+        further += 4 / ranks * parameters
     return Footprint(
-        parameters=pretraining_parameters(model), image_bytes=image, pixel_bytes=pixels * model.channels,
-        model_bytes=further,
+        parameters=parameters, image_bytes=image, pixel_bytes=pixels * model.channels, model_bytes=further,
+        saved_values=4 if averaged else 3,
     )  # fmt: skip
 
 

@@ -4,12 +4,14 @@ libraries: the encoder, the classifier, or the segmenter.
 
 from __future__ import annotations
 
+import argparse
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from mirl.dataloaders.decoding.crops import evaluation_crop
 from mirl.engine.checkpoints.best import NAMES as WEIGHTS
-from mirl.engine.checkpoints.kinds import CLASSIFIER, SEGMENTER, given
+from mirl.engine.checkpoints.kinds import CLASSIFIER, SEGMENTER, Given, given
 from mirl.engine.commands.checkpoint_flags import add_checkpoint
 from mirl.engine.configuration.flags import Parser, image_size
 from mirl.errors import UserError
@@ -39,7 +41,21 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(
             f"pool is {arguments.pool!r} and to is {arguments.to!r}: an encoder is pooled in {', '.join(POOLED)} alone"
         )
-    found = given(arguments.checkpoint, arguments.which)
+    if not arguments.average:
+        return _export(arguments, given(arguments.checkpoint, arguments.which))
+    if arguments.which or arguments.weights:
+        raise UserError("average is of a run's newest checkpoints: leave out --which and --weights")
+    from mirl.engine.checkpoints.averaging import newest_of, write_average
+
+    chosen = newest_of(arguments.checkpoint, arguments.average)
+    with tempfile.TemporaryDirectory(dir=arguments.out.parent, prefix=f".{arguments.out.name}-") as folder:
+        averaged = Path(folder) / f"mean of {', '.join(path.name for path in chosen)}"
+        write_average(averaged, chosen)
+        return _export(arguments, given(averaged))
+
+
+def _export(arguments: argparse.Namespace, found: Given) -> int:
+    """Write ``found`` as ``arguments`` say, and how to load it."""
     if found.kind != CLASSIFIER and arguments.weights:
         raise UserError(
             f"weights is {arguments.weights!r} and {arguments.checkpoint} is no fine-tuned classifier: leave it out"
@@ -115,6 +131,13 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--encoder-only", action="store_true", help="of a classifier: its encoder as fine-tuned, without the head"
+    )
+    parser.add_argument(
+        "--average",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of a pre-training run: the mean of its newest N checkpoints",
     )
     parser.add_argument(
         "--weights",

@@ -127,6 +127,12 @@ class OptimConfig(Section):
     teacher_decay: float = setting(
         0.999, "share of the old average that the teacher of --feature-loss keeps in a step", of="model"
     )
+    ema: float = setting(
+        0.0,
+        "decay of an average of the weights kept beside them, for mirl average; 0: none",
+        metavar="DECAY",
+        of="model",
+    )
     clip_grad: float = setting(0.0, "largest global gradient norm; 0: no clipping")
 
     def check(self) -> None:
@@ -156,8 +162,9 @@ class OptimConfig(Section):
             raise UserError(f"schedule is {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
         if not all(0 < share < 1 for share in self.step_at) or list(self.step_at) != sorted(self.step_at):
             raise UserError(f"step_at is {self.step_at}: give rising shares of the run between 0 and 1, e.g. 0.9 0.95")
-        if not 0 <= self.teacher_decay < 1:
-            raise UserError(f"teacher_decay is {self.teacher_decay}: give a number in [0, 1), e.g. 0.999")
+        for name in ("teacher_decay", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give a number in [0, 1), e.g. 0.999")
         if not 0 < self.peak_lr <= LARGEST:
             raise UserError(
                 f"base_lr is {self.base_lr} and batch_size is {self.batch_size:g}: the learning rate would be "

@@ -24,7 +24,8 @@ KINDS = ("weight", *patches.MOMENTS)
 class Fragment:
     """A run of consecutive elements of one parameter's fp32 state, owned by this rank.
 
-    ``kind`` is "weight", "exp_avg" or, but for what Muon steps, "exp_avg_sq"; ``start`` counts elements of the flattened parameter.
+    ``kind`` is "weight", "exp_avg" or, but for what Muon steps, "exp_avg_sq"; ``start`` counts elements of the
+    flattened parameter.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Muon for the matrices of the blocks, AdamW for everything else, on whole parameters or on a rank's share of flat ones.
+"""Muon for the matrices of the blocks, AdamW for the rest, on whole parameters or on a rank's share of flat ones.
 
 Muon (Jordan et al., 2024) keeps one moment, and makes each update of a matrix nearly orthogonal before it is applied.
 The rule for the learning rate is Moonlight's (Liu et al., 2025, arXiv:2502.16982, section 2.2): an update of an A x B

@@ -25,6 +25,7 @@ from mirl.engine.pretraining.pictures import NORMALISED, column_titles, legend
 from mirl.engine.pretraining.recipes import recipe
 from mirl.engine.pretraining.task import PretrainTask
 from mirl.engine.training.computing import bare_model, set_computation
+from mirl.engine.training.ema import ShardedEma
 from mirl.engine.training.plan import RunPlan
 from mirl.engine.training.run import RunKind, RunParts, run_training
 from mirl.engine.training.run_data import ImageShape, build_loader, settle_statistics
@@ -44,7 +45,8 @@ class Pretraining(RunKind[PretrainConfig]):
         return recipe(name).run.out
 
     def footprint(self, plan: RunPlan[PretrainConfig]) -> Footprint:
-        return pretraining_footprint(plan.config, plan.precision, on_gpu=plan.ranks.device.type == "cuda")
+        on_gpu = plan.ranks.device.type == "cuda"
+        return pretraining_footprint(plan.config, plan.precision, on_gpu=on_gpu, ranks=plan.ranks.world_size)
 
     def open_data(
         self, plan: RunPlan[PretrainConfig], closing: ExitStack
@@ -74,6 +76,9 @@ class Pretraining(RunKind[PretrainConfig]):
             config, ranks=ranks, engine=parts.engine, durations=parts.durations, log=parts.log,
             picture_images=_picture_images(config, ranks, parts.loader), out=parts.plan.out,
             teacher=_build_teacher(config, parts.engine),
+            ema=ShardedEma(parts.engine, config.optim.ema, updates=parts.progress.applied_steps)
+            if config.optim.ema
+            else None,
         )  # fmt: skip
 
     def bare_model(self, plan: RunPlan[PretrainConfig]) -> Callable[[], MIRL]:

@@ -15,6 +15,7 @@ from mirl.engine.distributed.ds_engine import Fragment, FragmentReader, TrainEng
 from mirl.engine.distributed.launch import Ranks
 from mirl.engine.models.teacher import EmaTeacher
 from mirl.engine.pretraining.pictures import reconstruct, save_grid
+from mirl.engine.training.ema import ShardedEma
 from mirl.engine.training.noise import NoiseAhead, mask_noise, seed_stochastic_depth
 from mirl.engine.training.run_log import RunLog
 from mirl.engine.training.schedule import Durations
@@ -27,7 +28,7 @@ TEACHER = "teacher"
 
 class PretrainTask:
     """One rank's part. ``picture_images``: what the picture grids show, None for none. ``teacher``: of the feature
-    loss; every rank has a whole one and updates it alike.
+    loss; every rank has a whole one and updates it alike. ``ema``: the average of the weights, for later.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class PretrainTask:
         picture_images: Tensor | None,
         out: Path,
         teacher: EmaTeacher | None = None,
+        ema: ShardedEma | None = None,
     ) -> None:
         self.config, self.ranks, self.engine, self.durations, self.log = config, ranks, engine, durations, log
         self.picture_images, self.out = picture_images, out
@@ -48,7 +50,7 @@ class PretrainTask:
         self.term_names: tuple[str, ...] = engine.module.term_names
         self.plain_gflops_per_image = training_flops_per_image(config.model) / 1e9
         self.gflops_per_image = training_flops_per_image(config.model, engine.module.skips) / 1e9
-        self.teacher = teacher
+        self.teacher, self.ema = teacher, ema
         self._noise = NoiseAhead(config.run.seed, config.model.num_patches, ranks.device)
 
     def forward(self, batch: Batch, place: Place) -> tuple[Tensor, Tensor]:
@@ -68,7 +70,9 @@ class PretrainTask:
             return {"teacher_features": self.teacher(images)}
 
     def after_step(self, applied: bool) -> None:
-        """Move the teacher towards the weights that the step gave."""
+        """Move the teacher, and the average, towards the weights that the step gave."""
+        if self.ema is not None and applied:
+            self.ema.update()
         if self.teacher is not None and applied:
             self.teacher.update(self.engine.module)
 
@@ -87,7 +91,9 @@ class PretrainTask:
         return count_reports(self.durations.picture_every, after=step, total=total_steps)
 
     def fragments(self) -> Iterator[Fragment]:
-        """The teacher, its parameters dealt out to the ranks, which all have the same."""
+        """The average, and the teacher, its parameters dealt out to the ranks, which all have the same."""
+        if self.ema is not None:
+            yield from self.ema.fragments()
         if self.teacher is not None:
             for index, (name, parameter) in enumerate(self.teacher.named_parameters()):
                 if index % self.ranks.world_size == self.ranks.rank:
@@ -95,7 +101,9 @@ class PretrainTask:
 
     @torch.no_grad()
     def load(self, read: FragmentReader) -> None:
-        """Set the teacher, if there is one, from a checkpoint of a run that had one."""
+        """Set the average and the teacher, if there is one, from a checkpoint of a run that had one."""
+        if self.ema is not None:
+            self.ema.load(read)
         if self.teacher is not None:
             for name, parameter in self.teacher.named_parameters():
                 parameter.copy_(read(name, TEACHER, 0, parameter.numel()).reshape(parameter.shape))

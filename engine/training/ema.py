@@ -8,10 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from mirl.engine.checkpoints.averaging import EMA as KIND
 from mirl.engine.distributed.ds_engine import Fragment, FragmentReader, TrainEngine
 from mirl.errors import UserError
-
-KIND = "ema"
 
 
 class ShardedEma:

@@ -39,8 +39,8 @@ def describe_run(plan: RunPlan[Any], durations: Durations, loader: TrainLoader, 
         f"device {ranks.world_size} x {device}; precision {plan.precision} ({plan.precision_reason}); "
         f"ZeRO stage {engine.stage} from {config.run.deepspeed_config}",
         f"effective batch {optim.batch_size} = {plan.micro_batch} x {plan.accumulation} accumulation x "
-        f"{ranks.world_size} ranks; peak learning rate {optim.peak_lr:.3e}, {optim.schedule}, warm-up "
-        f"{durations.warmup_steps} of {durations.total_steps} steps",
+        f"{ranks.world_size} ranks; {optim.optimizer}, peak learning rate {optim.peak_lr:.3e}, {optim.schedule}, "
+        f"warm-up {durations.warmup_steps} of {durations.total_steps} steps",
         f"kernels {_by_implementation(kernels.describe_dispatch(ranks.device))}",
         f"attention {attention}",
         f"activation checkpointing {config.run.activation_checkpointing}; checkpoint every "

@@ -48,10 +48,13 @@ def events(out: Path, kind: str) -> list[dict]:
 
 def tensors(checkpoint: Path) -> dict:
     reader = CheckpointReader(checkpoint)
+    kinds = ["weight", "exp_avg", "exp_avg_sq"]
+    if (reader.state["config"].get("optim") or {}).get("ema"):
+        kinds.append("ema")
     return {
         (kind, name): reader.read(name, kind, 0, weight.numel())
         for name, weight in reader.weights().items()
-        for kind in ("weight", "exp_avg", "exp_avg_sq")
+        for kind in kinds
     }
 
 

@@ -63,8 +63,10 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run_to_the_bit(tmp_path, p
         "12",
         "--checkpoint-every",
         "4",
+        "--ema",
+        "0.9",
     ]
-    flags = ["--data", photographs, "--steps", "12", "--checkpoint-every", "4"]
+    flags = ["--data", photographs, "--steps", "12", "--checkpoint-every", "4", "--ema", "0.9"]
     whole = server.start(tmp_path, *flags, "--out", "whole")  # two ranks without a launcher
     assert whole.end() == [0, 0], whole.output()[-3000:]
     code, output = stop_when([*common, "--out", "cut"], "step  7/12", signal.SIGTERM, tmp_path)
