@@ -82,3 +82,20 @@ def _squares(name: str) -> Iterator[Image.Image]:
                 boxes[left, top, left + side, top + side] = None
     for box in boxes:
         yield photograph.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC, box=box)
+
+
+def between_squares() -> Iterator[Image.Image]:
+    """Squares of the colour photographs that no file of the demo shows: between its sizes, and between its places."""
+    from skimage import data
+
+    for name in _COLOUR:
+        photograph = Image.fromarray(getattr(data, name)()).convert("RGB")
+        for share, places in ((0.9, 3), (0.65, 4)):
+            side = int(min(photograph.size) * share)
+            for row in range(places):
+                for column in range(places):
+                    left = round((photograph.width - side) * (column + 0.5) / places)
+                    top = round((photograph.height - side) * (row + 0.5) / places)
+                    yield photograph.resize(
+                        (_SIDE, _SIDE), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
+                    )
