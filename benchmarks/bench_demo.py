@@ -3,10 +3,11 @@
     python -m benchmarks.bench_demo RUN [RUN ...] [--masks N] [--picture FILE]
 
 Both sets are squares of the photographs of the demo (`mirl.dataloaders.tools.demo`): the training crops are the files
-that the run was trained on; the held-out ones lie between them, at sizes and places that no file has. Masks are the same for every run: functions
-of the number of the image and of the mask. Values are pixels in [0, 1]; a PSNR is over all masked pixels of a set,
-10 log10(1 / mean squared error). Beside each model stands the best guess that needs no model: each hidden patch takes
-the mean colour of the visible ones among its eight neighbours, or of all visible ones where it has none.
+that the run was trained on; the held-out ones lie between them, at sizes and places that no file has. Masks are the
+same for every run: functions of the number of the image and of the mask. Values are pixels in [0, 1]; a PSNR is over
+all masked pixels of a set, 10 log10(1 / mean squared error). Beside each model stands the best guess that needs no
+model: each hidden patch takes the mean colour of the visible ones among its eight neighbours, or of all visible ones
+where it has none.
 
 "main k" is the shallow decoder of pair k alone, "sum k" with the residual of the deep one. Where patches were
 normalised for the loss, a prediction is put back with the true mean and deviation, so that it is no longer comparable.
