@@ -28,7 +28,7 @@ from tests.support.runs import losses
 SMALL = {
     "warmup_steps": 1, "batch_size": 4, "precision": "fp32", "image_size": 32, "depth": 4, "width": 32, "heads": 2,
     "decoder_width": 32, "decoder_heads": 2, "pictures": 1, "tensorboard": False, "loader_threads": 1,
-    "watchdog_minutes": 0.0, "log_every": 1, "checkpoint_every": 2,
+    "watchdog_minutes": 0.0, "log_every": 1, "checkpoint_every": 2, "cpu_threads": 1,
 }  # fmt: skip
 START_S = 60.0
 
