@@ -39,6 +39,7 @@ TIERS = {
     "tests/engine/distributed/test_launch.py": "process",
     "tests/dataloaders/tools/test_tools.py": "process",
     "tests/kernels/test_interpreted.py": "process",
+    "tests/engine/training/tracking/test_real_trackers.py": "process",
     "tests/engine/training/test_compile.py": "compile",
     "tests/kernels/test_machine_code": "compile",
     "tests/dry_run/test_fake_step.py": "slow",

@@ -48,6 +48,8 @@ ONLY_IN = {
     "deepspeed": ("engine/distributed/deepspeed_patches.py",),
     "nvidia": ("dataloaders/decoding/dali_pipeline.py",),
     "xformers": ("kernels/attention.py",),
+    "wandb": ("engine/training/tracking/wandb_run.py",),
+    "mlflow": ("engine/training/tracking/mlflow_run.py",),
 }
 PACKAGES = ("mirl", "engine", "kernels", "dataloaders")
 MODULES = sorted(path for package in PACKAGES for path in (CHECKOUT / package).rglob("*.py"))

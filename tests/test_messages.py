@@ -29,6 +29,7 @@ FOREIGN = {
     "the beginning of a switch": {"--no"},
     "deepspeed": {"--master_port", "--deepspeed_config"},
     "torchrun": {"--rdzv-endpoint", "--nproc-per-node"},
+    "git": {"--error-unmatch", "--no-optional-locks", "--porcelain", "--untracked-files", "--verify"},
     "docker": {"--ulimit", "--shm-size"},
     "pip": {"--force-reinstall"},
     "nvidia-smi": {"--query-gpu", "--format"},

@@ -23,8 +23,21 @@ from mirl.engine.version import __version__
 MOST_PICTURES, PICTURE_WIDTH, QUALITY = 16, 1000, 85
 MOST_EVENTS = 200
 # Measurements that only count, or that the page tells in another way.
-NO_CURVE = frozenset({"step", "images", "epoch", "seconds_left", "skipped_steps", "bad_images", "micro_batches"})
-FIRST = ("loss", "top1_percent", "gradient_norm", "lr", "images_per_s", "data_wait_percent", "step_ms", "memory_gib")
+NO_CURVE = frozenset(
+    {"step", "images", "epoch", "seconds_left", "skipped_steps", "bad_images", "micro_batches", "val_images"}
+)
+FIRST = (
+    "loss",
+    "val_loss",
+    "probe_top1_percent",
+    "top1_percent",
+    "gradient_norm",
+    "lr",
+    "images_per_s",
+    "data_wait_percent",
+    "step_ms",
+    "memory_gib",
+)
 COLOURS = ("#1668a8", "#c2571a", "#3f8f3a", "#8a4fa3", "#a3872b", "#4a4a4a", "#c2417c", "#2a9d96")
 
 STYLE = """

@@ -273,6 +273,8 @@ class RunConfig(Section):
             )
 
 
+# Names of trackers, which are those of their packages, and what pip installs them by.
+TRACKERS = {"wandb": "wandb>=0.21", "mlflow": "mlflow-skinny>=3"}
 MOST_PROFILED_STEPS = 100  # about 20,000 events and 1 MB a step of a model of 48 blocks
 
 
@@ -283,18 +285,36 @@ class LogConfig(Section):
     log_every: int = setting(0, "optimiser steps between log lines; 0: sixty in a run")
     picture_every: int = setting(0, "optimiser steps between picture grids; 0: six in a run", of=_PICTURED)
     pictures: int = setting(4, "images in a picture grid; 0: no pictures", of=_PICTURED)
+    val: tuple[str, ...] = setting(
+        (), "held-out images whose loss is told while training goes on; none: no such loss", metavar="PATH", of="model"
+    )
+    probe: tuple[str, ...] = setting(
+        (), "labelled images for a linear probe of the encoder while training goes on; none: no probe", metavar="PATH",
+        of="model",
+    )  # fmt: skip
+    eval_every: int = setting(
+        0, "optimiser steps between evaluations by --val and --probe; 0: ten in a run, or as few as take under 2 % of "
+        "its time", of="model",
+    )  # fmt: skip
     tensorboard: bool = setting(True, "write TensorBoard event files")
+    track: tuple[str, ...] = setting(
+        (), "send metrics, pictures and settings to these trackers too; none: to none (docs/systems.md)",
+        choices=tuple(TRACKERS),
+    )  # fmt: skip
     profile: int = setting(
         0,
         "trace this many steps of this start for Perfetto, with a table by class of operators; 0: none (docs/plan.md)",
     )
 
     def check(self) -> None:
+        for name in self.track:
+            if name not in TRACKERS or self.track.count(name) > 1:
+                raise UserError(f"track is {' '.join(self.track)}: give each of {', '.join(TRACKERS)} at most once")
         if self.profile > MOST_PROFILED_STEPS:
             raise UserError(
                 f"profile is {self.profile}: a trace holds every operator, give {MOST_PROFILED_STEPS} or fewer"
             )
-        for name in ("log_every", "picture_every", "pictures", "profile"):
+        for name in ("log_every", "picture_every", "pictures", "eval_every", "profile"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}: give zero or more")
 

@@ -21,6 +21,8 @@ from mirl.engine.distributed.launch import Ranks
 from mirl.engine.models import MIRL
 from mirl.engine.models.objectives.perceptual import PerceptualLoss, read_vgg
 from mirl.engine.models.teacher import EmaTeacher
+from mirl.engine.pretraining.evaluating import Evaluation, EvaluationSets, complete_best
+from mirl.engine.pretraining.evaluation_data import open_probe, open_val, require_whole_weights
 from mirl.engine.pretraining.pictures import NORMALISED, column_titles, legend
 from mirl.engine.pretraining.recipes import recipe
 from mirl.engine.pretraining.task import PretrainTask
@@ -41,6 +43,11 @@ def pretrain(config: PretrainConfig) -> Path:
 class Pretraining(RunKind[PretrainConfig]):
     """Masked Image Residual Learning, or another objective of the paper, on images without labels."""
 
+    _sets: EvaluationSets
+
+    def __init__(self) -> None:
+        self._evaluated: list[str] = []
+
     def recipe_out(self, name: str) -> str:
         return recipe(name).run.out
 
@@ -55,6 +62,14 @@ class Pretraining(RunKind[PretrainConfig]):
         closing.callback(loader.close)
         plan = settle_statistics(plan, loader)
         self._config = plan.config
+        require_whole_weights(plan)
+        val = open_val(plan)
+        if val is not None:
+            closing.callback(val.close)
+        probe = open_probe(plan)
+        if probe is not None:
+            closing.callback(probe.loader.close)
+        self._sets = EvaluationSets(val=val, probe=probe)
         return plan, loader
 
     def build_model(self, plan: RunPlan[PretrainConfig]) -> MIRL:
@@ -72,6 +87,15 @@ class Pretraining(RunKind[PretrainConfig]):
 
     def build_task(self, parts: RunParts[PretrainConfig]) -> PretrainTask:
         config, ranks = parts.plan.config, parts.plan.ranks
+        evaluation = None
+        if self._sets:
+            if parts.plan.resumed_from is not None:
+                complete_best(parts.progress.best, parts.plan.out, parts.progress.step)
+            evaluation = Evaluation(
+                config, self._sets, ranks=ranks, log=parts.log, total_steps=parts.durations.total_steps,
+                best=parts.progress.best,
+            )  # fmt: skip
+            self._evaluated = evaluation.opening_lines()
         return PretrainTask(
             config, ranks=ranks, engine=parts.engine, durations=parts.durations, log=parts.log,
             picture_images=_picture_images(config, ranks, parts.loader), out=parts.plan.out,
@@ -79,6 +103,7 @@ class Pretraining(RunKind[PretrainConfig]):
             ema=ShardedEma(parts.engine, config.optim.ema, updates=parts.progress.applied_steps)
             if config.optim.ema
             else None,
+            evaluation=evaluation,
         )  # fmt: skip
 
     def bare_model(self, plan: RunPlan[PretrainConfig]) -> Callable[[], MIRL]:
@@ -92,6 +117,7 @@ class Pretraining(RunKind[PretrainConfig]):
             f"variant, objective {model.objective}, {parameters / 1e6:.1f} M parameters; image "
             f"{model.image_height}x{model.image_width}x{model.channels}, patch {model.patch_size}, mask "
             f"{model.mask_ratio:g}",
+            *self._evaluated,
         ]
 
     def closing_lines(self, out: Path) -> list[str]:

@@ -14,6 +14,7 @@ from mirl.engine.configuration.config import PretrainConfig
 from mirl.engine.distributed.ds_engine import Fragment, FragmentReader, TrainEngine
 from mirl.engine.distributed.launch import Ranks
 from mirl.engine.models.teacher import EmaTeacher
+from mirl.engine.pretraining.evaluating import Evaluation
 from mirl.engine.pretraining.pictures import reconstruct, save_grid
 from mirl.engine.training.ema import ShardedEma
 from mirl.engine.training.noise import NoiseAhead, mask_noise, seed_stochastic_depth
@@ -43,10 +44,15 @@ class PretrainTask:
         out: Path,
         teacher: EmaTeacher | None = None,
         ema: ShardedEma | None = None,
+        evaluation: Evaluation | None = None,
     ) -> None:
+        """evaluation: of held-out images and a probe, None for neither."""
         self.config, self.ranks, self.engine, self.durations, self.log = config, ranks, engine, durations, log
         self.picture_images, self.out = picture_images, out
+        self.evaluation = evaluation
         self.report_images = 0 if picture_images is None else len(picture_images)
+        if evaluation is not None:
+            self.report_images += evaluation.sets.images
         self.term_names: tuple[str, ...] = engine.module.term_names
         self.plain_gflops_per_image = training_flops_per_image(config.model) / 1e9
         self.gflops_per_image = training_flops_per_image(config.model, engine.module.skips) / 1e9
@@ -80,14 +86,20 @@ class PretrainTask:
         """Unknown: nothing is evaluated."""
 
     def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> None:
-        """A grid of reconstructions, at the interval of the configuration and at the end."""
+        """A grid of reconstructions and an evaluation, each at its interval and at the end."""
         if self.config.log.pictures and (step % self.durations.picture_every == 0 or last):
             self._picture(step)
+        if self.evaluation is not None and self.evaluation.due(step, last=last):
+            self.evaluation.run(
+                self.engine.module, step, last=last, features=self._features, interrupted=interrupted
+            )  # fmt: skip
 
     def reports_after(self, step: int, total_steps: int) -> int:
-        """The pictures."""
+        """The evaluations, which take longer than pictures; where there are none, the pictures."""
         if not self.report_images:
             return 0
+        if self.evaluation is not None:
+            return count_reports(self.evaluation.every, after=step, total=total_steps)
         return count_reports(self.durations.picture_every, after=step, total=total_steps)
 
     def fragments(self) -> Iterator[Fragment]:

@@ -18,6 +18,7 @@ from mirl.engine.distributed.launch import Ranks, cores_per_rank
 from mirl.engine.training.resumed_settings import compare_settings, keep_settled, require_known_changes
 from mirl.engine.training.run_folder import choose_out, choose_start, hold_folder
 from mirl.engine.training.run_lock import RunLock
+from mirl.engine.training.tracking.asked import require_installed
 from mirl.errors import UserError
 
 T = TypeVar("T")
@@ -78,6 +79,7 @@ def make_plan(config: C, ranks: Ranks, closing: ExitStack, *, recipe_out: str) -
     out = agree_on_main(ranks, lambda: choose_out(config, recipe_out))
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(out)))
     require_known_changes(config)
+    agree_on_main(ranks, lambda: require_installed(config.log.track))
     lock = RunLock(out)
     closing.callback(lock.release)
     taken_over = agree_on_main(ranks, lambda: hold_folder(lock, out))

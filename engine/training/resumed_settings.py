@@ -32,7 +32,9 @@ FREE: Mapping[str, frozenset[str]] = {
         "recompute_pointwise", "flat_gradients", "max_minutes", "max_nonfinite_steps", "watchdog_minutes",
         "cpu_threads",
     }),
-    "log": frozenset({"log_every", "picture_every", "pictures", "tensorboard", "profile"}),
+    "log": frozenset({
+        "log_every", "picture_every", "pictures", "val", "probe", "eval_every", "tensorboard", "track", "profile",
+    }),
     "finetune": frozenset({"checkpoint", "val", "eval_every", "attention", "head_init"}),
     "segment": frozenset({
         "checkpoint", "labels", "val", "val_labels", "label_map", "ignore", "eval_every", "attention", "eval_mode",

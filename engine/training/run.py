@@ -37,6 +37,8 @@ from mirl.engine.training.saving import Saver
 from mirl.engine.training.schedule import Durations
 from mirl.engine.training.task import Task
 from mirl.engine.training.telling import closing_lines, describe_computation, describe_run, describe_versions
+from mirl.engine.training.tracking.facts import Facts
+from mirl.engine.training.tracking.opening import open_trackers
 from mirl.engine.training.trainer import Trainer
 
 C = TypeVar("C", bound=Config)
@@ -169,7 +171,7 @@ def _train(config: C, kind: RunKind[C], ranks: Ranks) -> Path:
             besides=optimizer_places(engine, ranks.device),
         )  # fmt: skip
         compiled = compile_where_chosen(plan, engine)
-        closing.callback(log.close)
+        closing.push(log.close_after)
         agree_on_main(ranks, lambda: _open_folder(plan, log, durations, progress.step, chosen))
         for line in [
             describe_versions(),
@@ -205,4 +207,8 @@ def _open_folder(plan: RunPlan[Any], log: RunLog, durations: Durations, start_st
     plan.out.mkdir(parents=True, exist_ok=True)
     write_config(plan.config, plan.out, start_step)
     write_whole(plan.out / CHOICES_FILE, chosen.table.to_json())
-    log.open(total_steps=durations.total_steps, start_step=start_step, tensorboard=plan.config.log.tensorboard)
+    facts = Facts(out=plan.out, config=plan.config.to_dict(), start_step=start_step)
+    log.open(
+        total_steps=durations.total_steps, start_step=start_step, tensorboard=plan.config.log.tensorboard,
+        trackers=open_trackers(plan.config.log.track, facts) if plan.config.log.track else None,
+    )  # fmt: skip

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,21 +22,26 @@ from mirl.errors import UserError
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far a run has come. ``step`` counts batches, ``applied_steps`` those whose update was applied."""
+    """How far a run has come. ``step`` counts batches, ``applied_steps`` those whose update was applied.
+
+    best: of the metrics of a task that keeps them here, the best value so far and its step.
+    """
 
     step: int = 0
     applied_steps: int = 0
     nonfinite_in_a_row: int = 0
     images: int = 0
+    best: dict[str, list[float]] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, Any]:
         """The fields as they stand in the state of a checkpoint."""
         return asdict(self)
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Self:
         """The inverse of `to_dict`, from the state of a checkpoint, which holds other keys too."""
-        return cls(**{item.name: state[item.name] for item in fields(cls)})
+        found = {item.name: state[item.name] for item in fields(cls) if item.name != "best"}
+        return cls(**found, best={name: list(value) for name, value in state.get("best", {}).items()})
 
 
 def choose_out(config: Config, recipe_out: str) -> Path:

@@ -1,4 +1,4 @@
-"""What a run tells: lines, a progress bar in a terminal, metrics.jsonl and TensorBoard."""
+"""What a run tells: lines, a progress bar in a terminal, metrics.jsonl, TensorBoard and other trackers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from tqdm import tqdm
 
 from mirl.engine.accounting.devices import device_reported
 from mirl.engine.accounting.free_memory import peak_host_memory
+from mirl.engine.errors import Preempted
+from mirl.engine.training.tracking.opening import Trackers
+from mirl.engine.training.tracking.tracker import FAILED, FINISHED, STOPPED
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -60,13 +63,15 @@ class RunLog:
         self.out, self.is_main = out, is_main
         self._bar: tqdm | None = None
         self._board: Any = None
+        self._trackers: Trackers | None = None
         self._lines: Any = None
         self._metrics: Any = None
         self._problems: set[str] = set()
 
-    def open(self, *, total_steps: int, start_step: int, tensorboard: bool) -> None:
-        """Open the files, on rank 0; OSError where ``out`` cannot be written."""
+    def open(self, *, total_steps: int, start_step: int, tensorboard: bool, trackers: Trackers | None = None) -> None:
+        """Open the files, on rank 0; OSError where ``out`` cannot be written. ``trackers`` are closed with the log."""
         out = self.out
+        self._trackers = trackers
         self._lines = (out / "log.txt").open("a", encoding="utf-8", errors="backslashreplace")
         self._metrics = _open_metrics(out / "metrics.jsonl", start_step)
         if sys.stderr is not None and sys.stderr.isatty():
@@ -105,20 +110,36 @@ class RunLog:
             self._on_board(
                 lambda board: [board.add_scalar(key, numbers[key], values["step"]) for key in numbers if key != "step"]
             )
+        if self._trackers is not None:
+            self._trackers.metrics(values)
+            self._say_of_trackers()
 
     def event(self, kind: str, step: int, **details: Any) -> None:
         """An occurrence that is no measurement (a skipped step, a bad image, a checkpoint) in metrics.jsonl."""
         if self.is_main:
             self._append(self._metrics, to_json({"event": kind, "step": step, "time": time.time(), **details}))
+            if self._trackers is not None:
+                self._trackers.event(kind, step, details)
 
     def picture(self, image: Image.Image, step: int, *, name: str = "reconstructions") -> None:
-        """Show ``image`` in TensorBoard."""
+        """Show ``image`` in TensorBoard and in the trackers."""
         if self._board is not None:
             self._on_board(lambda board: board.add_image(name, np.asarray(image), step, dataformats="HWC"))
+        if self._trackers is not None:
+            self._trackers.picture(image, step, name)
 
-    def close(self) -> None:
+    def close_after(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close, where a block ended by an exception of class ``kind``, None for none; for `ExitStack.push`."""
+        ended_early = kind is not None and issubclass(kind, Preempted)
+        self.close(FINISHED if kind is None else STOPPED if ended_early else FAILED)
+
+    def close(self, end: str = FINISHED) -> None:
+        """Close the files and the trackers, which may take some seconds; ``end``: how the run ended."""
         if not self.is_main:
             return
+        if self._trackers is not None:
+            self._trackers.close(end)
+            self._say_of_trackers()
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:
@@ -130,6 +151,10 @@ class RunLog:
                 stream.close()
             except OSError as error:
                 self._complain(stream.name, error)
+
+    def _say_of_trackers(self) -> None:
+        for line in self._trackers.told() if self._trackers is not None else ():
+            self.say(line)
 
     # A full disk, a lost share or a closed terminal costs lines of the log, never the training.
 
