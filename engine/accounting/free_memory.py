@@ -86,6 +86,12 @@ def _of_limits(held: int) -> Iterator[FreeMemory]:
             yield FreeMemory(left, f"left by ulimit -{flag} {limit // 1024}")
 
 
+def addresses_are_limited() -> bool:
+    """Whether ``ulimit -v`` or ``ulimit -d`` bounds this process."""
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    return any(limit != resource.RLIM_INFINITY for limit in limits)
+
+
 def _sizes_of_process() -> dict[str, int]:
     """The sizes in /proc/self/status, in bytes; none where there is no such file."""
     try:

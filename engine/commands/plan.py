@@ -107,7 +107,7 @@ def plan(
         return run_bytes(footprint, place, micro, share // micro)
 
     fitting = largest_fitting(micro_batches(share, footprint.group), need, free, on_gpu=True)
-    if not optim.micro_batch:
+    if not optim.given_micro_batch:
         micro_batch, accumulation = fitting, share // fitting
     step = forecast_step(
         lambda: bare_model(model, run), device, gpus=gpus, micro_batch=micro_batch, accumulation=accumulation,

@@ -130,7 +130,7 @@ def summarise_run(argv: Sequence[str], *, measure: bool | None = None) -> RunSum
         return run_bytes(here, place, micro, batch // micro, decoded_bytes=decoded)
 
     free = free_memory(device, 1)
-    micro = config.optim.micro_batch or largest_fitting(
+    micro = config.optim.given_micro_batch or largest_fitting(
         micro_batches(batch, here.group), need, free.bytes, on_gpu=place.on_gpu
     )
 

@@ -212,7 +212,20 @@ def _add_flag(group: Any, section: str, item: dataclasses.Field, text: str, hint
     if typing.get_origin(kind) is tuple:
         arguments = typing.get_args(kind)
         options["nargs"] = "+" if Ellipsis in arguments else len(arguments)
-    group.add_argument(flag, type=_element(kind), **options)
+    element = _element(kind)
+    group.add_argument(flag, type=number_or(item.metadata["word"]) if "word" in item.metadata else element, **options)
+
+
+def number_or(word: str) -> Callable[[str], int | str]:
+    """What reads a number, or ``word``."""
+
+    def read(text: str) -> int | str:
+        try:
+            return word if text == word else int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid value: {text!r} (give a number or {word})") from None
+
+    return read
 
 
 def _plain(hint: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from mirl.engine.checkpoints.reader import CheckpointReader
-from mirl.engine.configuration.config import Config
+from mirl.engine.configuration.config import AUTO, Config
 from mirl.engine.distributed.ds_config import read_ds_config, resolve_batch, resolve_ds_config, resolve_precision
 from mirl.engine.distributed.launch import Ranks, cores_per_rank
 from mirl.engine.training.resumed_settings import compare_settings, keep_settled, require_known_changes
@@ -75,6 +75,11 @@ def make_plan(config: C, ranks: Ranks, closing: ExitStack, *, recipe_out: str) -
         raw, config, micro_batch=micro_batch, accumulation=accumulation, precision=precision, device=ranks.device
     )
     of_file = any(raw.get(key, "auto") != "auto" for key in BATCH_KEYS)
+    if of_file and config.optim.micro_batch == AUTO:
+        raise UserError(
+            f"micro_batch is 'auto' and {config.run.deepspeed_config} sets {' or '.join(BATCH_KEYS)}: leave both out "
+            "there, or give a number"
+        )
     out = agree_on_main(ranks, lambda: choose_out(config, recipe_out))
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(out)))
     require_known_changes(config)
@@ -88,7 +93,7 @@ def make_plan(config: C, ranks: Ranks, closing: ExitStack, *, recipe_out: str) -
         remarks = [*remarks, *compare_settings(config, reader)]
     return RunPlan(
         config=config, ranks=ranks, out=out, micro_batch=micro_batch, accumulation=accumulation,
-        micro_batch_given=bool(config.optim.micro_batch) or of_file, ds_config=ds_config,
+        micro_batch_given=bool(config.optim.given_micro_batch) or of_file, ds_config=ds_config,
         precision=precision, precision_reason=reason, reader=reader, lock=lock,
         remarks=[*taken_over, *remarks],
     )  # fmt: skip
