@@ -32,9 +32,10 @@ _PICTURED = ("model", "segment", "detect")
 def setting(default: Any, text: str, **metadata: Any) -> Any:
     """A dataclass field with the help text of its command-line flag.
 
-    ``word`` in ``metadata``: a word that is allowed beside numbers. ``of``: the section of the only kind of run that
-    offers the flag, or those of several. ``unset``: what None, which the run replaces by a value when it begins, is
-    called in help; a resumed run goes on with the value of its checkpoint.
+    ``of`` in ``metadata``: the section of the only kind of run that offers the flag, or those of several. ``unset``:
+    what None, which the run replaces by a value when it begins, is called in help; a resumed run goes on with the value
+    of its checkpoint. ``word``: what is allowed beside positive numbers; ``absent``: what the default 0 of such a
+    setting, which is not written, is called in help.
     """
     return field(default=default, metadata={"help": text, **metadata})
 
@@ -99,9 +100,10 @@ class OptimConfig(Section):
     batch_size: int = setting(4096, "effective batch: images of one optimiser step over all ranks")
     micro_batch: int | str = setting(
         0,
-        "images per rank and forward pass; 0: the most that fit into memory, as estimated, and divide the batch; auto: "
-        "the same, tried by a step at the start and halved where memory runs out",
+        "images per rank and forward pass; if not given, the most that divide the batch and fit into memory, as "
+        "estimated; auto: the same, tried by a step at the start and halved where memory runs out",
         word=AUTO,
+        absent="as estimated",
     )
     epochs: float = setting(0.0, "passes over the data set; this or --steps", metavar="N")
     steps: int = setting(0, "optimiser steps; this or --epochs")
@@ -149,7 +151,7 @@ class OptimConfig(Section):
             raise UserError(f"batch_size is {self.batch_size}: give a positive number of images")
         if self.micro_batch != AUTO and (not isinstance(self.micro_batch, int) or self.micro_batch < 0):
             raise UserError(
-                f"micro_batch is {self.micro_batch}: give auto, 0 (as estimated) or a positive number of images"
+                f"micro_batch is {self.micro_batch}: give auto or a positive number of images, or leave it out"
             )
         if bool(self.epochs > 0) == bool(self.steps > 0):
             raise UserError(

@@ -195,6 +195,7 @@ def _add_flag(group: Any, section: str, item: dataclasses.Field, text: str, hint
         text = f"all fields of a model of the paper: {', '.join(MODEL_NAMES)}; the flags below change single ones"
     options: dict[str, Any] = {"dest": f"{section}.{item.name}", "default": _ABSENT}
     shown = item.metadata["unset"] if default is None and "unset" in item.metadata else shown_default(default)
+    shown = item.metadata.get("absent", shown) if default == 0 else shown
     options["help"] = f"{text} [{shown}]"
     kind = _plain(hint)
     if kind is bool:
@@ -217,13 +218,14 @@ def _add_flag(group: Any, section: str, item: dataclasses.Field, text: str, hint
 
 
 def number_or(word: str) -> Callable[[str], int | str]:
-    """What reads a number, or ``word``."""
+    """What reads a positive number, or ``word``."""
 
     def read(text: str) -> int | str:
-        try:
-            return word if text == word else int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"invalid value: {text!r} (give a number or {word})") from None
+        if text == word:
+            return word
+        if not text.isdecimal() or not int(text):
+            raise argparse.ArgumentTypeError(f"it is {text!r}: give {word} or a positive number, or leave it out")
+        return int(text)
 
     return read
 

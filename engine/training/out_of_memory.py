@@ -13,25 +13,48 @@ from mirl.engine.training.plan import RunPlan
 from mirl.errors import UserError
 
 # Words of torch's allocator of host memory, of the C++ library and of cuBLAS; CUDA's allocator has a class of errors.
-_OF_THREADS = ("can't start new thread", "Resource temporarily unavailable")
+# Of a thread that gets no stack, and of oneDNN, which does not say what it could not have.
+_WHERE_LIMITED = (
+    "can't start new thread",
+    "Resource temporarily unavailable",
+    "could not create a",
+    "could not execute a",
+)
 _WORDS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory could not be had, on a GPU or on the host."""
+def is_out_of_memory(error: BaseException, *, limited: bool | None = None) -> bool:
+    """Whether ``error`` says that memory could not be had, on a GPU or on the host.
+
+    limited: the address space was bounded when it came; None: find out whether it is now.
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if not isinstance(error, RuntimeError):
         return False
-    # A thread needs a stack; without a limit of addresses it is a limit of processes that it meets.
-    words = (*_WORDS, *_OF_THREADS) if free_memory.addresses_are_limited() else _WORDS
-    return any(word in str(error) for word in words)
+    # Without such a limit these words have other causes: a limit of processes, a missing instruction.
+    limited = free_memory.addresses_are_limited() if limited is None else limited
+    return any(word in str(error) for word in ((*_WORDS, *_WHERE_LIMITED) if limited else _WORDS))
+
+
+def explained(error: BaseException | None, plan: RunPlan[Any] | None, footprint_of: FootprintOf, step: int) -> bool:
+    """Raise in place of an error that says that memory ran out one that says what would take less.
+
+    For an ExitStack: False lets any other error go on its way. ``plan``: as it fits into memory, None before that is
+    known. ``step``: steps that the run has made.
+    """
+    if error is None or not is_out_of_memory(error):
+        return False
+    if plan is None:
+        raise UserError(f"memory ran out before the run was planned: give it more memory ({_said(error)})") from error
+    when = f"after step {step}" if step else "before or in the first step"
+    raise explain(error, plan, footprint_of, when=when) from error
 
 
 def explain(error: BaseException, plan: RunPlan[Any], footprint_of: FootprintOf, *, when: str) -> UserError:
     """The error of a run that ran out of memory: one paragraph with the estimated need of this run and of smaller ones.
 
-    ``when``: "at step 12". Asks no other rank for anything: those may be waiting in a step.
+    ``when``: "after step 12". Asks no other rank for anything: those may be waiting in a step.
     """
     need = Need(plan, footprint_of)
     micro = plan.micro_batch
@@ -48,13 +71,16 @@ def explain(error: BaseException, plan: RunPlan[Any], footprint_of: FootprintOf,
             size = need.placed(dataclasses.replace(need.place, zero_stage=other), micro)
             alone = " (with one rank there is nobody to share with)" if plan.ranks.world_size == 1 else ""
             ways.append(f"--deepspeed_config zero{other} {gib(size)}{alone}")
-    words = " ".join(str(error).split())
-    said = f"{type(error).__name__}: {words[:200]}" if words else type(error).__name__
     return UserError(
         f"memory ran out {when} with micro-batch {micro}, for which {gib(need(micro))} were estimated. Estimates of "
         f"what takes less: {'; '.join(ways) or 'none; give a smaller --model or --image-size'}. The batch and the "
-        f"results stay the same; whole checkpoints are intact, and --resume auto goes on from them ({said})"
+        f"results stay the same; whole checkpoints are intact, and --resume auto goes on from them ({_said(error)})"
     )
+
+
+def _said(error: BaseException) -> str:
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words[:200]}" if words else type(error).__name__
 
 
 def _changed(need: Need, micro: int, flag: str, changes: dict[str, Any]) -> list[str]:

@@ -70,16 +70,16 @@ def make_plan(config: C, ranks: Ranks, closing: ExitStack, *, recipe_out: str) -
         torch.set_num_threads(config.run.cpu_threads or cores_per_rank(ranks.local_world_size))
     micro_batch, accumulation = resolve_batch(config, ranks.world_size)
     raw = read_ds_config(config.run.deepspeed_config)
-    precision, reason = _precision(config, raw, ranks)
-    ds_config = resolve_ds_config(
-        raw, config, micro_batch=micro_batch, accumulation=accumulation, precision=precision, device=ranks.device
-    )
     of_file = any(raw.get(key, "auto") != "auto" for key in BATCH_KEYS)
     if of_file and config.optim.micro_batch == AUTO:
         raise UserError(
             f"micro_batch is 'auto' and {config.run.deepspeed_config} sets {' or '.join(BATCH_KEYS)}: leave both out "
             "there, or give a number"
         )
+    precision, reason = _precision(config, raw, ranks)
+    ds_config = resolve_ds_config(
+        raw, config, micro_batch=micro_batch, accumulation=accumulation, precision=precision, device=ranks.device
+    )
     out = agree_on_main(ranks, lambda: choose_out(config, recipe_out))
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(out)))
     require_known_changes(config)

@@ -7,16 +7,16 @@ from the process group to the last checkpoint, stands here. docs/architecture.md
 from __future__ import annotations
 
 import dataclasses
-import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mirl.dataloaders import TrainLoader
 from mirl.engine.accounting.run_memory import Footprint
@@ -33,7 +33,7 @@ from mirl.engine.training.computing import compile_choice, compile_where_chosen
 from mirl.engine.training.fitting import fit_to_memory
 from mirl.engine.training.measured import compare_with_prediction
 from mirl.engine.training.optimizer import build_optimizer
-from mirl.engine.training.out_of_memory import explain, is_out_of_memory
+from mirl.engine.training.out_of_memory import explained
 from mirl.engine.training.plan import RunPlan, agree_on_main, make_plan
 from mirl.engine.training.run_folder import Progress, refuse_finished, restore_progress, write_config
 from mirl.engine.training.run_log import RunLog
@@ -42,7 +42,7 @@ from mirl.engine.training.schedule import Durations
 from mirl.engine.training.task import Task
 from mirl.engine.training.telling import closing_lines, describe_computation, describe_run, describe_versions
 from mirl.engine.training.trainer import Trainer
-from mirl.engine.training.trial import TooLarge, try_micro_batch
+from mirl.engine.training.trial import try_micro_batch, with_smaller
 
 C = TypeVar("C", bound=Config)
 T = TypeVar("T")
@@ -106,6 +106,13 @@ class RunKind(ABC, Generic[C]):
         """What makes the model without the run's weights, to compute as on a GPU: for a prediction; None: no such."""
         return None
 
+    def trial_loss(self, plan: RunPlan[C], model: Any, images: Tensor, generator: torch.Generator) -> Tensor:
+        """A scalar loss of ``images``, uint8 [B, H, W, C], for which memory holds what it holds in a step of the run.
+
+        ``generator``: of the CPU, for what is random besides. Waits for no other rank: its memory may have run out.
+        """
+        return model.trial_loss(images, generator)
+
     def closing_lines(self, out: Path) -> list[str]:
         """Lines of the log that say what to do next with run folder ``out``."""
         return []
@@ -119,7 +126,9 @@ def run_training(config: C, kind: RunKind[C]) -> Path:
         mirl.engine.errors.Diverged, Preempted, NotSaved: see `Trainer.run`.
         mirl.engine.errors.LostRank: another rank is gone.
     """
-    return on_this_rank(lambda ranks: _train(config, kind, ranks), device=config.run.device)
+    return on_this_rank(
+        lambda ranks: with_smaller(partial(_train, config, kind, ranks), ranks), device=config.run.device
+    )
 
 
 def on_this_rank(body: Callable[[Ranks], T], *, device: str = "auto") -> T:
@@ -138,35 +147,19 @@ def on_this_rank(body: Callable[[Ranks], T], *, device: str = "auto") -> T:
         leave()
 
 
-def _train(config: C, kind: RunKind[C], ranks: Ranks) -> Path:
-    """Train with the first micro-batch that a trial step finds to fit, or with the planned one where none is made."""
-    at_most: int | None = None
-    tried: list[str] = []
-    while True:
-        try:
-            return _train_as_planned(config, kind, ranks, at_most, tried)
-        except TooLarge as error:
-            at_most = error.smaller
-            tried.append(error.remark)
-        # What was built is unreachable only now, when the exception and its frames are gone.
-        gc.collect()
-        if ranks.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _train_as_planned(config: C, kind: RunKind[C], ranks: Ranks, at_most: int | None, tried: list[str]) -> Path:
+def _train(config: C, kind: RunKind[C], ranks: Ranks, at_most: int | None, tried: list[str]) -> Path:
     """One attempt with a micro-batch of ``at_most`` images. ``tried``: remarks on larger ones.
 
     Raises:
         TooLarge: nothing was written; a smaller micro-batch is to be planned with.
     """
-    plan: RunPlan[C] | None = None
+    fitted: RunPlan[C] | None = None
     progress = Progress()
     with ExitStack() as closing:
-        closing.push(lambda kind_of, error, frames: _explain(error, plan, kind, progress))
+        closing.push(lambda _, error, frames: explained(error, fitted, kind.footprint, progress.step))
         # What is trained, on what, from where.
         plan = make_plan(config, ranks, closing, recipe_out=kind.recipe_out(config.recipe))
-        plan = fit_to_memory(kind.read_start(plan), kind.footprint, at_most=at_most)
+        plan = fitted = fit_to_memory(kind.read_start(plan), kind.footprint, at_most=at_most)
         plan, loader = kind.open_data(plan, closing)
         config, out = plan.config, plan.out
         durations = Durations.resolve(config.optim, config.run, config.log, steps_per_epoch=loader.steps_per_epoch)
@@ -193,7 +186,7 @@ def _train_as_planned(config: C, kind: RunKind[C], ranks: Ranks, at_most: int | 
         # How it computes; then the first files are written.
         engine.module.resolve_attention(ranks.device)  # now: one asked for by name may not run here
         if config.optim.micro_batch == AUTO:
-            remark = try_micro_batch(engine, plan, kind.footprint)
+            remark = try_micro_batch(engine, plan, kind.footprint, partial(kind.trial_loss, plan, engine.module))
             plan = dataclasses.replace(plan, remarks=[*plan.remarks, *tried, remark])
         chosen = choose_for_run(
             plan, engine.module, compiled=compile_choice(plan, engine).on,
@@ -237,11 +230,3 @@ def _open_folder(plan: RunPlan[Any], log: RunLog, durations: Durations, start_st
     write_config(plan.config, plan.out, start_step)
     write_whole(plan.out / CHOICES_FILE, chosen.table.to_json())
     log.open(total_steps=durations.total_steps, start_step=start_step, tensorboard=plan.config.log.tensorboard)
-
-
-def _explain(error: BaseException | None, plan: RunPlan[C] | None, kind: RunKind[C], progress: Progress) -> bool:
-    """Replace an error that says that memory ran out by one that says what would take less; False: raise any other."""
-    if error is None or plan is None or not is_out_of_memory(error):
-        return False
-    when = f"at step {progress.step + 1}" if progress.step else "before or in the first step"
-    raise explain(error, plan, kind.footprint, when=when) from error

@@ -49,8 +49,8 @@ def plan_of(config, ranks: Ranks = ONE, reader=None) -> RunPlan:
     )
     return RunPlan(
         config=config, ranks=ranks, out=Path("none"), micro_batch=micro, accumulation=accumulation,
-        micro_batch_given=bool(config.optim.micro_batch), ds_config=ds_config, precision="fp32", precision_reason="",
-        reader=reader, lock=None, remarks=["first"],
+        micro_batch_given=bool(config.optim.given_micro_batch), ds_config=ds_config, precision="fp32",
+        precision_reason="", reader=reader, lock=None, remarks=["first"],
     )  # fmt: skip
 
 
