@@ -38,7 +38,8 @@ def fit_to_memory(plan: RunPlan[C], footprint_of: FootprintOf, *, at_most: int |
     """
     ranks = plan.ranks
     free = min(ranks.gather(free_memory(ranks.device, ranks.local_world_size)))
-    need = Need(plan, footprint_of, _decoded_bytes(plan))
+    plan = dataclasses.replace(plan, decoded_bytes=_decoded_bytes(plan))
+    need = Need(plan, footprint_of)
     allowed = micro_batches(plan.micro_batch * plan.accumulation, need.footprint.group)
     allowed = [size for size in allowed if at_most is None or size <= at_most]
     recorded = _recorded(plan.resumed_from)
@@ -64,14 +65,11 @@ def fit_to_memory(plan: RunPlan[C], footprint_of: FootprintOf, *, at_most: int |
 class Need:
     """Bytes that the run needs with a micro-batch, as it is planned or with settings changed."""
 
-    def __init__(self, plan: RunPlan[Any], footprint_of: FootprintOf, decoded_bytes: float = DECODED_BYTES) -> None:
-        self.plan, self._footprint_of, self._decoded_bytes = plan, footprint_of, decoded_bytes
+    def __init__(self, plan: RunPlan[Any], footprint_of: FootprintOf) -> None:
+        self.plan, self._footprint_of = plan, footprint_of
         self.share = plan.micro_batch * plan.accumulation
         self.footprint = footprint_of(plan)
-        self.place = Placement.of(
-            plan.ds_config, ranks=plan.ranks.world_size, precision=plan.precision,
-            on_gpu=plan.ranks.device.type == "cuda",
-        )  # fmt: skip
+        self.place = self._place_of(plan.ds_config)
 
     def __call__(self, micro: int) -> float:
         return self._of(self.footprint, micro)
@@ -80,12 +78,18 @@ class Need:
         """The need with single settings changed; UserError where they do not fit together."""
         return self._of(self._footprint_of(self.plan.with_config(override(self.plan.config, changes))), micro)
 
-    def placed(self, place: Placement, micro: int) -> float:
-        """The need with the states elsewhere, as under another ZeRO stage."""
-        return run_bytes(self.footprint, place, micro, self.share // micro, decoded_bytes=self._decoded_bytes)
+    def placed(self, ds_config: dict[str, Any], micro: int) -> float:
+        """The need with the states where another DeepSpeed configuration has them."""
+        place, parts = self._place_of(ds_config), self.share // micro
+        return run_bytes(self.footprint, place, micro, parts, decoded_bytes=self.plan.decoded_bytes)
+
+    def _place_of(self, ds_config: dict[str, Any]) -> Placement:
+        plan = self.plan
+        on_gpu = plan.ranks.device.type == "cuda"
+        return Placement.of(ds_config, ranks=plan.ranks.world_size, precision=plan.precision, on_gpu=on_gpu)
 
     def _of(self, footprint: Footprint, micro: int) -> float:
-        return run_bytes(footprint, self.place, micro, self.share // micro, decoded_bytes=self._decoded_bytes)
+        return run_bytes(footprint, self.place, micro, self.share // micro, decoded_bytes=self.plan.decoded_bytes)
 
 
 def smaller_micro_batches(plan: RunPlan[Any], need: Need) -> list[int]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 
 from mirl.engine.accounting import free_memory
+from mirl.engine.distributed.ds_config import read_ds_config
 from mirl.engine.training.fitting import FootprintOf, Need, gib, smaller_micro_batches
 from mirl.engine.training.plan import RunPlan
 from mirl.errors import UserError
@@ -58,24 +58,29 @@ def explain(error: BaseException, plan: RunPlan[Any], footprint_of: FootprintOf,
     """
     need = Need(plan, footprint_of)
     micro = plan.micro_batch
-    ways = [f"--micro-batch {size} {gib(need(size))}" for size in smaller_micro_batches(plan, need)[:1]]
+    whole = need(micro)
+    ways = [(f"--micro-batch {size}", need(size)) for size in smaller_micro_batches(plan, need)[:1]]
     run = plan.config.run
     if run.activation_checkpointing == "none" and not run.recompute_pointwise:
         ways += _changed(need, micro, "--recompute-pointwise", {"run.recompute_pointwise": True})
     if run.activation_checkpointing != "every":
         changes = {"run.activation_checkpointing": "every", "run.recompute_pointwise": False}
         ways += _changed(need, micro, "--activation-checkpointing every", changes)
-    stage = need.place.zero_stage
-    for other in (2, 3):
-        if other > stage:
-            size = need.placed(dataclasses.replace(need.place, zero_stage=other), micro)
-            alone = " (with one rank there is nobody to share with)" if plan.ranks.world_size == 1 else ""
-            ways.append(f"--deepspeed_config zero{other} {gib(size)}{alone}")
+    alone = " with one rank, which has nobody to share with" if plan.ranks.world_size == 1 else ""
+    for stage in range(max(2, need.place.zero_stage + 1), 4):
+        flag = f"--deepspeed_config zero{stage}"
+        ways.append((flag + alone, need.placed(read_ds_config(f"zero{stage}"), micro)))
+    texts = [f"{flag}: {gib(size)} ({_change(size - whole)})" for flag, size in ways]
+    otherwise = "; ".join(texts) or "nothing of these is left, so give a smaller --model or --image-size"
     return UserError(
-        f"memory ran out {when} with micro-batch {micro}, for which {gib(need(micro))} were estimated. Estimates of "
-        f"what takes less: {'; '.join(ways) or 'none; give a smaller --model or --image-size'}. The batch and the "
-        f"results stay the same; whole checkpoints are intact, and --resume auto goes on from them ({_said(error)})"
+        f"memory ran out {when} with micro-batch {micro}, for which {gib(whole)} were estimated. Estimated in its "
+        f"place, not measured: {otherwise}. The batch stays the same; whole checkpoints are intact, and --resume auto "
+        f"goes on from them ({_said(error)})"
     )
+
+
+def _change(size: float) -> str:
+    return f"{gib(abs(size))} {'less' if size < 0 else 'more'}"
 
 
 def _said(error: BaseException) -> str:
@@ -83,8 +88,8 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {words[:200]}" if words else type(error).__name__
 
 
-def _changed(need: Need, micro: int, flag: str, changes: dict[str, Any]) -> list[str]:
+def _changed(need: Need, micro: int, flag: str, changes: dict[str, Any]) -> list[tuple[str, float]]:
     try:
-        return [f"{flag} {gib(need.changed(changes, micro))}"]
+        return [(flag, need.changed(changes, micro))]
     except UserError:  # it does not go with another setting
         return []

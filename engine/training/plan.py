@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from mirl.engine.accounting.run_memory import DECODED_BYTES
 from mirl.engine.checkpoints.reader import CheckpointReader
 from mirl.engine.configuration.config import AUTO, Config
 from mirl.engine.distributed.ds_config import read_ds_config, resolve_batch, resolve_ds_config, resolve_precision
@@ -33,6 +34,7 @@ class RunPlan(Generic[C]):
     micro_batch_given: the micro-batch was asked for, by a flag or in DeepSpeed's file, and is not ours to choose.
     lock: of the run's folder; rank 0 holds it.
     remarks: lines for the log that say which checkpoint was taken and why.
+    decoded_bytes: of an image of the data as it is stored, for the estimate of memory.
     """
 
     config: C
@@ -47,6 +49,7 @@ class RunPlan(Generic[C]):
     reader: CheckpointReader | None
     lock: RunLock
     remarks: list[str]
+    decoded_bytes: float = DECODED_BYTES
 
     @property
     def resumed_from(self) -> CheckpointReader | None:

@@ -20,9 +20,9 @@ def told(output: str, *ways: str) -> str:
     """The one line of the error; it names ``ways`` with an estimate each, and nothing stands before it."""
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in output
-    assert re.search(r"memory ran out .* with micro-batch \d+, for which \d+\.\d GiB were estimated\. Estimates", line)
+    assert re.search(r"memory ran out .* with micro-batch \d+, for which \d+\.\d GiB were estimated\. Estimated", line)
     for way in ways:
-        assert re.search(rf"{way} \d+\.\d GiB", line), (way, line)
+        assert re.search(rf"{way}[^:]*: \d+\.\d GiB \(\d+\.\d GiB (less|more)\)", line), (way, line)
     return line
 
 
@@ -44,7 +44,13 @@ def test_it_is_halved_under_a_real_limit_and_an_error_later_says_what_would_take
     later = start("later", "44", "forward", "300")
     assert later.end() == [EXIT_USER_ERROR], later.output()[-3000:]
     ways = ("--micro-batch 22", "--recompute-pointwise", "--activation-checkpointing every", "--deepspeed_config zero3")
-    assert "DefaultCPUAllocator" in told(later.output(), *ways)
+    line = told(later.output(), *ways)
+    assert "DefaultCPUAllocator" in line
+    # As `--micro-batch 22` itself is told when it is given.
+    estimate = re.search(
+        r"memory (\d\.\d GiB) estimated for micro-batch 22", (tmp_path / "given" / "log.txt").read_text()
+    )[1]
+    assert f"--micro-batch 22: {estimate} (" in line
 
 
 def test_a_rank_that_runs_out_halves_it_on_all_and_ends_all_in_a_step(server, photographs, tmp_path):
