@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mirl.engine.accounting.devices import DEVICES, Device, device_named
-from mirl.engine.configuration.config import PretrainConfig
+from mirl.engine.configuration.config import AUTO, PretrainConfig
 from mirl.engine.configuration.flags import Parser
 from mirl.engine.pretraining.command_line import parse_pretrain
 from mirl.errors import UserError
@@ -141,6 +141,7 @@ def describe(found: Forecast, config: PretrainConfig, device: Device, remarks: S
     """What `mirl plan` prints, a line each."""
     optim, shares = config.optim, sorted(found.shares.items(), key=lambda item: -item[1])
     batch = f"{found.micro_batch} x {found.accumulation} accumulation x {found.gpus} GPUs"
+    batch += ", with which auto begins" if optim.micro_batch == AUTO else ""
     busy = "device" if found.device_ms >= found.host_ms else "host"
     length = f"{optim.steps} steps" if optim.steps else f"{optim.epochs:g} epochs"
     rows: list[tuple[str, Any]] = [

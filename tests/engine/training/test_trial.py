@@ -163,7 +163,11 @@ def test_a_trial_passes_through_the_heads_waits_for_nobody_and_leaves_everything
     if kind == "segment":
         model, run, head = Segmenter(config, num_classes=3, drop_path=0.1), Segmenting(), "decode_head.conv_seg"
     else:
-        model, run, head = Detector(config, classes=3, channels=8, regions=8, drop_path=0.1), Detection(), "roi_heads"
+        model, run, head = (
+            Detector(config, classes=3, channels=8, regions=8, proposals=20, drop_path=0.1),
+            Detection(),
+            "roi_heads",
+        )
     named = dict(model.named_modules())
     (named[head] if kind == "segment" else named["roi_heads.mask_head"]).register_forward_hook(
         lambda *_: seen.append(head)
