@@ -13,14 +13,11 @@ from mirl.engine.training.plan import RunPlan
 from mirl.errors import UserError
 
 # Words of torch's allocator of host memory, of the C++ library and of cuBLAS; CUDA's allocator has a class of errors.
+_WORDS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
 # Of a thread that gets no stack, and of oneDNN, which does not say what it could not have.
 _WHERE_LIMITED = (
-    "can't start new thread",
-    "Resource temporarily unavailable",
-    "could not create a",
-    "could not execute a",
-)
-_WORDS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+    "can't start new thread", "Resource temporarily unavailable", "could not create a", "could not execute a",
+)  # fmt: skip
 
 
 def is_out_of_memory(error: BaseException, *, limited: bool | None = None) -> bool:

@@ -55,9 +55,11 @@ def try_micro_batch(engine: TrainEngine, plan: RunPlan[Any], footprint_of: Footp
     """Make a forward and a backward pass of ``plan.micro_batch`` random images, on every rank; returns a line to log.
 
     Weights, buffers, optimiser state and random streams are as before, and no image of the data is read. All of the
-    state is in memory meanwhile, both moments too, with every gradient at once: AdamW, which works in place when the
-    activations are gone, needs no more. Under ZeRO 3 no step is made: its passes gather weights from the other ranks,
-    and a rank whose memory ran out would leave them waiting.
+    state is in memory meanwhile, both moments too, with every gradient at once. The optimiser's own step, which comes
+    when the activations are gone, is not made: it would change the weights.
+
+    Under ZeRO 3 no step is made: its passes gather weights from the other ranks, and a rank whose memory ran out would
+    leave them waiting.
 
     Raises:
         TooLarge: it did not fit on some rank, and there is a smaller one.

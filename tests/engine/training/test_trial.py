@@ -86,6 +86,7 @@ def test_under_zero_3_no_step_is_tried():
         (MemoryError(), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("could not create a primitive"), False),  # without a limit: oneDNN cannot do it
         (RuntimeError("can't start new thread"), False),  # no limit of memory: one of processes
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (ValueError("not enough memory"), False),
@@ -100,6 +101,7 @@ def test_a_thread_that_cannot_begin_lacks_memory_where_addresses_are_limited():
     resource.setrlimit(resource.RLIMIT_AS, (2**45, hard))
     try:
         assert is_out_of_memory(RuntimeError("can't start new thread"))
+        assert is_out_of_memory(RuntimeError("could not create a primitive"))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
