@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +36,15 @@ def free_memory(device: torch.device, local_ranks: int) -> FreeMemory:
     return _free_on_gpu(device) if device.type == "cuda" else free_host_memory(local_ranks)
 
 
-def free_host_memory(local_ranks: int = 1) -> FreeMemory:
-    """Tell the least of what the machine, the control groups and the limits of this process leave to each rank."""
+def free_host_memory(local_ranks: int = 1, *, of_limits: bool = True) -> FreeMemory:
+    """Tell the least of what the machine, the control groups and the limits of this process leave to each rank.
+
+    of_limits: False for the first two alone, past which the kernel ends a process; past a limit an allocation fails.
+    """
     held, machine = psutil.Process().memory_info().rss, psutil.virtual_memory()
     rooms = [_Room(machine.available, machine.total, "free on this machine"), *_of_control_groups()]
-    return min([*(room.of_a_rank(held, local_ranks) for room in rooms), *_of_limits(held)])
+    limits = _of_limits(held) if of_limits else ()
+    return min([*(room.of_a_rank(held, local_ranks) for room in rooms), *limits])
 
 
 def peak_host_memory() -> int:
@@ -84,6 +89,31 @@ def _of_limits(held: int) -> Iterator[FreeMemory]:
         if limit != resource.RLIM_INFINITY:
             left = max(0, held + limit - used - reserved)
             yield FreeMemory(left, f"left by ulimit -{flag} {limit // 1024}")
+
+
+def addresses_are_limited() -> bool:
+    """Whether ``ulimit -v`` or ``ulimit -d`` bounds this process."""
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    return any(limit != resource.RLIM_INFINITY for limit in limits)
+
+
+@contextmanager
+def bounded_by(free: FreeMemory) -> Iterator[None]:
+    """Let allocations of this process fail past ``free``, in place of the kernel, which would end the process.
+
+    A machine or a control group that runs out kills without an exception. Only where /proc tells what is in use.
+    """
+    in_use, limits = _sizes_of_process().get("VmData"), resource.getrlimit(resource.RLIMIT_DATA)
+    if in_use is None:
+        yield
+        return
+    bound = int(in_use + max(0, free.bytes - psutil.Process().memory_info().rss))
+    bound = min([bound, *(limit for limit in limits if limit != resource.RLIM_INFINITY)])
+    resource.setrlimit(resource.RLIMIT_DATA, (bound, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
 def _sizes_of_process() -> dict[str, int]:

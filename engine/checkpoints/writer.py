@@ -77,8 +77,9 @@ class CheckpointWriter:
         started = time.perf_counter()
         self.wait()
         copies = {fragment.key: fragment.tensor.detach().to("cpu", copy=True) for fragment in fragments}
-        self._thread = threading.Thread(target=self._write, args=(step, copies, state), name="checkpoint")
-        self._thread.start()
+        thread = threading.Thread(target=self._write, args=(step, copies, state), name="checkpoint")
+        thread.start()  # it may not: where addresses are limited there may be no room for its stack
+        self._thread = thread
         stall_seconds = time.perf_counter() - started
         self.stall_seconds += stall_seconds
         self._stalls_ms[name_of(step)] = 1000 * stall_seconds

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mirl.engine.accounting.devices import DEVICES, Device, device_named
-from mirl.engine.configuration.config import PretrainConfig
+from mirl.engine.configuration.config import AUTO, PretrainConfig
 from mirl.engine.configuration.flags import Parser
 from mirl.engine.pretraining.command_line import parse_pretrain
 from mirl.errors import UserError
@@ -107,7 +107,7 @@ def plan(
         return run_bytes(footprint, place, micro, share // micro)
 
     fitting = largest_fitting(micro_batches(share, footprint.group), need, free, on_gpu=True)
-    if not optim.micro_batch:
+    if not optim.given_micro_batch:
         micro_batch, accumulation = fitting, share // fitting
     step = forecast_step(
         lambda: bare_model(model, run), device, gpus=gpus, micro_batch=micro_batch, accumulation=accumulation,
@@ -141,6 +141,7 @@ def describe(found: Forecast, config: PretrainConfig, device: Device, remarks: S
     """What `mirl plan` prints, a line each."""
     optim, shares = config.optim, sorted(found.shares.items(), key=lambda item: -item[1])
     batch = f"{found.micro_batch} x {found.accumulation} accumulation x {found.gpus} GPUs"
+    batch += ", with which auto begins" if optim.micro_batch == AUTO else ""
     busy = "device" if found.device_ms >= found.host_ms else "host"
     length = f"{optim.steps} steps" if optim.steps else f"{optim.epochs:g} epochs"
     rows: list[tuple[str, Any]] = [

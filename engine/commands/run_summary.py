@@ -34,7 +34,7 @@ from mirl.engine.accounting.run_memory import (
 from mirl.engine.checkpoints.pretrained import load_encoder
 from mirl.engine.commands.device_flag import device_of_process
 from mirl.engine.commands.step_time import step_seconds
-from mirl.engine.configuration.config import Config, PretrainConfig
+from mirl.engine.configuration.config import AUTO, Config, PretrainConfig
 from mirl.engine.configuration.flags import parse
 from mirl.engine.distributed.ds_config import read_ds_config, resolve_batch, resolve_ds_config, resolve_precision
 from mirl.engine.models import ModelConfig
@@ -84,6 +84,7 @@ class RunSummary:
         model, total = self.model, sum(self.parameters.values())
         parts = " + ".join(f"{name} {count / 1e6:.1f}" for name, count in self.parameters.items())
         fits = "" if self.bytes_here <= self.bytes_free else "; that does not fit"
+        begun = ", with which auto begins" if self.config.optim.micro_batch == AUTO else ""
         lines = [
             ("run", f"recipe {self.config.recipe}, batch {self.config.optim.batch_size}, {_length(self)}"),
             ("model", f"{model.label}: depth {model.depth}, width {model.width}, image {model.image_height}x"
@@ -91,7 +92,7 @@ class RunSummary:
             ("parameters", f"{total / 1e6:.1f} M ({parts})"),
             ("FLOPs", f"{self.gflops_per_image:.2f} G an image, forward and backward"),
             ("memory here", f"{self.bytes_here / GIB:.1f} GiB estimated, {self.precision}, micro-batch "
-             f"{self.micro_batch} x {self.accumulation}; {self.bytes_free / GIB:.1f} GiB {self.free}{fits}"),
+             f"{self.micro_batch} x {self.accumulation}{begun}; {self.bytes_free / GIB:.1f} GiB {self.free}{fits}"),
             *(("elsewhere", text) for text in self.elsewhere),
             ("time here", _time(self)),
         ]  # fmt: skip
@@ -130,7 +131,7 @@ def summarise_run(argv: Sequence[str], *, measure: bool | None = None) -> RunSum
         return run_bytes(here, place, micro, batch // micro, decoded_bytes=decoded)
 
     free = free_memory(device, 1)
-    micro = config.optim.micro_batch or largest_fitting(
+    micro = config.optim.given_micro_batch or largest_fitting(
         micro_batches(batch, here.group), need, free.bytes, on_gpu=place.on_gpu
     )
 

@@ -22,6 +22,7 @@ from mirl.settings import LARGEST, Section
 PRECISIONS = ("auto", "bf16", "fp32")
 SWITCHES = ("auto", "on", "off")
 COMPILES = (*SWITCHES, "max")
+AUTO = "auto"
 SCHEDULES = ("cosine", "step", "poly")
 OPTIMIZERS = ("adamw", "muon")
 _CROPPED = ("model", "finetune")  # runs whose images are cropped without regard to label images or boxes
@@ -33,7 +34,8 @@ def setting(default: Any, text: str, **metadata: Any) -> Any:
 
     ``of`` in ``metadata``: the section of the only kind of run that offers the flag, or those of several. ``unset``:
     what None, which the run replaces by a value when it begins, is called in help; a resumed run goes on with the value
-    of its checkpoint.
+    of its checkpoint. ``word``: what is allowed beside positive numbers; ``absent``: what the default 0 of such a
+    setting, which is not written, is called in help.
     """
     return field(default=default, metadata={"help": text, **metadata})
 
@@ -96,8 +98,12 @@ class OptimConfig(Section):
     """The optimiser, its learning rate and how long it runs (section 4.1 of the paper; the recipe of MAE)."""
 
     batch_size: int = setting(4096, "effective batch: images of one optimiser step over all ranks")
-    micro_batch: int = setting(
-        0, "images per rank and forward pass; 0: the most that fit into memory and divide the batch"
+    micro_batch: int | str = setting(
+        0,
+        "images per rank and forward pass; if not given, the most that divide the batch and fit into memory, as "
+        "estimated; auto: the same, tried by a step at the start and halved where memory runs out",
+        word=AUTO,
+        absent="as estimated",
     )
     epochs: float = setting(0.0, "passes over the data set; this or --steps", metavar="N")
     steps: int = setting(0, "optimiser steps; this or --epochs")
@@ -135,11 +141,18 @@ class OptimConfig(Section):
     )
     clip_grad: float = setting(0.0, "largest global gradient norm; 0: no clipping")
 
+    @property
+    def given_micro_batch(self) -> int:
+        """The micro-batch that was given as a number, else 0."""
+        return self.micro_batch if isinstance(self.micro_batch, int) else 0
+
     def check(self) -> None:
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}: give a positive number of images")
-        if self.micro_batch < 0:
-            raise UserError(f"micro_batch is {self.micro_batch}: give 0 (automatic) or a positive number of images")
+        if self.micro_batch != AUTO and (not isinstance(self.micro_batch, int) or self.micro_batch < 0):
+            raise UserError(
+                f"micro_batch is {self.micro_batch}: give auto or a positive number of images, or leave it out"
+            )
         if bool(self.epochs > 0) == bool(self.steps > 0):
             raise UserError(
                 f"epochs is {self.epochs:g} and steps is {self.steps}: give exactly one of them, above zero"

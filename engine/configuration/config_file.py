@@ -120,6 +120,9 @@ def _typed(given: Mapping[str, Any], base: Config, path: Path) -> dict[str, Any]
             typed[key] = tuple(_convert(side, int, (), name, path) for side in value)
             continue
         item = next(item for item in dataclasses.fields(kind) if item.name == name)
+        if value == item.metadata.get("word", ...):
+            typed[key] = value
+            continue
         typed[key] = _convert(value, typing.get_type_hints(kind)[name], item.metadata.get("choices") or (), name, path)
     return typed
 

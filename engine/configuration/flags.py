@@ -195,6 +195,7 @@ def _add_flag(group: Any, section: str, item: dataclasses.Field, text: str, hint
         text = f"all fields of a model of the paper: {', '.join(MODEL_NAMES)}; the flags below change single ones"
     options: dict[str, Any] = {"dest": f"{section}.{item.name}", "default": _ABSENT}
     shown = item.metadata["unset"] if default is None and "unset" in item.metadata else shown_default(default)
+    shown = item.metadata.get("absent", shown) if default == 0 else shown
     options["help"] = f"{text} [{shown}]"
     kind = _plain(hint)
     if kind is bool:
@@ -212,7 +213,21 @@ def _add_flag(group: Any, section: str, item: dataclasses.Field, text: str, hint
     if typing.get_origin(kind) is tuple:
         arguments = typing.get_args(kind)
         options["nargs"] = "+" if Ellipsis in arguments else len(arguments)
-    group.add_argument(flag, type=_element(kind), **options)
+    element = _element(kind)
+    group.add_argument(flag, type=number_or(item.metadata["word"]) if "word" in item.metadata else element, **options)
+
+
+def number_or(word: str) -> Callable[[str], int | str]:
+    """What reads a positive number, or ``word``."""
+
+    def read(text: str) -> int | str:
+        if text == word:
+            return word
+        if not text.isdecimal() or not int(text):
+            raise argparse.ArgumentTypeError(f"it is {text!r}: give {word} or a positive number, or leave it out")
+        return int(text)
+
+    return read
 
 
 def _plain(hint: Any) -> Any:

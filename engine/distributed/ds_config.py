@@ -121,7 +121,7 @@ def resolve_batch(config: Config, world_size: int) -> tuple[int, int]:
     Raises:
         UserError: the effective batch cannot be shared equally.
     """
-    batch, micro = config.optim.batch_size, config.optim.micro_batch
+    batch, micro = config.optim.batch_size, config.optim.given_micro_batch
     if batch % world_size:
         raise UserError(f"batch_size is {batch} and there are {world_size} ranks: give a multiple of {world_size}")
     share = batch // world_size

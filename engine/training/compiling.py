@@ -14,6 +14,7 @@ has other shapes in every decoder (cross-attention over kv_g) stays outside.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,7 +105,7 @@ def compile_regions(
     it calls, and where that fails too, the model stays eager.
     """
     model.set_regions(None)
-    expected = _trial(model, batch, device)
+    expected = trial_step(model, batch, device)
     told = ""
     if _has_kernels_in_regions(model) and set_inlined(True):
         problem = _compile_and_compare(model, batch, device, backend, expected, search=search)
@@ -144,7 +145,7 @@ def _compile_and_compare(
                 import torch._inductor.config as inductor_config
 
                 settings.enter_context(inductor_config.patch(SEARCH))
-            return _difference(_trial(model, batch, device), expected, model.weight_dtype)
+            return _difference(trial_step(model, batch, device), expected, model.weight_dtype)
     except Exception as error:  # noqa: BLE001 - anything from a missing g++ to an internal assertion of the compiler
         cause = getattr(error, "inner_exception", error)  # what a backend raised, which torch wraps
         first_line = (str(cause).strip() or "no message").splitlines()[0]
@@ -186,15 +187,23 @@ def saved_cache() -> bytes | None:
     return None if saved is None else saved[0]
 
 
-def _trial(model: ComputeChoices, batch: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Loss and gradients of one step."""
+LossOfImages = Callable[[Tensor, torch.Generator], Tensor]
+
+
+def trial_step(
+    model: ComputeChoices, batch: int, device: torch.device, loss_of: LossOfImages | None = None
+) -> tuple[Tensor, ...]:
+    """Loss and gradients of one step on random pixels; no parameter, ``.grad`` or random stream is touched.
+
+    ``loss_of``: in place of the model's `ComputeChoices.trial_loss`.
+    """
     config = model.config
     generator = torch.Generator().manual_seed(0)
     shape = (batch, config.image_height, config.image_width, config.channels)
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)  # stochastic depth
-        loss = model.trial_loss(images, generator)
+        loss = (loss_of or model.trial_loss)(images, generator)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # Not backward(): hooks of a distributed engine must not see these gradients.
     return loss.detach(), *torch.autograd.grad(loss, parameters)

@@ -13,7 +13,7 @@ from mirl.engine.accounting.machines import largest_fitting, micro_batches
 from mirl.engine.accounting.memory import GIB
 from mirl.engine.accounting.run_memory import DECODED_BYTES, Footprint, Placement, run_bytes
 from mirl.engine.checkpoints.reader import CheckpointReader
-from mirl.engine.configuration.config import Config
+from mirl.engine.configuration.config import AUTO, Config
 from mirl.engine.configuration.overrides import override
 from mirl.engine.training.plan import BATCH_KEYS, RunPlan, agree_on_main
 from mirl.errors import UserError
@@ -25,8 +25,10 @@ CLEARLY = 1.1
 FootprintOf = Callable[[RunPlan[Any]], Footprint]
 
 
-def fit_to_memory(plan: RunPlan[C], footprint_of: FootprintOf) -> RunPlan[C]:
+def fit_to_memory(plan: RunPlan[C], footprint_of: FootprintOf, *, at_most: int | None = None) -> RunPlan[C]:
     """``plan`` with a micro-batch that fits, on all ranks the same; the effective batch stays what it is.
+
+    ``at_most``: none that is larger, because it was tried.
 
     A micro-batch that was asked for is kept. One that a resumed run has recorded is kept where it fits, and always
     where the results rest on it.
@@ -36,12 +38,16 @@ def fit_to_memory(plan: RunPlan[C], footprint_of: FootprintOf) -> RunPlan[C]:
     """
     ranks = plan.ranks
     free = min(ranks.gather(free_memory(ranks.device, ranks.local_world_size)))
-    need = _Need(plan, footprint_of, _decoded_bytes(plan))
+    plan = dataclasses.replace(plan, decoded_bytes=_decoded_bytes(plan))
+    need = Need(plan, footprint_of)
     allowed = micro_batches(plan.micro_batch * plan.accumulation, need.footprint.group)
+    allowed = [size for size in allowed if at_most is None or size <= at_most]
     recorded = _recorded(plan.resumed_from)
     if plan.micro_batch_given:
         micro, kept = plan.micro_batch, True
-    elif recorded in allowed and (need.footprint.group > 1 or need(recorded) <= free.bytes):
+    elif recorded in allowed and (
+        need.footprint.group > 1 or (need(recorded) <= free.bytes and plan.config.optim.micro_batch != AUTO)
+    ):
         micro, kept = recorded, True
     else:
         micro, kept = largest_fitting(allowed, need, free.bytes, on_gpu=ranks.device.type == "cuda"), False
@@ -56,17 +62,14 @@ def fit_to_memory(plan: RunPlan[C], footprint_of: FootprintOf) -> RunPlan[C]:
     )  # fmt: skip
 
 
-class _Need:
+class Need:
     """Bytes that the run needs with a micro-batch, as it is planned or with settings changed."""
 
-    def __init__(self, plan: RunPlan[Any], footprint_of: FootprintOf, decoded_bytes: float) -> None:
-        self.plan, self._footprint_of, self._decoded_bytes = plan, footprint_of, decoded_bytes
+    def __init__(self, plan: RunPlan[Any], footprint_of: FootprintOf) -> None:
+        self.plan, self._footprint_of = plan, footprint_of
         self.share = plan.micro_batch * plan.accumulation
         self.footprint = footprint_of(plan)
-        self._place = Placement.of(
-            plan.ds_config, ranks=plan.ranks.world_size, precision=plan.precision,
-            on_gpu=plan.ranks.device.type == "cuda",
-        )  # fmt: skip
+        self.place = self._place_of(plan.ds_config)
 
     def __call__(self, micro: int) -> float:
         return self._of(self.footprint, micro)
@@ -75,11 +78,26 @@ class _Need:
         """The need with single settings changed; UserError where they do not fit together."""
         return self._of(self._footprint_of(self.plan.with_config(override(self.plan.config, changes))), micro)
 
+    def placed(self, ds_config: dict[str, Any], micro: int) -> float:
+        """The need with the states where another DeepSpeed configuration has them."""
+        place, parts = self._place_of(ds_config), self.share // micro
+        return run_bytes(self.footprint, place, micro, parts, decoded_bytes=self.plan.decoded_bytes)
+
+    def _place_of(self, ds_config: dict[str, Any]) -> Placement:
+        plan = self.plan
+        on_gpu = plan.ranks.device.type == "cuda"
+        return Placement.of(ds_config, ranks=plan.ranks.world_size, precision=plan.precision, on_gpu=on_gpu)
+
     def _of(self, footprint: Footprint, micro: int) -> float:
-        return run_bytes(footprint, self._place, micro, self.share // micro, decoded_bytes=self._decoded_bytes)
+        return run_bytes(footprint, self.place, micro, self.share // micro, decoded_bytes=self.plan.decoded_bytes)
 
 
-def _told(need: _Need, micro: int, free: FreeMemory, recorded: int) -> str:
+def smaller_micro_batches(plan: RunPlan[Any], need: Need) -> list[int]:
+    """Micro-batches below that of ``plan`` that divide a rank's images of a step, the largest first."""
+    return [size for size in micro_batches(need.share, need.footprint.group) if size < plan.micro_batch]
+
+
+def _told(need: Need, micro: int, free: FreeMemory, recorded: int) -> str:
     """The line of the log; ``recorded``: the micro-batch of the checkpoint, if that was taken, else 0."""
     text = f"memory {gib(need(micro))} estimated for micro-batch {micro}, {gib(free.bytes)} {free.bound}"
     if need(micro) > free.bytes:
@@ -94,7 +112,7 @@ def _told(need: _Need, micro: int, free: FreeMemory, recorded: int) -> str:
     return text
 
 
-def _refusal(need: _Need, micro: int, allowed: list[int], free: FreeMemory, kept: bool) -> str:
+def _refusal(need: Need, micro: int, allowed: list[int], free: FreeMemory, kept: bool) -> str:
     """One line: what is needed, what there is, and which flags would fit."""
     even = "" if kept else "even "
     return (
@@ -103,7 +121,7 @@ def _refusal(need: _Need, micro: int, allowed: list[int], free: FreeMemory, kept
     )
 
 
-def _mend(need: _Need, micro: int, allowed: list[int], free: FreeMemory) -> str:
+def _mend(need: Need, micro: int, allowed: list[int], free: FreeMemory) -> str:
     smaller = next((size for size in allowed if size < micro and need(size) <= free.bytes), None)
     ways = [f"--micro-batch {smaller}"] if smaller else []
     for flag, changes in _changes(need.plan.config, need.plan.config.sections()):
@@ -151,7 +169,8 @@ def _recorded(reader: CheckpointReader | None) -> int:
     if reader is None or "optim" not in reader.state.get("config", {}):
         return 0
     state, optim = reader.state, reader.state["config"]["optim"]
-    return state.get("micro_batch") or optim["micro_batch"] or optim["batch_size"] // state["world_size"]
+    given = optim["micro_batch"]
+    return state.get("micro_batch") or (given if given != AUTO else 0) or optim["batch_size"] // state["world_size"]
 
 
 def gib(size: float) -> str:

@@ -11,8 +11,9 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from mirl.engine.accounting.run_memory import DECODED_BYTES
 from mirl.engine.checkpoints.reader import CheckpointReader
-from mirl.engine.configuration.config import Config
+from mirl.engine.configuration.config import AUTO, Config
 from mirl.engine.distributed.ds_config import read_ds_config, resolve_batch, resolve_ds_config, resolve_precision
 from mirl.engine.distributed.launch import Ranks, cores_per_rank
 from mirl.engine.training.resumed_settings import compare_settings, keep_settled, require_known_changes
@@ -34,6 +35,7 @@ class RunPlan(Generic[C]):
     micro_batch_given: the micro-batch was asked for, by a flag or in DeepSpeed's file, and is not ours to choose.
     lock: of the run's folder; rank 0 holds it.
     remarks: lines for the log that say which checkpoint was taken and why.
+    decoded_bytes: of an image of the data as it is stored, for the estimate of memory.
     """
 
     config: C
@@ -48,6 +50,7 @@ class RunPlan(Generic[C]):
     reader: CheckpointReader | None
     lock: RunLock
     remarks: list[str]
+    decoded_bytes: float = DECODED_BYTES
 
     @property
     def resumed_from(self) -> CheckpointReader | None:
@@ -71,11 +74,16 @@ def make_plan(config: C, ranks: Ranks, closing: ExitStack, *, recipe_out: str) -
         torch.set_num_threads(config.run.cpu_threads or cores_per_rank(ranks.local_world_size))
     micro_batch, accumulation = resolve_batch(config, ranks.world_size)
     raw = read_ds_config(config.run.deepspeed_config)
+    of_file = any(raw.get(key, "auto") != "auto" for key in BATCH_KEYS)
+    if of_file and config.optim.micro_batch == AUTO:
+        raise UserError(
+            f"micro_batch is 'auto' and {config.run.deepspeed_config} sets {' or '.join(BATCH_KEYS)}: leave both out "
+            "there, or give a number"
+        )
     precision, reason = _precision(config, raw, ranks)
     ds_config = resolve_ds_config(
         raw, config, micro_batch=micro_batch, accumulation=accumulation, precision=precision, device=ranks.device
     )
-    of_file = any(raw.get(key, "auto") != "auto" for key in BATCH_KEYS)
     out = agree_on_main(ranks, lambda: choose_out(config, recipe_out))
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(out)))
     require_known_changes(config)
@@ -90,7 +98,7 @@ def make_plan(config: C, ranks: Ranks, closing: ExitStack, *, recipe_out: str) -
         remarks = [*remarks, *compare_settings(config, reader)]
     return RunPlan(
         config=config, ranks=ranks, out=out, micro_batch=micro_batch, accumulation=accumulation,
-        micro_batch_given=bool(config.optim.micro_batch) or of_file, ds_config=ds_config,
+        micro_batch_given=bool(config.optim.given_micro_batch) or of_file, ds_config=ds_config,
         precision=precision, precision_reason=reason, reader=reader, lock=lock,
         remarks=[*taken_over, *remarks],
     )  # fmt: skip

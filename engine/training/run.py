@@ -6,19 +6,22 @@ from the process group to the last checkpoint, stands here. docs/architecture.md
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mirl.dataloaders import TrainLoader
 from mirl.engine.accounting.run_memory import Footprint
 from mirl.engine.checkpoints.files import write_whole
-from mirl.engine.configuration.config import Config
+from mirl.engine.configuration.config import AUTO, Config
 from mirl.engine.distributed.ds_engine import FragmentReader, TrainEngine
 from mirl.engine.distributed.launch import Ranks, is_lost_peer, join, leave, seconds_since_process_start
 from mirl.engine.errors import LostRank
@@ -30,6 +33,7 @@ from mirl.engine.training.computing import compile_choice, compile_where_chosen
 from mirl.engine.training.fitting import fit_to_memory
 from mirl.engine.training.measured import compare_with_prediction
 from mirl.engine.training.optimizer import build_optimizer
+from mirl.engine.training.out_of_memory import explained
 from mirl.engine.training.plan import RunPlan, agree_on_main, make_plan
 from mirl.engine.training.run_folder import Progress, refuse_finished, restore_progress, write_config
 from mirl.engine.training.run_log import RunLog
@@ -40,6 +44,7 @@ from mirl.engine.training.telling import closing_lines, describe_computation, de
 from mirl.engine.training.tracking.facts import Facts
 from mirl.engine.training.tracking.opening import open_trackers
 from mirl.engine.training.trainer import Trainer
+from mirl.engine.training.trial import try_micro_batch, with_smaller
 
 C = TypeVar("C", bound=Config)
 T = TypeVar("T")
@@ -103,6 +108,13 @@ class RunKind(ABC, Generic[C]):
         """What makes the model without the run's weights, to compute as on a GPU: for a prediction; None: no such."""
         return None
 
+    def trial_loss(self, plan: RunPlan[C], model: Any, images: Tensor, generator: torch.Generator) -> Tensor:
+        """A scalar loss of ``images``, uint8 [B, H, W, C], for which memory holds what it holds in a step of the run.
+
+        ``generator``: of the CPU, for what is random besides. Waits for no other rank: its memory may have run out.
+        """
+        return model.trial_loss(images, generator)
+
     def closing_lines(self, out: Path) -> list[str]:
         """Lines of the log that say what to do next with run folder ``out``."""
         return []
@@ -116,7 +128,9 @@ def run_training(config: C, kind: RunKind[C]) -> Path:
         mirl.engine.errors.Diverged, Preempted, NotSaved: see `Trainer.run`.
         mirl.engine.errors.LostRank: another rank is gone.
     """
-    return on_this_rank(lambda ranks: _train(config, kind, ranks), device=config.run.device)
+    return on_this_rank(
+        lambda ranks: with_smaller(partial(_train, config, kind, ranks), ranks), device=config.run.device
+    )
 
 
 def on_this_rank(body: Callable[[Ranks], T], *, device: str = "auto") -> T:
@@ -135,16 +149,23 @@ def on_this_rank(body: Callable[[Ranks], T], *, device: str = "auto") -> T:
         leave()
 
 
-def _train(config: C, kind: RunKind[C], ranks: Ranks) -> Path:
+def _train(config: C, kind: RunKind[C], ranks: Ranks, at_most: int | None, tried: list[str]) -> Path:
+    """One attempt with a micro-batch of ``at_most`` images. ``tried``: remarks on larger ones.
+
+    Raises:
+        TooLarge: nothing was written; a smaller micro-batch is to be planned with.
+    """
+    fitted: RunPlan[C] | None = None
+    progress = Progress()
     with ExitStack() as closing:
+        closing.push(lambda _, error, frames: explained(error, fitted, kind.footprint, progress.step))
         # What is trained, on what, from where.
         plan = make_plan(config, ranks, closing, recipe_out=kind.recipe_out(config.recipe))
-        plan = fit_to_memory(kind.read_start(plan), kind.footprint)
+        plan = fitted = fit_to_memory(kind.read_start(plan), kind.footprint, at_most=at_most)
         plan, loader = kind.open_data(plan, closing)
         config, out = plan.config, plan.out
         durations = Durations.resolve(config.optim, config.run, config.log, steps_per_epoch=loader.steps_per_epoch)
         model = kind.build_model(plan)
-        progress = Progress()
         if plan.resumed_from is not None:
             progress = restore_progress(plan.resumed_from, loader)
             refuse_finished(out, progress.step, durations.total_steps)
@@ -166,6 +187,9 @@ def _train(config: C, kind: RunKind[C], ranks: Ranks) -> Path:
 
         # How it computes; then the first files are written.
         engine.module.resolve_attention(ranks.device)  # now: one asked for by name may not run here
+        if config.optim.micro_batch == AUTO:
+            remark = try_micro_batch(engine, plan, kind.footprint, partial(kind.trial_loss, plan, engine.module))
+            plan = dataclasses.replace(plan, remarks=[*plan.remarks, *tried, remark])
         chosen = choose_for_run(
             plan, engine.module, compiled=compile_choice(plan, engine).on,
             besides=optimizer_places(engine, ranks.device),

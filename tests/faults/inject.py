@@ -8,6 +8,7 @@ import contextlib
 import errno
 import itertools
 import os
+import resource
 import signal
 import stat
 import sys
@@ -176,3 +177,51 @@ def record_every_step() -> None:
     from mirl.engine.training import step_log
 
     step_log.RECORD_SECONDS = 0.0
+
+
+def limit_addresses(of: str, mib: str) -> None:
+    """A real limit of ``mib`` above the addresses that this process has by then, and an estimate that believes in much.
+
+    of: "trial", the trial steps of `--micro-batch auto`; from there on "forward", the first pass of the loop, and
+    "evaluation", that of a classifier.
+    """
+    from mirl.engine.accounting.free_memory import FreeMemory
+    from mirl.engine.pretraining.task import PretrainTask
+    from mirl.engine.training import fitting, run
+    from mirl.engine.transfer.classification import task
+
+    fitting.free_memory = lambda *_: FreeMemory(2.0**40, "believed")
+    place, name = {
+        "trial": (run, "try_micro_batch"),
+        "forward": (PretrainTask, "forward"),
+        "evaluation": (task, "evaluate"),
+    }[of]
+    real = getattr(place, name)
+
+    def limited(*arguments, **options):
+        status = Path("/proc/self/status").read_text()
+        size = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmSize:"))
+        resource.setrlimit(resource.RLIMIT_AS, (size * 1024 + int(mib) * 2**20, resource.RLIM_INFINITY))
+        try:
+            return real(*arguments, **options)
+        finally:
+            if of == "trial":  # what follows has what it needs
+                resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    setattr(place, name, limited)
+
+
+def run_out_of_memory(of: str, time: str) -> None:
+    """CUDA's error where it would come, once: in the trial step or the forward pass number ``time``, from 1."""
+    from mirl.engine.pretraining.task import PretrainTask
+    from mirl.engine.training import trial
+
+    place, name = {"trial": (trial, "trial_step"), "forward": (PretrainTask, "forward")}[of]
+    real, times = getattr(place, name), itertools.count(1)
+
+    def fail_once(*arguments):
+        if next(times) == int(time):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(*arguments)
+
+    setattr(place, name, fail_once)

@@ -5,7 +5,8 @@ Both compute in float32, whatever the dtype of the maps and of the parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,20 @@ from torch.nn import functional as F
 
 NORMS = ("batch", "group")
 GROUPS = 32
+
+
+_alone = False
+
+
+@contextmanager
+def each_rank_alone() -> Iterator[None]:
+    """Let `BatchNorm` take the statistics of this rank, for a pass that other ranks may not make."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 def norm_of(kind: str) -> Callable[[int], nn.Module]:
@@ -54,7 +69,7 @@ class BatchNorm(nn.Module):
 
     def forward(self, x_BDhw: Tensor) -> Tensor:
         x, weight, bias = x_BDhw.float(), self.weight.float(), self.bias.float()
-        if self.training and _ranks() > 1:
+        if self.training and _ranks() > 1 and not _alone:
             y_BDhw = self._over_ranks(x, weight, bias)
         else:
             y_BDhw = F.batch_norm(

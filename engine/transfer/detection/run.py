@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from mirl.dataloaders.order import StepPlan
 from mirl.engine.accounting.detection import detector_flops, detector_image_bytes
@@ -40,6 +42,7 @@ from mirl.engine.transfer.layer_decay import layer_decay_groups
 from mirl.errors import UserError
 
 DetectPlan = RunPlan[DetectConfig]
+TRIAL_OBJECTS = 20  # an image, of which the estimate counts the masks too
 MANY_TOKENS = 2048
 USUAL_CLASSES = 80  # for an estimate before the annotations are read
 
@@ -111,6 +114,22 @@ class Detection(RunKind[DetectConfig]):
         model = build_detector(plan.config, len(plan.config.classes))
         set_computation(model, plan.config.run, device)
         return model
+
+    def trial_loss(self, plan: DetectPlan, model: Detector, images: Tensor, generator: torch.Generator) -> Tensor:  # type: ignore[override]
+        """The sum of the five losses of images padded as in a run, with `TRIAL_OBJECTS` random objects on each."""
+        height, width = (-(-side // model.multiple) * model.multiple for side in images.shape[1:3])
+        padded = F.pad(images, (0, 0, 0, width - images.shape[2], 0, height - images.shape[1]))
+        targets = []
+        for _ in padded:
+            corners = torch.rand(TRIAL_OBJECTS, 2, generator=generator) / 2
+            sides = 0.1 + 0.4 * torch.rand(TRIAL_OBJECTS, 2, generator=generator)
+            boxes = torch.cat([corners, corners + sides], dim=1) * torch.tensor([width, height, width, height])
+            targets.append({
+                "boxes": boxes.to(images.device),
+                "labels": torch.ones(TRIAL_OBJECTS, dtype=torch.int64, device=images.device),
+                "masks": torch.ones(TRIAL_OBJECTS, height, width, dtype=torch.uint8, device=images.device),
+            })  # fmt: skip
+        return torch.stack(list(model(padded, [(height, width)] * len(padded), targets).values())).sum()
 
     def bare_model(self, plan: DetectPlan) -> None:
         """None: a step with sampled regions has no fixed list of operators to predict from."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mirl.dataloaders import TrainLoader
 from mirl.dataloaders.decoding.pair_crops import PairAugmentation
@@ -30,6 +31,7 @@ from mirl.engine.training.plan import RunPlan, agree_on_main
 from mirl.engine.training.resumed_settings import differences, refuse_unnamed
 from mirl.engine.training.run import RunKind, RunParts, run_training
 from mirl.engine.training.run_data import loader_threads
+from mirl.engine.transfer.dense.norms import each_rank_alone
 from mirl.engine.transfer.encoder_model import encoder_config
 from mirl.engine.transfer.initialise_from import exact_reader, initialise_from
 from mirl.engine.transfer.layer_decay import layer_decay_groups
@@ -38,7 +40,8 @@ from mirl.engine.transfer.segmentation.early import given_map, open_sets, requir
 from mirl.engine.transfer.segmentation.load import build_segmenter, view_of
 from mirl.engine.transfer.segmentation.recipes import segment_recipe
 from mirl.engine.transfer.segmentation.segmenter import Segmenter
-from mirl.engine.transfer.segmentation.task import SegmentTask
+from mirl.engine.transfer.segmentation.task import SegmentTask, pixel_cross_entropy
+from mirl.engine.transfer.segmentation.upernet import AUXILIARY_WEIGHT
 from mirl.errors import UserError
 
 SegmentPlan = RunPlan[SegmentConfig]
@@ -136,6 +139,13 @@ class Segmenting(RunKind[SegmentConfig]):
         else:
             self._remarks = initialise_from(model, *load_encoder(section.checkpoint))
         return model.to(device)
+
+    def trial_loss(self, plan: SegmentPlan, model: Segmenter, images: Tensor, generator: torch.Generator) -> Tensor:  # type: ignore[override]
+        """Cross-entropy of both heads with random labels; batch statistics are those of this rank."""
+        labels_BHW = torch.randint(0, model.num_classes, images.shape[:3], generator=generator).to(images.device)
+        with each_rank_alone():
+            decode, auxiliary = model(images)
+        return pixel_cross_entropy(decode, labels_BHW) + AUXILIARY_WEIGHT * pixel_cross_entropy(auxiliary, labels_BHW)
 
     def parameter_groups(self, plan: SegmentPlan, model: Segmenter) -> list[dict[str, Any]]:
         config = plan.config

@@ -238,3 +238,16 @@ def test_a_failed_save_leaves_the_earlier_ones(tmp_path):
     assert published is None
     assert "the checkpoint of step 2 was not written" in failure
     assert find_newest_good(tmp_path) == (tmp_path / "step-00000001", [])
+
+
+def test_a_thread_that_cannot_begin_is_not_waited_for(tmp_path, monkeypatch):
+    """Where memory has run out, the error that says so is not covered by another one."""
+    writer = CheckpointWriter(tmp_path, ranks(), keep=0)
+
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        writer.save(1, [], {})
+    writer.wait()

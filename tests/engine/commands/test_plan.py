@@ -52,6 +52,8 @@ def test_it_takes_the_micro_batch_that_a_run_would_take(capsys):
     assert MACHINES[2].name == "GPU of 80 GB" and micro < 65536
     assert (found["micro_batch"], found["accumulation"]) == (micro, 65536 // micro)
     assert found["memory_gib"] == pytest.approx(size / 2**30)
+    assert main([*SMALL, "--batch-size", "65536", "--gpu", "H100", "--micro-batch", "auto"]) == 0
+    assert f"= {micro} x {65536 // micro} accumulation x 1 GPUs, with which auto begins" in capsys.readouterr().out
 
 
 def test_gpus_images_and_slower_devices_count(capsys):

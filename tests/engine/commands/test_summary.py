@@ -49,6 +49,11 @@ def test_the_micro_batch_is_the_one_that_a_run_would_take(photographs, monkeypat
     assert 1 < summary.micro_batch < 512 and summary.micro_batch * summary.accumulation == 512
     assert summary.bytes_here <= 0.6 * 4 * GIB
     assert "4.0 GiB free on this machine" in str(summary) and "does not fit" not in str(summary)
+    auto = summarise_run(
+        ["--recipe", "small_data", "--precision", "fp32", "--data", str(photographs), "--micro-batch", "auto"],
+        measure=False,
+    )
+    assert auto.micro_batch == summary.micro_batch and "with which auto begins" in str(auto)
     given = summarise_run(["--recipe", "small_data", "--micro-batch", "512"], measure=False)
     assert "that does not fit" in str(given)
 

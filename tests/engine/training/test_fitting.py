@@ -49,8 +49,8 @@ def plan_of(config, ranks: Ranks = ONE, reader=None) -> RunPlan:
     )
     return RunPlan(
         config=config, ranks=ranks, out=Path("none"), micro_batch=micro, accumulation=accumulation,
-        micro_batch_given=bool(config.optim.micro_batch), ds_config=ds_config, precision="fp32", precision_reason="",
-        reader=reader, lock=None, remarks=["first"],
+        micro_batch_given=bool(config.optim.given_micro_batch), ds_config=ds_config, precision="fp32",
+        precision_reason="", reader=reader, lock=None, remarks=["first"],
     )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def test_the_largest_that_fits_is_chosen_and_the_batch_stays(free, gib):
     free(gib)
     plan = plan_of(recipe("small_data"))
     fitted = fit_to_memory(plan, of_pretraining)
-    need = fitting._Need(plan, of_pretraining, fitting.DECODED_BYTES)
+    need = fitting.Need(plan, of_pretraining)
     assert fitted.micro_batch * fitted.accumulation == 512
     assert fitted.ds_config["train_batch_size"] == 512
     assert fitted.ds_config["train_micro_batch_size_per_gpu"] == fitted.micro_batch
@@ -110,7 +110,7 @@ def test_the_rank_with_the_least_decides(free):
 def test_a_given_micro_batch_is_kept_warned_of_or_refused(free):
     config = recipe("small_data", micro_batch=128)
     plan = plan_of(config)
-    need = fitting._Need(plan, of_pretraining, fitting.DECODED_BYTES)(128) / GIB
+    need = fitting.Need(plan, of_pretraining)(128) / GIB
     free(2 * need)
     assert "warning" not in fit_to_memory(plan, of_pretraining).remarks[-1]
     free(need / 1.05)
