@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from mirl.dataloaders.decoding.headers import as_portable_pixmap, decode_with_pi
 from mirl.dataloaders.decoding.resize import CpuResizer
 from mirl.dataloaders.errors import ImageError
 from mirl.dataloaders.sources.base import read_whole_file
-from mirl.dataloaders.sources.paths import shard_of
+from mirl.dataloaders.sources.containers import Reading, container_of
+from mirl.dataloaders.sources.member_source import MemberSource
+from mirl.dataloaders.sources.paths import chosen_in, shard_of, url_of
+from mirl.dataloaders.sources.remote import find_member, open_remote, shard_url
 from mirl.dataloaders.sources.tar_source import read_member
 from mirl.errors import UserError
 
@@ -40,7 +44,7 @@ def load_images(
     if not paths:
         raise ValueError("paths is empty; give at least one image")
     short = 1 if resize_short is None else resize_short
-    names = [str(path) for path in paths]
+    names = [url_of(path) or str(path) for path in paths]
     files = [_read_named(name, index_dir) for name in names]
     array_format = _detect_format(files[0], names[0], channels)
     size = (image_size[0], image_size[1])
@@ -110,10 +114,38 @@ def _read_array(array_format: ArrayFormat, file: bytes, name: str) -> np.ndarray
 
 def _read_named(name: str, index_dir: str | Path | None) -> bytes:
     try:
+        if url_of(name) is not None:
+            return _read_remote(name)
         shard = shard_of(name)
+        file, key = chosen_in(name if shard is None else shard)
+        if (kind := container_of(file)) is not None:
+            return _read_held(file, kind, key, name)
         if shard is None:
             return read_whole_file(name)
         member = name[len(shard) + len("::") :]
         return read_member(Path(shard), member, None if index_dir is None else Path(index_dir))
     except ImageError as error:
         raise UserError(f"{name}: {error}; check the path") from None
+
+
+def _read_remote(path: str) -> bytes:
+    """One member URL::member of a remote shard."""
+    source = open_remote(shard_url(path))
+    try:
+        if (index := find_member(source, path)) is None:
+            raise ImageError("the shard has no such member")
+        return source.read(index)
+    finally:
+        source.close()
+
+
+def _read_held(file: Path, kind: str, key: str, path: str) -> bytes:
+    """The image ``path`` of a file that holds several; key: what is chosen in it."""
+    source = MemberSource(file.parent, [file.name], kind, reading=Reading(key=key))
+    try:
+        index = source.find(path[len(os.fspath(file)) - len(file.name) :])
+        if index is None:
+            raise ImageError("the file has no such member")
+        return source.read(index)
+    finally:
+        source.close()

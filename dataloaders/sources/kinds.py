@@ -16,6 +16,7 @@ from mirl.dataloaders.sources.tar_header import is_header
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".gif")
 ARRAY_SUFFIXES = (".npy",)
 IMAGE, SHARD = "image", "shard"
+DICOM = "DICOM"  # a reason to leave a file out, unless its frames are the images
 HEAD_BYTES = 512
 
 _IMAGES = frozenset(IMAGE_SUFFIXES + ARRAY_SUFFIXES)
@@ -23,7 +24,7 @@ _IMAGES = frozenset(IMAGE_SUFFIXES + ARRAY_SUFFIXES)
 _OTHERS = """
     .txt .json .jsonl .xml .csv .tsv .md .rst .html .htm .py .sh .yaml .yml .toml .ini .cfg .idx .cls .lst .list .log
     .mat .h5 .hdf5 .npz .pkl .pickle .pyd .pt .pth .safetensors .parquet .arrow .db .sqlite .pdf .svg .mp4 .avi .mov
-    .mkv .webm .wav .mp3 .flac .doc .docx .xls .xlsx .url
+    .dcm .dicom .nii .mkv .webm .wav .mp3 .flac .doc .docx .xls .xlsx .url
 """
 ARCHIVES = "archives (unpack them)"
 _REASONS = {
@@ -74,6 +75,8 @@ def kind_by_name(name: str) -> str | None:
 
 def kind_by_content(head: bytes, name: str) -> str:
     """IMAGE, SHARD or the reason to leave the file out, by its first HEAD_BYTES bytes."""
+    if head[128:132] == b"DICM":  # before it may stand the beginning of a TIFF
+        return DICOM
     if image_format(head) is not None:
         return IMAGE
     if head[257:262] == b"ustar" or (len(head) == HEAD_BYTES and is_header(head)):  # the oldest tars have no mark

@@ -8,11 +8,12 @@ every machine and rank. UserError names the path and the mend.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mirl.dataloaders.errors import StorageError
-from mirl.dataloaders.sources.kinds import ARRAY_SUFFIXES, IMAGE, IMAGE_SUFFIXES, SHARD, kind_of_file
+from mirl.dataloaders.sources.containers import container_kind, suffix_of
+from mirl.dataloaders.sources.kinds import ARRAY_SUFFIXES, DICOM, IMAGE, IMAGE_SUFFIXES, SHARD, kind_of_file
 from mirl.dataloaders.sources.ledger import Ledger
 from mirl.dataloaders.sources.paths import shown
 from mirl.dataloaders.sources.patience import find_patiently, is_of_a_moment, patiently
@@ -24,22 +25,34 @@ LIST_SUFFIXES = (".txt", ".lst", ".list", ".csv", ".tsv")
 
 @dataclass(frozen=True)
 class Found:
-    """Names relative to root, sorted; the ledger counts everything else."""
+    """Names relative to root, sorted; the ledger counts everything else.
+
+    containers: (name, reason to leave it out) of the files that hold several images, by kind. They are for the caller
+    to take or to leave out (`leave_out_containers`).
+    """
 
     root: Path
     images: list[str]
     shards: list[str]
     ledger: Ledger
+    containers: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+
+    def leave_out_containers(self, taken: str = "") -> None:
+        """Counts the files that hold several images, but those of the kind ``taken``, among what is left out."""
+        for kind, files in self.containers.items():
+            for name, reason in files if kind != taken else ():
+                self.ledger.leave_out(reason, os.path.join(self.root, name))
 
 
-def find_files(root: Path, *, every_name: bool = False) -> Found:
+def find_files(root: Path, *, every_name: bool = False, containers: bool = False) -> Found:
     """Everything below the folder `root`.
 
     A file system that fails for a moment is asked again; StorageLost if it goes on. One file that goes on failing
     where its folder can be read is left out. Links are followed, also out of `root`; a folder that is inside itself by
     a link is entered once. Hidden entries (a leading dot, such as macOS's ._x.jpg companions) are left out; a hidden
     folder counts as one entry.
-    every_name: the ledger keeps the path of all that is left out.
+    every_name: the ledger keeps the path of all that is left out. containers: keep those for the caller to decide;
+    otherwise they are left out.
     """
     if not root.exists():
         raise UserError(f"data folder {shown(root)} does not exist; check the path")
@@ -59,7 +72,11 @@ def find_files(root: Path, *, every_name: bool = False) -> Found:
                 elif kind == SHARD:
                     found.shards.append(name)
                 elif isinstance(kind, str):
-                    found.ledger.leave_out(kind, path)
+                    holds = container_kind(base) or (DICOM if kind == DICOM else None)
+                    if holds is not None and base[0] != ".":
+                        found.containers.setdefault(holds, []).append((name, suffix_of(base)))
+                    else:
+                        found.ledger.leave_out(kind, path)
                 elif kind in above:
                     found.ledger.leave_out("links to a folder above them", path)
                 else:
@@ -71,6 +88,10 @@ def find_files(root: Path, *, every_name: bool = False) -> Found:
             ) from None
     found.images.sort()
     found.shards.sort()
+    for files in found.containers.values():
+        files.sort()
+    if not containers:
+        found.leave_out_containers()
     found.ledger.images = len(found.images)
     return found
 
@@ -122,10 +143,15 @@ def split_names(root: Path) -> list[str]:
     """Returns the splits that root holds, train first; none unless train stands beside val or test, in any case."""
     try:
         with os.scandir(root) as entries:
-            folders = sorted(entry.name for entry in entries if entry.name.lower() in _SPLITS and entry.is_dir())
+            return ordered_splits({entry.name for entry in entries if entry.name.lower() in _SPLITS and entry.is_dir()})
     except (FileNotFoundError, NotADirectoryError):
         return []
-    there = {name.lower(): name for name in folders}  # of Train/ beside train/ the latter, which sorts behind
+
+
+def ordered_splits(folders: set[str]) -> list[str]:
+    """Returns the splits among the names of ``folders``, as `split_names` does."""
+    folders = {name for name in folders if name.lower() in _SPLITS}
+    there = {name.lower(): name for name in sorted(folders)}  # of Train/ beside train/ the latter, which sorts behind
     train, *others = [there[name] for name in _SPLITS if name in there] or [""]
     return [train, *others] if train.lower() == "train" and others else []
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from mirl.dataloaders.sources.paths import shown
+from mirl.dataloaders.sources.paths import shown, url_of
 from mirl.disk import set_mode
 from mirl.errors import UserError
 
@@ -98,9 +98,10 @@ def read_manifest(path: Path) -> tuple[str, list[ManifestRow]]:
 
 def manifest_command(path: Path, root: str) -> str:
     """The command that writes the manifest `path` of the data set `root` again."""
-    moved = not root or not os.path.exists(root)
+    remote = url_of(root) is not None
+    moved = not remote and (not root or not os.path.exists(root))
     words = ["mirl", "validate-data", os.fspath(path.parent if moved else root)]
-    if moved or path.name != MANIFEST_NAME or os.path.realpath(path.parent) != os.path.realpath(root):
+    if moved or remote or path.name != MANIFEST_NAME or os.path.realpath(path.parent) != os.path.realpath(root):
         words += ["--manifest", os.fspath(path)]
     return shown(shlex.join(words))
 

@@ -7,9 +7,13 @@ from pathlib import Path
 
 from mirl.dataloaders.sources import listing
 from mirl.dataloaders.sources.base import FileSource, JoinedSource, Source
+from mirl.dataloaders.sources.containers import PARQUET, Reading, container_kind, container_of
+from mirl.dataloaders.sources.kinds import IMAGE, kind_by_name
 from mirl.dataloaders.sources.ledger import Ledger
 from mirl.dataloaders.sources.manifest import LEFT_OUT, MANIFEST_NAME, ManifestRow, manifest_command, read_manifest
-from mirl.dataloaders.sources.paths import PathTable, shard_of, shown
+from mirl.dataloaders.sources.member_source import MemberSource
+from mirl.dataloaders.sources.paths import PathTable, chosen_in, shard_of, shown, url_of
+from mirl.dataloaders.sources.remote import open_remote_members
 from mirl.dataloaders.sources.tar_source import TarSource
 from mirl.errors import UserError
 
@@ -27,19 +31,31 @@ def open_manifest(
     good = [row.path for row in known if not (leave_out and row.reason)]
     if not good:
         raise UserError(f"{shown(manifest)} names no good image; validate another folder")
+    remote = [path for path in good if url_of(path) is not None]
+    good = [path for path in good if url_of(path) is None]
     members = {path: shard for path in good if (shard := shard_of(path, root)) is not None}
+    # Of DICOM files and the like some are one image, called as the file is.
+    members |= {path: path for path in good if path not in members and _holds_images(root, path)}
+    kinds = {shard: _kind_and_key(root, shard) for shard in set(members.values())}
     parts: list[Source] = []
     files = [path for path in good if path not in members]
     if files:
         ledger = Ledger(every_name=every_name)
         taken = set(files)
         for row in rows:
-            if row.reason and row.path not in taken and shard_of(row.path, root) is None:
+            if row.reason and row.path not in taken and not _is_member(row.path, root):
                 ledger.leave_out(_reason(row), os.path.join(root, row.path))
         classes, numbers = listing.class_folders(files, Path(root)) if labels else (None, None)
         parts.append(FileSource(PathTable(root, files), labels=numbers, classes=classes, ledger=ledger))
-    if members:
-        parts.append(_open_members(manifest, root, members, labels, index_dir, every_name))
+    if in_tars := {path: shard for path, shard in members.items() if kinds[shard][0] is None}:
+        parts.append(_open_members(manifest, root, in_tars, labels, index_dir, every_name))
+    for kind, key in sorted({(kind, key) for kind, key in kinds.values() if kind is not None}):
+        held = {path: shard for path, shard in members.items() if kinds[shard] == (kind, key)}
+        parts.append(_open_held(manifest, root, kind, key, held, labels, every_name))
+    if remote:
+        parts.append(open_remote_members(remote, labels=labels, every_name=every_name))
+        if parts[-1].num_images < len(remote):
+            raise _changed(manifest, root, "shards", len(remote), parts[-1].num_images)
     return parts[0] if len(parts) == 1 else JoinedSource(parts)
 
 
@@ -51,11 +67,35 @@ def _open_members(
     source = TarSource(shards, index_dir=index_dir, labels=labels, only=only, every_name=every_name)
     if source.num_images < len(only):
         source.close()
-        raise UserError(
-            f"manifest {shown(manifest)} names {len(only)} members, the shards have {source.num_images} of them: "
-            f"they changed; write it again with: {manifest_command(manifest, root)}"
-        )
+        raise _changed(manifest, root, "shards", len(only), source.num_images)
     return source
+
+
+def _open_held(
+    manifest: Path, root: str, kind: str, key: str, members: dict[str, str], labels: bool, every_name: bool
+) -> Source:
+    """The members of files that hold several images each, in which ``key`` is chosen."""
+    end = len(key) + 1 if key else 0
+    source = MemberSource(
+        Path(root),
+        list(dict.fromkeys(file[: len(file) - end] for file in members.values())),
+        kind,
+        reading=Reading(labels, key),
+        passed_over=lambda name: None if name in members else "not called good by the manifest",
+        class_folders=None if kind == PARQUET else listing.class_folders,
+        every_name=every_name,
+    )
+    if source.num_images < len(members):
+        source.close()
+        raise _changed(manifest, root, f"{kind} files", len(members), source.num_images)
+    return source
+
+
+def _changed(manifest: Path, root: str, files: str, named: int, there: int) -> UserError:
+    return UserError(
+        f"manifest {shown(manifest)} names {named} members, the {files} have {there} of them: "
+        f"they changed; write it again with: {manifest_command(manifest, root)}"
+    )
 
 
 def broken_names(root: Path, folder: Path) -> set[str]:
@@ -69,6 +109,22 @@ def broken_names(root: Path, folder: Path) -> set[str]:
                 if row.reason and not row.reason.startswith(LEFT_OUT) and row.path.startswith(inside):
                     broken.add(row.path.removeprefix(inside))
     return broken
+
+
+def _kind_and_key(root: str, file: str) -> tuple[str | None, str]:
+    """The kind of a file that holds several images, or None, and what is chosen in it."""
+    place, key = chosen_in(os.path.join(root, file))
+    return container_of(place), key
+
+
+def _holds_images(root: str, path: str) -> bool:
+    """Whether the image ``path`` is not what the bytes of a file of that name are."""
+    known = kind_by_name(path)
+    return known != IMAGE and (container_kind(path) or _kind_and_key(root, path)[0]) is not None
+
+
+def _is_member(path: str, root: str) -> bool:
+    return url_of(path) is not None or shard_of(path, root) is not None
 
 
 def _reason(row: ManifestRow) -> str:

@@ -10,13 +10,17 @@ from pathlib import Path
 
 from mirl.dataloaders.sources import listing
 from mirl.dataloaders.sources.base import FileSource, JoinedSource, Source
+from mirl.dataloaders.sources.containers import PARQUET, Reading, container_of, no_choice
 from mirl.dataloaders.sources.kinds import IMAGE, SHARD, is_text, kind_of_file, read_head
 from mirl.dataloaders.sources.ledger import Ledger, join_ledgers
 from mirl.dataloaders.sources.manifest import MANIFEST_NAME, is_manifest
 from mirl.dataloaders.sources.manifest_source import broken_names, open_manifest
+from mirl.dataloaders.sources.member_source import MemberSource
+from mirl.dataloaders.sources.parquet import of_split
 from mirl.dataloaders.sources.path_list import existing_entries, read_path_list, refuse_misspelt
-from mirl.dataloaders.sources.paths import PathTable, shown
+from mirl.dataloaders.sources.paths import PathTable, chosen_in, shown, url_of
 from mirl.dataloaders.sources.patience import find_patiently, is_of_a_moment
+from mirl.dataloaders.sources.remote import fetch_all, open_remote
 from mirl.dataloaders.sources.tar_index import index_path
 from mirl.dataloaders.sources.tar_source import TarSource
 from mirl.errors import UserError
@@ -38,9 +42,11 @@ def open_source(
 ) -> Source:
     """The data set that `data` names.
 
-    data: a folder (images at any depth, or .tar shards with their indexes), a text list of paths, a manifest, one .tar
-    file, or a sequence of these. A folder that holds train/ beside val/ or test/ stands for its ``split``: "train", or
-    "val". Images that a manifest in the folder (mirl-manifest.tsv) calls broken are left out.
+    data: a folder (images at any depth, .tar shards with their indexes, or parquet files), a text list of paths, a
+    manifest, one .tar or .parquet file, the address of shards (s3://, https://), or a sequence of these. FILE:KEY, or
+    FILE:KEY,LABELS, chooses among what a parquet file, or a folder of them, holds. A folder that holds train/ beside
+    val/ or test/ stands for its ``split``: "train", or "val". Images that a manifest in the folder (mirl-manifest.tsv)
+    calls broken are left out.
     layout: "files" or "tar" decides for a folder that holds both; "auto" refuses it.
     labels: class numbers, from the sorted names of the first folder level, the list's second column, or cls parts.
     index_dir: where the .idx files are, if not beside the shards. use_manifest: leave out what a manifest calls broken.
@@ -56,11 +62,19 @@ def open_source(
         raise UserError("data is an empty list; give at least one folder, list of paths or .tar file")
     index_folder = None if index_dir is None else Path(index_dir)
     parts = []
+    if len(urls := [url for root in roots if (url := url_of(root)) is not None]) > 1:
+        fetch_all(urls)
     for root in roots:
-        root = root.expanduser()
+        if (url := url_of(root)) is not None:
+            parts.append(open_remote(url, labels=labels, split=split, every_name=every_name))
+            continue
+        root, key = chosen_in(root.expanduser())
+        reading = Reading(labels, key)
         try:
-            one = partial(_open_one, root, layout, labels, index_folder, use_manifest, split, every_name)
+            one = partial(_open_one, root, layout, reading, index_folder, use_manifest, split, every_name)
             parts.append(find_patiently(one, shown(root)))
+            if key and not isinstance(parts[-1], MemberSource):
+                raise no_choice(root, key)
         except PermissionError as error:
             place = shown(os.fsdecode(error.filename or root))
             raise UserError(
@@ -103,9 +117,12 @@ def _refuse_names_beside_numbers(roots: Sequence[Path], parts: Sequence[Source])
 
 
 def _open_one(
-    root: Path, layout: str, labels: bool, index_dir: Path | None, use_manifest: bool, split: str, every_name: bool
+    root: Path, layout: str, reading: Reading, index_dir: Path | None, use_manifest: bool, split: str, every_name: bool
 ) -> Source:
+    labels = reading.labels
     if root.is_file():
+        if (held := container_of(root)) is not None:
+            return MemberSource(root.parent, [root.name], held, reading=reading, every_name=every_name)
         kind = _kind_of_root(root)
         if kind == SHARD:
             return TarSource([root], index_dir=index_dir, labels=labels, every_name=every_name)
@@ -123,7 +140,7 @@ def _open_one(
                 paths = [paths[entry] for entry in there]
                 numbers = numbers and [numbers[entry] for entry in there]
             return FileSource(PathTable(root.parent, paths), labels=numbers if labels else None, ledger=ledger)
-    return _open_folder(root, layout, labels, index_dir, use_manifest, split, every_name)
+    return _open_folder(root, layout, reading, index_dir, use_manifest, split, every_name)
 
 
 def _kind_of_root(root: Path) -> str:
@@ -145,10 +162,10 @@ def _kind_of_root(root: Path) -> str:
 
 
 def _open_folder(
-    root: Path, layout: str, labels: bool, index_dir: Path | None, use_manifest: bool, split: str, every_name: bool
+    root: Path, layout: str, reading: Reading, index_dir: Path | None, use_manifest: bool, split: str, every_name: bool
 ) -> Source:
-    folder = listing.split_folder(root, split)
-    found = listing.find_files(folder, every_name=every_name)
+    labels, folder = reading.labels, listing.split_folder(root, split)
+    found = listing.find_files(folder, every_name=every_name, containers=True)
     names, shards, ledger = found.images, found.shards, found.ledger
     if folder != root:
         ledger.notes.append(listing.beside_split(root, folder))
@@ -159,6 +176,9 @@ def _open_folder(
             f"one kind by itself, e.g. --data {shown(one)}, or a folder of its own"
         )
     broken = broken_names(root, folder) if use_manifest else set()
+    if layout == "auto" and found.containers and not names and not shards:
+        return _open_containers(found, reading, split, broken, every_name)
+    found.leave_out_containers()
     if layout == "tar" or (shards and layout == "auto"):
         return _open_shards(found, labels, index_dir, broken, every_name)
     for shard in shards:
@@ -176,6 +196,32 @@ def _open_folder(
         if not names:
             raise UserError(f"all images of {shown(folder)} are broken by {MANIFEST_NAME}; see the reasons in it")
     return FileSource(PathTable(folder, names), labels=numbers, classes=classes, ledger=ledger)
+
+
+def _open_containers(found: listing.Found, reading: Reading, split: str, broken: set[str], every_name: bool) -> Source:
+    if len(found.containers) > 1:
+        kinds = " and ".join(f"{len(files)} {kind} files" for kind, files in sorted(found.containers.items()))
+        raise UserError(f"{shown(found.root)} holds {kinds}: give a folder of one kind, or the files one by one")
+    ((kind, files),) = found.containers.items()
+    names, others = [name for name, _ in files], []
+    if kind == PARQUET:
+        names, others = of_split(names, split)
+    source = MemberSource(
+        found.root,
+        names,
+        kind,
+        reading=reading,
+        passed_over=lambda name: f"broken by {MANIFEST_NAME}" if name in broken else None,
+        class_folders=None if kind == PARQUET else listing.class_folders,
+        every_name=every_name,
+    )
+    if others:
+        taken = os.path.basename(names[0]).partition(".")[0].partition("-")[0]
+        source.ledger.notes.append(f"{taken} of {shown(found.root)} is read, not {', '.join(sorted(others))}")
+    found.ledger.images = 0
+    source.ledger = join_ledgers([source.ledger, found.ledger]) if found.ledger.left_out else source.ledger
+    source.ledger.notes += [note for note in found.ledger.notes if note not in source.ledger.notes]
+    return source
 
 
 def _open_shards(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
+
+_URL = re.compile(r"(s3|https?):/+(?=[^/])", re.IGNORECASE)
 
 
 class PathTable:
@@ -61,20 +65,53 @@ def _escaped(character: str) -> str:
     return character if character == " " else character.encode("unicode_escape").decode("ascii")
 
 
+def url_of(place: str | os.PathLike[str]) -> str | None:
+    """The address that a place is, with the two slashes of which `Path` makes one; None for a place on this machine."""
+    text = os.fspath(place)
+    match = _URL.match(text)
+    return f"{match[1].lower()}://{text[match.end() :]}" if match is not None else None
+
+
+def joined(root: str, path: str) -> str:
+    """`path` below `root`; an address stays as it is."""
+    return path if url_of(path) is not None else os.path.join(root, path)
+
+
+def default_cache_dir() -> Path:
+    """$MIRL_CACHE, else $XDG_CACHE_HOME/mirl, else ~/.cache/mirl."""
+    if "MIRL_CACHE" in os.environ:
+        return Path(os.environ["MIRL_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mirl"
+
+
 def below(path: str, base: str) -> str:
     """`path` relative to the folder `base`, or as it is if it is elsewhere; of shard.tar::member the member stays
-    byte for byte what it is."""
+    byte for byte what it is, as does an address."""
+    if url_of(path) is not None:
+        return path
     file = shard_of(path) or path
     return os.path.relpath(os.path.abspath(file), base) + path[len(file) :]
 
 
+def chosen_in(place: str | os.PathLike[str]) -> tuple[Path, str]:
+    """(file or folder, what is chosen in it) of a place FILE:KEY; (place, "") for one that is there, or has no file."""
+    text = os.fspath(place)
+    file, colon, key = text.rpartition(":")
+    if not colon or not file or not key or os.path.exists(text) or not os.path.exists(file):
+        return Path(place), ""
+    return Path(file), key
+
+
 def shard_of(path: str, root: str = "") -> str | None:
-    """The shard in shard.tar::member, both below `root`; None if `path` is a file of its own, which may hold :: too."""
+    """The shard in shard.tar::member, both below `root`; None if `path` is a file of its own, which may hold :: too.
+
+    Of FILE:KEY::member it is FILE:KEY.
+    """
     at = path.find("::")
     if at < 0 or os.path.exists(os.path.join(root, path)):
         return None
     while at >= 0:
-        if os.path.isfile(os.path.join(root, path[:at])):
+        if os.path.isfile(chosen_in(os.path.join(root, path[:at]))[0]):
             return path[:at]
         at = path.find("::", at + 1)
     return None

@@ -47,12 +47,15 @@ class TarSource:
         skip: frozenset[str] = frozenset(),
         only: frozenset[str] | None = None,
         every_name: bool = False,
+        called: Sequence[str] | None = None,
     ) -> None:
-        """skip, only: paths (shard.tar::member) to leave out, or to keep. every_name: see `Ledger`.
+        """skip, only: paths (shard.tar::member) to leave out, or to keep. every_name: see `Ledger`. called: what the
+        shards are called in paths, if they are copies.
 
         UserError if an index is missing, damaged or does not match its tar, or if no sample has an image.
         """
         self.shards = [os.fspath(shard) for shard in shards]
+        self.called = self.shards if called is None else list(called)
         self.classes = class_names_beside(shards) if labels else None
         unit = f"members of {len(self.shards)} tar shard{'s' if len(self.shards) > 1 else ''}"
         self.ledger = Ledger(unit, every_name=every_name)
@@ -67,8 +70,8 @@ class TarSource:
         def names() -> Iterator[bytes]:
             for number, shard in enumerate(shards):
                 before = len(offsets)
-                for image, extension, label in self._images(shard, self.shards[number]):
-                    path = f"{self.shards[number]}::{image.name}" if skip or only is not None else ""
+                for image, extension, label in self._images(number, shard):
+                    path = f"{self.called[number]}::{image.name}" if skip or only is not None else ""
                     if skip and path in skip:
                         self.ledger.leave_out("broken by the manifest", path)
                         continue
@@ -78,7 +81,7 @@ class TarSource:
                     offsets.append(image.offset)
                     sizes.append(image.size)
                     if labels:
-                        label_parts.append(_label_part(image, label, self.shards[number]))
+                        label_parts.append(_label_part(image, label, self.called[number]))
                     taken[_field(extension)] += 1
                     yield image.raw_name
                 counts.append(len(offsets) - before)
@@ -94,15 +97,16 @@ class TarSource:
         if not self.num_images:
             known = ", ".join(sorted(image_extensions()))
             raise UserError(
-                f"no sample of {shown(self.shards[0])} (or {len(shards) - 1} more shards) has an image: {known}; "
+                f"no sample of {shown(self.called[0])} (or {len(shards) - 1} more shards) has an image: {known}; "
                 f"{self.ledger}"
             )
         self._check()
 
-    def _images(self, shard: Path, path: str) -> Iterator[tuple[Part, str, Part | None]]:
+    def _images(self, number: int, shard: Path) -> Iterator[tuple[Part, str, Part | None]]:
         """(part, extension, label's part) of every image of one shard; what is none goes into the ledger."""
+        path = self.called[number]
         index = load_index(index_path(shard, self._index_dir), shard)
-        if (unlisted := _unlisted_image(shard, index, self._tail(path, index))) is not None:
+        if (unlisted := _unlisted_image(shard, index, self._tail(self.shards[number], index))) is not None:
             command = index_command(index_path(shard, self._index_dir), shard, "--force")
             raise UserError(
                 f"index of {shown(shard)} does not match the tar: {shown(unlisted)} and what follows was added after "
@@ -124,7 +128,7 @@ class TarSource:
         return patiently(lambda: self._pread_once(path, _end_of(index), _USUAL_END), path)
 
     def path(self, index: int) -> str:
-        return f"{self.shards[self._shard(index)]}::{self._names.name(index)}"
+        return f"{self.called[self._shard(index)]}::{self._names.name(index)}"
 
     def read(self, index: int) -> bytes:
         shard, offset, size = self._shard(index), int(self._offsets[index]), int(self._sizes[index])

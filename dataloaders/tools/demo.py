@@ -7,7 +7,6 @@ files are the same wherever the same versions of Pillow and scikit-image run.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from mirl.dataloaders.sources.paths import default_cache_dir
 from mirl.disk import set_mode
 from mirl.errors import UserError
 
@@ -26,13 +26,6 @@ _QUALITY = 92
 _SCALES = ((1.0, 3), (0.75, 4), (0.55, 5), (0.42, 6))
 _TEXTURE_SCALES = ((0.5, 3),)
 _VERSION = 1  # a change of the recipe above makes another folder
-
-
-def default_cache_dir() -> Path:
-    """$MIRL_CACHE, else $XDG_CACHE_HOME/mirl, else ~/.cache/mirl."""
-    if "MIRL_CACHE" in os.environ:
-        return Path(os.environ["MIRL_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mirl"
 
 
 def prepare_demo(cache_dir: str | Path | None = None) -> Path:

@@ -112,7 +112,7 @@ def prepare_data(
     splits = _open_splits(source_root, layout, index_dir)
     try:
         for split in splits:
-            if split.source.path(0).endswith(ARRAY_SUFFIXES):
+            if split.source.path(0).endswith(ARRAY_SUFFIXES) or getattr(split.source, "arrays", False):
                 raise UserError(f"{split.source.path(0)} is an array file; only pictures are re-encoded to JPEG")
         numbering = one_numbering(splits)
         settings = {

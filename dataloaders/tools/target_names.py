@@ -11,6 +11,7 @@ import os
 import re
 
 from mirl.dataloaders.sources.base import FileSource, Source
+from mirl.dataloaders.sources.member_source import MemberSource
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 _LONGEST = 180  # bytes of one component: file systems take 255, and a suffix and a temporary name are added
@@ -20,6 +21,8 @@ def name_in_source(source: Source, index: int) -> str:
     """Returns the name below the source's folder; of a tar member, its name below a folder named for the shard."""
     if isinstance(source, FileSource) and not os.path.isabs(source.paths.name(index)):
         return source.paths.name(index)
+    if isinstance(source, MemberSource):
+        return source.plain_name(index)
     shard, separator, member = source.path(index).partition(".tar::")
     return f"{os.path.basename(shard)}/{member}" if separator else source.path(index)
 

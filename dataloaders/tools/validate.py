@@ -19,7 +19,7 @@ from mirl.dataloaders.sources.base import Source
 from mirl.dataloaders.sources.listing import split_names
 from mirl.dataloaders.sources.manifest import LEFT_OUT, MANIFEST_NAME, ManifestRow, write_manifest
 from mirl.dataloaders.sources.opening import open_source
-from mirl.dataloaders.sources.paths import below, shown
+from mirl.dataloaders.sources.paths import below, chosen_in, joined, shown, url_of
 from mirl.dataloaders.sources.patience import read_image
 from mirl.dataloaders.tools.overview import Look, Overview, look_at, picture_form
 from mirl.dataloaders.train_loader import first_array_format
@@ -84,13 +84,13 @@ def validate_data(
     UserError with the mend if there is no data, or the manifest cannot be written.
     """
     begin = time.perf_counter()
-    root = Path(data).expanduser()
+    root, key = chosen_in(Path(data).expanduser())
     splits = [root / name for name in split_names(root)]
     if manifest is not None and splits:
         names = ", ".join(split.name for split in splits)
         raise UserError(f"manifest is {manifest}, but {root} holds {names}: give one of them, or leave it out")
     if manifest is None and not root.is_dir():
-        raise UserError(f"{root} is not a folder; say where the manifest goes (--manifest PATH)")
+        raise UserError(f"{url_of(root) or root} is not a folder; say where the manifest goes (--manifest PATH)")
     targets = [Path(manifest)] if manifest is not None else [place / MANIFEST_NAME for place in splits or [root]]
     for target in targets:
         _check_writable(target)
@@ -100,9 +100,9 @@ def validate_data(
     accounts: list[str] = []
     overviews: list[Overview] = []
     for place, target in zip(splits or [root], targets, strict=True):
-        source, labelled = _open(place, layout, index_dir)
+        source, labelled = _open(Path(f"{place}:{key}") if key else place, layout, index_dir)
         # Not resolved: training names images below the folder as it is given, which may be a link.
-        base = os.path.abspath(place if place.is_dir() else place.parent)
+        base = url_of(place) or os.path.abspath(place if place.is_dir() else place.parent)
         found = _look_at_all(source, base, channels, workers or default_workers(), progress, labelled)
         passed_over = [
             ManifestRow(below(_absolute(path), base), 0, 0, 0, "", LEFT_OUT + reason)
@@ -214,7 +214,7 @@ def _label(source: Source, index: int) -> int:
 
 def _absolute(path: str) -> str:
     """The path from the root, with nothing else changed: a member of a tar may hold ../ or //, which are no folders."""
-    return os.path.join(os.getcwd(), path)
+    return joined(os.getcwd(), path)
 
 
 def _check_writable(target: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mirl.engine.commands.device_flag import add_device, device_of_process
 from mirl.engine.configuration.flags import BracketedDefaults, Parser, image_size
+from mirl.errors import UserError
 
 
 def _parser(name: str, description: str) -> Parser:
@@ -20,6 +21,21 @@ def _add_source(parser: Parser) -> None:
     parser.add_argument("--workers", type=int, help="parallel workers; none: one a core")
 
 
+def _add_window(parser: Parser) -> None:
+    parser.add_argument(
+        "--window", type=float, nargs=2, metavar=("C", "W"),
+        help="centre and width of the numbers of scans that become 0 to 1; none: those of the file",
+    )  # fmt: skip
+
+
+def _windowed(places: Sequence[Path], window: Sequence[float] | None) -> list[Path]:
+    from mirl.dataloaders.sources.containers import with_window
+
+    if window and window[1] <= 0:
+        raise UserError(f"window is {window[0]:g} {window[1]:g}: give its centre and its width, above 0, e.g. 40 400")
+    return with_window(places, window)
+
+
 def validate_data(argv: Sequence[str]) -> int:
     """Exit code 1 if an image is broken."""
     parser = _parser(
@@ -28,12 +44,13 @@ def validate_data(argv: Sequence[str]) -> int:
     parser.add_argument("data", type=Path, metavar="PATH", help="folder, text list or tar shards")
     parser.add_argument("--manifest", type=Path, help="file to write; none: mirl-manifest.tsv in PATH")
     parser.add_argument("--channels", type=int, default=3, help="channels of an image")
+    _add_window(parser)
     _add_source(parser)
     arguments = parser.parse_args(argv)
     from mirl.dataloaders.tools.validate import validate_data as run
 
     report = run(
-        arguments.data,
+        _windowed([arguments.data], arguments.window)[0],
         manifest=arguments.manifest,
         index_dir=arguments.index_dir,
         channels=arguments.channels,
@@ -121,6 +138,7 @@ def bench_loader(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--index-dir", type=Path, help="where the .idx files of tar shards are; none: beside the shards"
     )
+    _add_window(parser)
     add_device(parser)
     arguments = parser.parse_args(argv)
     device = device_of_process(arguments.device)
@@ -128,7 +146,7 @@ def bench_loader(argv: Sequence[str]) -> int:
     from mirl.dataloaders.tools.bench import bench_loader as run
 
     run(
-        arguments.data or prepare_demo(),
+        _windowed(arguments.data, arguments.window) or prepare_demo(),
         image_sizes=arguments.image_size,
         threads=arguments.threads,
         micro_batch=arguments.micro_batch,

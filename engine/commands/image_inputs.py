@@ -8,7 +8,7 @@ from pathlib import Path
 from mirl.dataloaders.sources.base import FileSource, JoinedSource, Source
 from mirl.dataloaders.sources.kinds import IMAGE, kind_of_file
 from mirl.dataloaders.sources.opening import open_source
-from mirl.dataloaders.sources.paths import PathTable, shown
+from mirl.dataloaders.sources.paths import PathTable, chosen_in, shown, url_of
 from mirl.errors import UserError
 
 
@@ -27,7 +27,7 @@ def open_images(paths: Sequence[Path], *, index_dir: Path | None = None) -> Sour
             files.clear()
 
     for path in paths:
-        if not path.exists():
+        if url_of(path) is None and not chosen_in(path)[0].exists():
             raise UserError(f"image {shown(path)} does not exist: give image files, folders or lists of paths")
         if path.is_file() and kind_of_file(str(path), path.name) == IMAGE:
             files.append(str(path))

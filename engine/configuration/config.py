@@ -56,6 +56,10 @@ class DataConfig(Section):
     index_dir: str = setting(
         "", "folder of the .idx files of tar shards; none: beside the shards", metavar="DIR", of=_CROPPED
     )
+    window: tuple[float, ...] = setting(
+        (), "centre and width of the numbers of scans that become 0 to 1; none: those of the file", metavar="X",
+        before=(), of=_CROPPED,
+    )  # fmt: skip
     crop_scale: tuple[float, float] | None = setting(
         (0.2, 1.0),
         "smallest and largest share of the image area that a crop covers",
@@ -84,6 +88,8 @@ class DataConfig(Section):
             raise UserError(f"crop_scale is {self.crop_scale}: give 0 < MIN <= MAX <= 1, e.g. 0.2 1.0")
         if not 0 <= (self.centre_crops or 0.0) <= 1:
             raise UserError(f"centre_crops is {self.centre_crops}: give a share from 0 to 1")
+        if self.window and (len(self.window) != 2 or self.window[1] <= 0):
+            raise UserError(f"window is {self.window}: give its centre and its width, above 0, e.g. 40 400")
         low, high = self.crop_ratio
         if not 0 < low <= high:
             raise UserError(f"crop_ratio is {self.crop_ratio}: give 0 < MIN <= MAX, e.g. 0.75 1.3333")

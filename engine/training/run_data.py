@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mirl.dataloaders import TrainLoader, build_train_loader, prepare_demo
+from mirl.dataloaders.sources.containers import with_window
 from mirl.engine.configuration.config import Config, PretrainConfig
 from mirl.engine.distributed.launch import Ranks, cores_per_rank
 from mirl.engine.models import ModelConfig
@@ -45,7 +46,7 @@ def build_loader(plan: RunPlan[Any], shape: ImageShape, **options: Any) -> Train
     data = config.data
     assert data.crop_scale is not None and data.centre_crops is not None, "a scaled setting was not resolved"
     loader = build_train_loader(
-        sources,
+        with_window(sources, data.window),
         image_size=(shape.height, shape.width),
         micro_batch=plan.micro_batch,
         accumulation=plan.accumulation,

@@ -15,6 +15,7 @@ import torch
 
 from mirl.dataloaders import Batch, EvalLoader, TrainLoader, build_eval_loader, open_source
 from mirl.dataloaders.sources.base import Source
+from mirl.dataloaders.sources.containers import with_window
 from mirl.engine.accounting.flops import CLASSES
 from mirl.engine.accounting.run_memory import Footprint, classifier_footprint
 from mirl.engine.checkpoints.best import read_best
@@ -295,7 +296,7 @@ def _build_val(plan: FinetunePlan, loader: TrainLoader, num_classes: int, closin
     if not config.finetune.val:
         return None
     val = build_eval_loader(
-        [Path(path) for path in config.finetune.val],
+        with_window([Path(path) for path in config.finetune.val], config.data.window),
         image_size=(model.image_height, model.image_width),
         batch_size=plan.micro_batch,
         rank=plan.ranks.rank,
