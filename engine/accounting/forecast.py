@@ -65,8 +65,9 @@ def forecast_step(
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
     """A run in plain figures. ``mfu_percent`` counts the FLOPs that the exact skips leave, ``plain_mfu_percent`` those
-    of the plain form. ``launches``, ``bytes_gb`` and the times are of one GPU and one optimiser step; ``shares``: per
-    cent of the device's time. ``days`` is None where the length of the run is unknown.
+    of the plain form. ``launches``, ``bytes_gb`` and the times are of one GPU and one optimiser step; ``optimiser_gb``:
+    what of the bytes comes after the backward passes; ``shares``: per cent of the device's time. ``days`` is None where
+    the length of the run is unknown.
     """
 
     gpu: str
@@ -79,6 +80,7 @@ class Forecast:
     step_ms: float
     launches: int
     bytes_gb: float
+    optimiser_gb: float
     images_per_s: float
     mfu_percent: float
     plain_mfu_percent: float
@@ -107,7 +109,8 @@ class Forecast:
         return cls(
             gpu=device.key, gpus=step.gpus, micro_batch=micro_batch, accumulation=accumulation,
             device_ms=1e3 * found.device_s, host_ms=1e3 * found.host_s, link_ms=1e3 * step.shown_link_s,
-            step_ms=1e3 * step.step_s, launches=found.launches, bytes_gb=found.bytes / 1e9, images_per_s=speed,
+            step_ms=1e3 * step.step_s, launches=found.launches, bytes_gb=found.bytes / 1e9,
+            optimiser_gb=found.optimiser_bytes / 1e9, images_per_s=speed,
             mfu_percent=utilisation * flops_per_image, plain_mfu_percent=utilisation * plain_flops_per_image,
             memory_gib=memory_gib, memory_of_gpu_gib=device.memory_gib,
             fits=memory_gib <= FREE_SHARE * device.memory_gib,

@@ -17,7 +17,7 @@ from mirl.kernels.registration import INLINED
 
 CLASSES = ("gemm", "attention", "norm", "gelu", "copies", "sums", "elementwise", "tokens", "loss", "optimiser")
 _CLASS_OF = {
-    "mm": "gemm", "addmm": "gemm", "bmm": "gemm", "baddbmm": "gemm", "convolution": "gemm",
+    "mm": "gemm", "addmm": "gemm", "addmm_": "gemm", "bmm": "gemm", "baddbmm": "gemm", "convolution": "gemm",
     "convolution_backward": "gemm",
     "sum": "sums", "mean": "sums",
     "copy_": "copies", "_to_copy": "copies", "clone": "copies", "cat": "copies", "stack": "copies", "fill_": "copies",
@@ -113,7 +113,7 @@ def _bytes(tensor: Tensor) -> int:
 
 def _work(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[float, tuple[int, ...]]:
     """FLOPs of products and attention, with their shape. Other operators move bytes and have none."""
-    if name in ("mm", "addmm", "bmm", "baddbmm"):
+    if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
         left, right = inputs[-2:]
         batch = left.shape[0] if left.ndim == 3 else 1
         rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-1]

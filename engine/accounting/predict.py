@@ -118,12 +118,16 @@ def _own_attention_seconds(operator: Operator, device: Device) -> float:
 
 @dataclass(frozen=True)
 class Times:
-    """Of one optimiser step on one GPU. ``shares``: of each class of operators in the device's time, sum 1."""
+    """Of one optimiser step on one GPU. ``shares``: of each class of operators in the device's time, sum 1.
+
+    ``optimiser_bytes``: what of ``bytes`` comes after the backward passes.
+    """
 
     device_s: float
     host_s: float
     launches: int
     bytes: float
+    optimiser_bytes: float
     shares: Mapping[str, float]
 
     @property
@@ -143,5 +147,6 @@ def times(operators: Counter[Operator], device: Device, *, accumulation: int = 1
         host_s=HOST_S * sum(everything.values()),
         launches=sum(count * operator.launches for operator, count in everything.items()),
         bytes=sum(count * operator.bytes for operator, count in everything.items()),
+        optimiser_bytes=sum(count * operator.bytes for operator, count in step.items()),
         shares={kind: part / total for kind, part in by_class.items()},
     )

@@ -154,7 +154,8 @@ def describe(found: Forecast, config: PretrainConfig, device: Device, remarks: S
         ("memory", f"{found.memory_gib:.1f} of {found.memory_of_gpu_gib:.0f} GiB a GPU"),
         ("length", f"{length}: " + ("unknown" if found.days is None else f"{found.days:.2f} days")),
         ("device time", ", ".join(f"{kind} {share:.0f} %" for kind, share in shares if share >= 0.5)),
-        ("a step has", f"{found.launches} launches, {found.bytes_gb:.1f} GB moved"),
+        ("a step has", f"{found.launches} launches, {found.bytes_gb:.1f} GB moved, "
+                       f"{found.bytes_gb - found.optimiser_gb:.1f} without the optimiser"),
         ("GPU figures", f"{device.peak_flops / 1e12:g} TFLOP/s bf16, {device.bandwidth / 1e9:g} GB/s: {device.source}"),
     ]  # fmt: skip
     lines = ["A prediction from counted operators: nothing below was measured."]

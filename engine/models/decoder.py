@@ -124,7 +124,7 @@ class DecoderBlock(nn.Module):
             qkv_BS3E = self.norm1.feed(self.attn.qkv, x_BSE, y_BSE)
             return Entry(x_BSE, qkv_BS3E, None)
         y_BSE, y_BRE = gather_tokens_passing_on(y_BSE, rows_BR)
-        return Entry(gather_tokens(x_BSE, rows_BR), *self.attn.qkv(y_BSE, asking_BRD=y_BRE))
+        return Entry(gather_tokens(x_BSE, rows_BR), *self.attn.qkv.of_several((y_BRE, "q"), (y_BSE, "kv")))
 
     def enter_from_table(
         self, e_B1KE: Tensor, mask_token_E: Tensor, context: DecoderContext, masked_only: bool
@@ -137,16 +137,14 @@ class DecoderBlock(nn.Module):
         mask, pos_SE = context.mask, context.pos_SE
         table_1NE = (mask_token_E + pos_SE[1:])[None]
         _, visible_y = self.norm1(e_B1KE, context.visible_pos_B1KE)
-        _, table_y = self.norm1(table_1NE)
+        table_y = self.norm1(table_1NE)[1].squeeze(0)
         if masked_only:
             # No visible row goes on, so that the residual stream and the queries come from the table altogether.
-            q_NE = self.attn.qkv(table_y, "q").squeeze(0)
-            kv_B1K2E, kv_N2E = self.attn.qkv(visible_y, "kv"), self.attn.qkv(table_y, "kv").squeeze(0)
+            q_NE, kv_B1K2E, kv_N2E = self.attn.qkv.of_several((table_y, "q"), (visible_y, "kv"), (table_y, "kv"))
             kv_BS2E = scatter_tokens(kv_B1K2E, mask.ids_keep, mask.ids_restore, kv_N2E, None)
             return Entry(F.embedding(mask.ids_masked, table_1NE[0]), F.embedding(mask.ids_masked, q_NE), kv_BS2E)
-        qkv_BS3E = scatter_tokens(
-            self.attn.qkv(visible_y), mask.ids_keep, mask.ids_restore, self.attn.qkv(table_y).squeeze(0), None
-        )
+        visible_qkv, table_qkv = self.attn.qkv.of_several((visible_y, "qkv"), (table_y, "qkv"))
+        qkv_BS3E = scatter_tokens(visible_qkv, mask.ids_keep, mask.ids_restore, table_qkv, None)
         x_BSE = scatter_tokens(e_B1KE, mask.ids_keep, mask.ids_restore, mask_token_E, pos_SE)
         return Entry(x_BSE, qkv_BS3E, None)
 

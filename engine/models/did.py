@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mirl.engine.models.layers import NORM_EPS
+from mirl.kernels.dispatch import uses_triton
 
 
 def concatenated_inputs(embeddings: Sequence[Tensor]) -> list[Tensor]:
@@ -34,19 +35,30 @@ def normalised_prefix_buffer(embeddings: Sequence[Tensor]) -> Tensor:
     return F.layer_norm(buffer_SBE, buffer_SBE.shape[-1:], eps=NORM_EPS)
 
 
-def fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Matrix and bias of ``linear`` after the scale and shift of ``norm``."""
-    return linear.weight * norm.weight, F.linear(norm.bias, linear.weight, linear.bias)
+def fold_norms(norms: Sequence[nn.LayerNorm], linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
+    """Matrices [G, F, E] and biases [G, F] of ``linears`` E -> F after the scale and shift of ``norms``.
 
-
-def project_prefixes(
-    buffer_SBE: Tensor, lengths: Sequence[int], folded: Sequence[tuple[Tensor, Tensor]]
-) -> list[Tensor]:
-    """For each i, Linear_i of the first ``lengths[i]`` tokens: [B, lengths[i], 2E], a view of a tokens-first tensor.
-
-    buffer_SBE: [S, B, E], contiguous. folded: matrix [2E, E] and bias [2E] of each i.
+    All together on a GPU, because an operator on so small a tensor costs a launch and no more. A CPU keeps the bits of
+    a product for each.
     """
-    tensors = [buffer_SBE, *(tensor for pair in folded for tensor in pair)]
+    if not uses_triton(linears[0].weight):
+        pairs = [(linear.weight * norm.weight, F.linear(norm.bias, linear.weight, linear.bias))
+                 for norm, linear in zip(norms, linears, strict=True)]  # fmt: skip
+        return torch.stack([weight for weight, _ in pairs]), torch.stack([bias for _, bias in pairs])
+    weight_GFE = torch.stack([linear.weight for linear in linears])
+    bias_GF = torch.stack([linear.bias for linear in linears])
+    scale_GE = torch.stack([norm.weight for norm in norms])
+    shift_GE = torch.stack([norm.bias for norm in norms])
+    folded_GF = torch.baddbmm(bias_GF.unsqueeze(2), weight_GFE, shift_GE.unsqueeze(2)).squeeze(2)
+    return weight_GFE * scale_GE.unsqueeze(1), folded_GF
+
+
+def project_prefixes(buffer_SBE: Tensor, lengths: Sequence[int], weight_GFE: Tensor, bias_GF: Tensor) -> list[Tensor]:
+    """For each i, Linear_i of the first ``lengths[i]`` tokens: [B, lengths[i], F], a view of a tokens-first tensor.
+
+    buffer_SBE: [S, B, E], contiguous. weight_GFE, bias_GF: matrix and bias of each i.
+    """
+    tensors = [buffer_SBE, weight_GFE, bias_GF]
     device_type = buffer_SBE.device.type
     if torch.is_autocast_enabled(device_type):
         # Autocast does not look inside a custom function.
@@ -55,41 +67,46 @@ def project_prefixes(
 
 
 class _PrefixProjection(torch.autograd.Function):
-    """All projections in one node of the graph, so that their gradients add up in one buffer.
+    """All projections in one node of the graph, so that their gradients add up in one buffer, and those of matrices and
+    biases are written where they stay.
 
     As separate nodes each prefix would return a gradient of the whole buffer, zeros included, to be added by autograd.
     """
 
     @staticmethod
-    def forward(ctx: Any, lengths: tuple[int, ...], buffer_SBE: Tensor, *folded: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, lengths: tuple[int, ...], buffer_SBE: Tensor, weight_GFE: Tensor, bias_GF: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.lengths = lengths
-        ctx.save_for_backward(buffer_SBE, *folded[::2])
+        ctx.save_for_backward(buffer_SBE, weight_GFE)
         ctx.set_materialize_grads(False)
         return tuple(
             F.linear(buffer_SBE[:length], weight, bias)
-            for length, weight, bias in zip(lengths, folded[::2], folded[1::2], strict=True)
+            for length, weight, bias in zip(lengths, weight_GFE, bias_GF, strict=True)
         )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        buffer_SBE, *weights = ctx.saved_tensors
+        buffer_SBE, weight_GFE = ctx.saved_tensors
         tokens, batch, width = buffer_SBE.shape
         rows_RE = buffer_SBE.view(tokens * batch, width)
         grad_RE: Tensor | None = None
-        grad_folded: list[Tensor | None] = [None] * (2 * len(weights))
+        new = weight_GFE.new_zeros if None in grads else weight_GFE.new_empty
+        grad_weight_GFE, grad_bias_GF = new(weight_GFE.shape), new(weight_GFE.shape[:2])
         # The longest prefix first: it writes the gradient buffer, the others add to its beginning.
-        for i in sorted(range(len(weights)), key=lambda i: -ctx.lengths[i]):
-            if grads[i] is None:
+        for i in sorted(range(len(grads)), key=lambda i: -ctx.lengths[i]):
+            grad = grads[i]
+            if grad is None:
                 continue
             length = ctx.lengths[i] * batch
-            grad_out = grads[i].reshape(length, -1)
-            grad_folded[2 * i] = grad_out.t() @ rows_RE[:length]
-            grad_folded[2 * i + 1] = grad_out.sum(0)
+            grad_out = grad.reshape(length, -1)
+            torch.mm(grad_out.t(), rows_RE[:length], out=grad_weight_GFE[i])
+            torch.sum(grad_out, 0, out=grad_bias_GF[i])
             if grad_RE is None:
                 grad_RE = torch.zeros_like(rows_RE) if length < len(rows_RE) else torch.empty_like(rows_RE)
-                torch.mm(grad_out, weights[i], out=grad_RE[:length])
+                torch.mm(grad_out, weight_GFE[i], out=grad_RE[:length])
             else:
                 beginning_RE = grad_RE[:length]
-                torch.addmm(beginning_RE, grad_out, weights[i], out=beginning_RE)
+                torch.addmm(beginning_RE, grad_out, weight_GFE[i], out=beginning_RE)
         grad_buffer = None if grad_RE is None else grad_RE.view_as(buffer_SBE)
-        return (None, grad_buffer, *grad_folded)
+        return None, grad_buffer, grad_weight_GFE, grad_bias_GF

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mirl.engine.models.execution import Execution, Regions, apply_keeping_input, fusing
+from mirl.engine.models.linear_parts import linear_parts
 from mirl.kernels import AttentionBackend, bias_gelu, packed_attention, residual_layer_norm, sums_bias
 
 NORM_EPS = 1e-6
@@ -95,38 +96,20 @@ class OpenLinear(nn.Linear):
 
 
 class QKVLinear(nn.Linear):
-    """Queries, keys and values in one matrix [3D, D], of which a caller can ask for the queries or the rest alone, or
-    for queries of other positions than keys and values.
-    """
+    """Queries, keys and values in one matrix [3D, D], parts of which a caller can ask for different positions."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, 3 * width)
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        part: Literal["qkv", "q", "kv"] = "qkv",
-        asking_BRD: Tensor | None = None,
-        *,
-        bias_gradient: bool = True,
-    ) -> Any:
-        """[B, S, D] -> [B, S, 3D], [B, S, D] or [B, S, 2D]; with ``asking_BRD`` its queries and the rest of x.
+    def forward(self, x_BSD: Tensor, *, bias_gradient: bool = True) -> Tensor:
+        """[B, S, D] -> [B, S, 3D]. ``bias_gradient`` False: left to who reads it."""
+        return F.linear(x_BSD, self.weight, self.bias if bias_gradient else self.bias.detach())
 
-        ``bias_gradient`` False, of qkv: left to who reads it.
-        """
-        if asking_BRD is not None:
-            (query, others), (query_bias, other_biases) = self._split()
-            return F.linear(asking_BRD, query, query_bias), F.linear(x_BSD, others, other_biases)
-        if part == "qkv":
-            return F.linear(x_BSD, self.weight, self.bias if bias_gradient else self.bias.detach())
-        which = 0 if part == "q" else 1
-        weights, biases = self._split()
-        return F.linear(x_BSD, weights[which], biases[which])
-
-    def _split(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        # split, not a slice: its backward writes the gradient of the whole matrix once
-        sizes = (self.in_features, 2 * self.in_features)
-        return self.weight.split(sizes), self.bias.split(sizes)
+    def of_several(self, *asked: tuple[Tensor, Literal["qkv", "q", "kv"]]) -> tuple[Tensor, ...]:
+        """Of each tensor [..., D] the part that is named beside it; together the parts are all of the matrix."""
+        width = self.in_features
+        rows = {"qkv": (0, 3 * width), "q": (0, width), "kv": (width, 3 * width)}
+        return linear_parts(self.weight, self.bias, [x for x, _ in asked], [rows[part] for _, part in asked])
 
 
 class HeadedAttention(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mirl.engine.models.compute_choices import ComputeChoices
 from mirl.engine.models.config import ModelConfig
 from mirl.engine.models.decoder import Decoder, DecoderContext
-from mirl.engine.models.did import concatenated_inputs, fold_norm, normalised_prefix_buffer, project_prefixes
+from mirl.engine.models.did import concatenated_inputs, fold_norms, normalised_prefix_buffer, project_prefixes
 from mirl.engine.models.encoder import Encoder
 from mirl.engine.models.initialise import initialise
 from mirl.engine.models.masking import PatchMask, mask_from_noise
@@ -172,8 +172,8 @@ class MIRL(ComputeChoices):
             }
         readers = [(g, self.decoders[str(g)].blocks[index]) for g in numbers for index in range(config.did_blocks)]
         lengths = [g * sources[0].shape[1] for g, _ in readers]
-        folded = [fold_norm(block.norm_kv, block.cross_attn.kv) for _, block in readers]
-        projected = iter(project_prefixes(normalised_prefix_buffer(sources), lengths, folded))
+        folded = fold_norms([block.norm_kv for _, block in readers], [block.cross_attn.kv for _, block in readers])
+        projected = iter(project_prefixes(normalised_prefix_buffer(sources), lengths, *folded))
         return {g: [next(projected) for _ in range(config.did_blocks)] + without for g in numbers}
 
     def _resolve_mask(self, images: Tensor, noise: Tensor | None, mask: PatchMask | None) -> PatchMask:

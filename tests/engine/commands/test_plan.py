@@ -42,6 +42,7 @@ def test_our_attention_kernels_can_be_priced(capsys):
     assert flash["remarks"] == []
     # Fewer bytes by the gradients that are not brought together, and no float32 gradient of q.
     assert found["bytes_gb"] < 0.97 * flash["bytes_gb"] and found["launches"] < flash["launches"]
+    assert found["optimiser_gb"] == flash["optimiser_gb"]
     assert found["shares"]["attention"] * found["device_ms"] < 0.7 * flash["shares"]["attention"] * flash["device_ms"]
 
 
@@ -70,6 +71,7 @@ def test_it_says_that_nothing_was_measured_and_what_would_fit(capsys):
     assert main([*SMALL, "--gpu", "L4", "--batch-size", "16384", "--micro-batch", "16384"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "A prediction from counted operators: nothing below was measured."
+    assert any(line.startswith("a step has") and line.endswith(" without the optimiser") for line in lines)
     assert any(line.startswith("GPU figures") and "NVIDIA L4 data sheet" in line for line in lines)
     (note,) = [line for line in lines if line.startswith("note")]
     micro = int(note.rsplit("--micro-batch ", 1)[1].split()[0])

@@ -40,17 +40,17 @@ def test_attention_makes_the_gradient_of_the_bias_and_the_projection_does_not(mo
     seen = []
     forward = QKVLinear.forward
 
-    def noted(self, x, part="qkv", asking_BRD=None, *, bias_gradient=True):
-        seen.append((part, bias_gradient))
-        return forward(self, x, part, asking_BRD, bias_gradient=bias_gradient)
+    def noted(self, x, *, bias_gradient=True):
+        seen.append(bias_gradient)
+        return forward(self, x, bias_gradient=bias_gradient)
 
     monkeypatch.setattr(QKVLinear, "forward", noted)
     model = make_model(tiny_config(**SIZES))
     for backend, expected in ((OWN, False), (MATH, True)):
         seen.clear()
         loss_and_gradients(model, backend)
-        assert seen[: model.config.depth] == [("qkv", expected)] * model.config.depth
-        assert all(bias_gradient for _, bias_gradient in seen[model.config.depth :])
+        assert seen[: model.config.depth] == [expected] * model.config.depth
+        assert all(seen[model.config.depth :])
 
 
 def test_what_is_past_the_limits_is_computed_by_another():
