@@ -166,7 +166,7 @@ def needed(module: str, extra: str, files: str, package: str | None = None) -> M
     except ImportError as error:
         package = package or module.partition(".")[0]
         raise UserError(
-            f"{files} need {package} ({error}): pip install {package}, or pip install 'mirl-engine[{extra}]'"
+            f"{files} need {package} ({error}): pip install {package} (in the extra {extra} of mirl-engine)"
         ) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 from collections.abc import Iterable
 
 from mirl.engine.configuration.config import TRACKERS
@@ -19,4 +20,4 @@ def require_installed(names: Iterable[str]) -> None:
         spec = importlib.util.find_spec(name)
         # Both write a folder of that name into the folder of a run; to Python it is a package without an origin.
         if spec is None or spec.origin is None:
-            raise UserError(f"track is {name}, which is not installed: pip install {TRACKERS[name]}")
+            raise UserError(f"track is {name}, which is not installed: pip install {shlex.quote(TRACKERS[name])}")

@@ -335,5 +335,5 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(containers.importlib, "import_module", missing)
     for name, package in (("bad.dcm", "pydicom"), ("bad.h5", "h5py"), ("flat.nii", "nibabel")):
-        with pytest.raises(UserError, match=rf"need {package} .*: pip install {package}, or .*engine\[medical\]'"):
+        with pytest.raises(UserError, match=rf"need {package} .*: pip install {package} \(in the extra medical"):
             open_source(tmp_path / name)

@@ -240,5 +240,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path, rows, monkeypatch):
         raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr(containers.importlib, "import_module", missing)
-    with pytest.raises(UserError, match=r"parquet files need pyarrow \(.*\): pip install pyarrow, or pip install '"):
+    with pytest.raises(
+        UserError, match=r"parquet files need pyarrow \(.*\): pip install pyarrow \(in the extra parquet"
+    ):
         open_source(other)

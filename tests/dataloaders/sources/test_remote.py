@@ -346,9 +346,7 @@ def test_the_web_says_what_is_wrong_in_one_line(shards, monkeypatch):
     monkeypatch.setattr(containers.importlib, "import_module", missing)
     remote_files._open_system.cache_clear()
     for place, package in (("s3://a/b.tar", "s3fs"), ("http://a/b.tar", "aiohttp")):
-        with pytest.raises(
-            UserError, match=rf"places need {package} .*: pip install {package}, or .*engine\[remote\]'"
-        ):
+        with pytest.raises(UserError, match=rf"places need {package} .*: pip install {package} \(in the extra remote"):
             open_source(place)
 
 
