@@ -25,7 +25,18 @@ ARGUMENTS = {
                 "--decoder-heads", "2", "--image-size", "32", "--patch-size", "8", "--no-time"],
 }  # fmt: skip
 # They compute nothing, or on any device that is named to them, or look for GPUs themselves to report on them.
-WITHOUT = {"import", "export", "validate-data", "prepare-data", "make-index", "plan", "doctor", "config", "report"}
+WITHOUT = {
+    "import",
+    "export",
+    "average",
+    "validate-data",
+    "prepare-data",
+    "make-index",
+    "plan",
+    "doctor",
+    "config",
+    "report",
+}
 RUN_KINDS = {"pretrain", "finetune", "segment", "detect"}  # tests/engine/distributed/test_device.py
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine whose GPU torch cannot use")
 
