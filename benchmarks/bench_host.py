@@ -182,6 +182,9 @@ def build(name: str, backend: str, precision: str, attention: str) -> Any:
     import torch
 
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        # Each step of an optimiser asks this twice, and without a GPU the answer is a search for a driver's library.
+        torch.cuda.is_available = lambda: False
     models = module_of("models", "models")
     launch = module_of("distributed.launch", "launch")
     configs = module_of("configuration.config", "config")
