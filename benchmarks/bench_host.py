@@ -1,11 +1,14 @@
 """Processor time of the host in a training step: a model of full depth that is too narrow for arithmetic to count.
 
-    python -m benchmarks.bench_host --models vit_b_48 vit_s_54                # this checkout
-    python -m benchmarks.bench_host --against OTHER_CHECKOUT --compile inductor
+    python -m benchmarks.bench_host --models vit_b_48 vit_s_54 demo           # this checkout
+    python -m benchmarks.bench_host --against OTHER_CHECKOUT --compile none
 
 A step is a forward pass, a backward pass and a step of `TrainEngine` (ZeRO-2, one rank, one thread) with the
 depth, the decoders and the calls of the named model, on two images of 64 pixels. What is left is Python, torch's
 dispatcher and autograd, and what a CPU takes for products of a few values each, which a GPU's launches replace.
+
+The defaults are what a step on a GPU does, or the nearest to it that costs a CPU little: compiled regions, attention
+as one operator, and fp32, since a CPU converts and pads small products in bf16, which no host of a GPU does.
 
 With ``--against`` both checkouts run in turns, each in a process of its own, and the processor time of each step is
 compared, so that neighbours on the machine hit both alike. The other checkout may be as old as e3e2fab.
@@ -29,22 +32,27 @@ HERE = Path(__file__).resolve().parent.parent
 PARTS = ("forward", "backward", "step")
 NARROW = {
     "name": "custom", "width": 24, "heads": 2, "decoder_width": 16, "decoder_heads": 2, "patch_size": 16,
-    "image_height": 64, "image_width": 64, "attention": "math",
+    "image_height": 64, "image_width": 64,
 }  # fmt: skip
 IMAGES, WARM_UP = 2, 3
+COMPILERS = ("none", "aot_eager", "inductor")
+SETTINGS = ("compile", "precision", "attention")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["vit_b_48", "vit_s_54"], metavar="NAME")
+    parser.add_argument("--models", nargs="+", default=["vit_b_48", "vit_s_54", "demo"], metavar="NAME")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout, to be timed in turns")
-    parser.add_argument("--compile", default="none", choices=("none", "aot_eager", "inductor"), help="of the regions")
+    parser.add_argument(
+        "--compile", default="inductor", choices=("none", "aot_eager", "inductor"), help="of the regions"
+    )
     parser.add_argument(
         "--precision",
-        default="bf16",
+        default="fp32",
         choices=("bf16", "fp32"),
         help="a CPU's small products in fp32 are cheap, so that what is left is nearer to what a GPU's host does",
     )
+    parser.add_argument("--attention", default="sdpa", choices=("sdpa", "math"), help="in one operator, or in several")
     parser.add_argument("--rounds", type=int, default=6, help="turns of each checkout")
     parser.add_argument("--steps", type=int, default=5, help="steps of a turn")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all samples there, as JSON")
@@ -62,8 +70,7 @@ def main() -> None:
             print(line, flush=True)
     if known.out:
         known.out.write_text(
-            json.dumps({"compile": known.compile, "precision": known.precision, "milliseconds": everything}, indent=1)
-            + "\n"
+            json.dumps({**{key: getattr(known, key) for key in SETTINGS}, "milliseconds": everything}, indent=1) + "\n"
         )
 
 
@@ -100,8 +107,9 @@ class Worker:
     """A process that takes steps of one model in one checkout when it is told to."""
 
     def __init__(self, model: str, checkout: Path, known: argparse.Namespace) -> None:
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve", model, "--compile", known.compile]
-        command += ["--precision", known.precision, *(["--profile"] if known.profile else [])]
+        command = [sys.executable, str(Path(__file__).resolve()), "--serve", model]
+        command += [text for key in SETTINGS for text in (f"--{key}", getattr(known, key))]
+        command += ["--profile"] if known.profile else []
         environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             command, cwd=checkout, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -142,7 +150,7 @@ def module_of(now: str, once: str) -> Any:
 
 def serve(known: argparse.Namespace) -> None:
     """Take as many steps as each line of stdin says, and print their processor times as a line of JSON."""
-    step = build(known.serve, known.compile, known.precision)
+    step = build(known.serve, known.compile, known.precision, known.attention)
     for _ in range(WARM_UP):
         step()
     print(json.dumps({"ready": True}), flush=True)
@@ -161,11 +169,22 @@ def serve(known: argparse.Namespace) -> None:
         pstats.Stats(profile, stream=sys.stderr).sort_stats("tottime").print_stats(45)
 
 
-def build(name: str, backend: str, precision: str) -> Any:
+def config_of(name: str) -> Any:
+    """The model's configuration, of a recipe where no model has the ``name``."""
+    models = module_of("models", "models")
+    if name in models.MODEL_NAMES:
+        return models.model_config(name)
+    return module_of("pretraining.recipes", "recipes").recipe(name).model
+
+
+def build(name: str, backend: str, precision: str, attention: str) -> Any:
     """A function that takes one step and returns the processor seconds of its parts."""
     import torch
 
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        # Each step of an optimiser asks this twice, and without a GPU the answer is a search for a driver's library.
+        torch.cuda.is_available = lambda: False
     models = module_of("models", "models")
     launch = module_of("distributed.launch", "launch")
     configs = module_of("configuration.config", "config")
@@ -174,7 +193,7 @@ def build(name: str, backend: str, precision: str) -> Any:
     engines = module_of("distributed.ds_engine", "ds_engine")
     ranks = launch.join()
     device = torch.device("cpu") if ranks is None else ranks.device
-    config = dataclasses.replace(models.model_config(name), **NARROW)
+    config = dataclasses.replace(config_of(name), **NARROW, attention=attention)
     settings = configs.PretrainConfig(
         recipe="bench", model=config, data=configs.DataConfig(),
         optim=configs.OptimConfig(batch_size=IMAGES, steps=1), run=configs.RunConfig(precision=precision),

@@ -182,7 +182,7 @@ def spare_walks_over_parameters(optimizer: Any) -> bool:
     """Drop three walks over all parameters that DeepSpeed makes in each step of ZeRO 1 and 2; whether it was done.
 
     One points each parameter at its place in the flat weights, where it already lies and stays; the other two forget
-    gradients that `FlatGradients.collect` has taken. For the 836 parameters of ViT-B-48 that was 7.5 of 9.2 ms of a
+    gradients that `FlatGradients.collector` has taken. For the 836 parameters of ViT-B-48 that was 7.5 of 9.2 ms of a
     step's Python (benchmarks/LOG.md), in which a GPU that has done its optimiser step stands idle. That every parameter
     lies where it would be pointed to is checked here, once; otherwise nothing is dropped. Upstream: its own comment at
     the first walk doubts that it is needed; no issue was found. It can go when
@@ -233,7 +233,7 @@ def take_gradients(
 ) -> FlatGradients:
     """Let `FlatGradients` receive the gradients of ZeRO 1 and 2 in place of DeepSpeed's own hooks.
 
-    Replaced: the hooks on parameters by `collect`; both ways to end a backward pass by nothing, and what DeepSpeed
+    Replaced: the hooks on parameters by `collector`; both ways to end a backward pass by nothing, and what DeepSpeed
     calls after either of them by `finish`, whose gradients become the averaged ones; the norm over all groups and ranks
     by `norm`. DeepSpeed's path runs Python for every parameter and reduces in many small pieces, which costs small
     models a large part of a step; benchmarks/LOG.md has the times. Upstream: pull request 7886 took one such cost out;
@@ -263,7 +263,7 @@ def take_gradients(
     for hook in optimizer._grad_acc_hooks:
         hook.remove()
     optimizer._grad_acc_hooks = [
-        parameter.register_post_accumulate_grad_hook(flat.collect) for parameter in flat.parameters
+        parameter.register_post_accumulate_grad_hook(flat.collector(parameter)) for parameter in flat.parameters
     ]
     optimizer.overlapping_partition_gradients_reduce_epilogue = lambda: None
     optimizer.reduce_gradients = lambda pipeline_parallel=False: None

@@ -86,14 +86,15 @@ class _Slot:
     name: str
     view: Tensor
     pieces: list[_Piece]
-    written: bool = False  # in this step
-    counted: bool = False  # in this backward pass
+    written_in: int = -1  # the last step
+    counted_in: int = -1  # the last backward pass
 
 
 class FlatGradients:
     """Collects the gradients of all ``groups`` on their way from autograd to the optimiser.
 
-    The owner calls `collect` for each parameter, `finish` after each backward pass and `norm` before the step.
+    The owner registers a `collector` for each parameter, calls `finish` after each backward pass, and `norm` before the
+    step.
 
     ``process_group``: the ranks that share the gradients. ``parameters``: named, in the order of the model. ``bucket``:
     most values reduced by one call. ``accumulation``: micro-batches of a step. ``is_last_pass``: whether the backward
@@ -141,7 +142,7 @@ class FlatGradients:
         # reduced is started in this order whatever completes first.
         place = {slot: index for index, slot in enumerate(self._slots.values())}
         self._order = sorted(pieces, key=lambda piece: min((place[slot] for slot in piece.slots), default=0))[::-1]
-        self._next = 0
+        self._next = self._step_number = self._pass_number = 0
         self._begin()
 
     @property
@@ -195,36 +196,52 @@ class FlatGradients:
 
     def _begin(self) -> None:
         """Before the first micro-batch of a step."""
-        for slot in self._slots.values():
-            slot.written = False
+        # Slots name their step and pass, so that no loop over a model's hundreds of parameters has to reset them.
+        self._step_number += 1
+        self._unwritten = len(self._slots)
         self._next = 0
         self._works.clear()
         for piece in self._order:
             piece.missing, piece.reducing = len(piece.slots), False
 
-    def collect(self, parameter: nn.Parameter) -> None:
-        """Called by autograd when the gradient of ``parameter`` has been added up."""
-        gradient, parameter.grad = parameter.grad, None
-        self._pending.append((self._slots[parameter], gradient))
-        self._pending_values += gradient.numel()
-        if self._pending_values >= self._together:
-            self._write()
+    def collector(self, parameter: nn.Parameter) -> Callable[[nn.Parameter], None]:
+        """Return the hook for autograd to call when the gradient of ``parameter`` has been added up.
+
+        One for each parameter, since a look-up in a dict of tensors and `Tensor.numel` cost more than the rest of it.
+        """
+        slot, values, pending, together = self._slots[parameter], parameter.numel(), self._pending, self._together
+
+        def collect(parameter: nn.Parameter) -> None:
+            pending.append((slot, parameter.grad))
+            parameter.grad = None
+            self._pending_values += values
+            if self._pending_values >= together:
+                self._write()
+
+        return collect
 
     @torch.no_grad()
     def _write(self) -> None:
         """Copy, or add, what is pending, and start what may be reduced after it."""
-        firsts: list[tuple[Tensor, Tensor]] = []
+        views: list[Tensor] = []
+        gradients: list[Tensor] = []
         more: list[tuple[Tensor, Tensor]] = []
+        step, shared = self._step_number, self._world_size > 1
         last_pass = self._is_last_pass()
         for slot, gradient in self._pending:
-            (more if slot.written else firsts).append((slot.view, gradient))
-            slot.written = True
-            if slot.pieces:  # none on one rank
+            if slot.written_in == step:
+                more.append((slot.view, gradient))
+            else:
+                slot.written_in = step
+                views.append(slot.view)
+                gradients.append(gradient)
+            if shared:
                 self._count(slot, last_pass)
-        self._pending.clear()
+        self._pending.clear()  # the hooks hold this list
         self._pending_values = 0
-        if firsts:
-            torch._foreach_copy_([view for view, _ in firsts], [gradient for _, gradient in firsts])
+        self._unwritten -= len(views)
+        if views:
+            torch._foreach_copy_(views, gradients)
         for view, gradient in more:
             view.add_(gradient)
         while self._next < len(self._order) and not self._order[self._next].missing:
@@ -238,8 +255,8 @@ class FlatGradients:
                 "parameter more than once, as reentrant recomputation does: give torch.utils.checkpoint "
                 "use_reentrant=False"
             )
-        if last_pass and not slot.counted:
-            slot.counted = True
+        if last_pass and slot.counted_in != self._pass_number:
+            slot.counted_in = self._pass_number
             for piece in slot.pieces:
                 piece.missing -= 1
 
@@ -264,13 +281,13 @@ class FlatGradients:
         collected.
         """
         self._write()
-        for slot in self._slots.values():
-            slot.counted = False
+        self._pass_number += 1
         if not self._is_last_pass():
             return []
-        for slot in self._slots.values():
-            if not slot.written:  # a parameter without a gradient: what lies there is the last step's
-                slot.view.zero_()
+        if self._unwritten:
+            for slot in self._slots.values():
+                if slot.written_in != self._step_number:  # without a gradient: what lies there is the last step's
+                    slot.view.zero_()
         while self._next < len(self._order):
             self._reduce_next()
         for work in self._works:

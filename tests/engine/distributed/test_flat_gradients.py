@@ -151,3 +151,17 @@ def test_a_gradient_that_comes_after_it_was_reduced(monkeypatch) -> None:
     model(inputs, spare=True).backward()
     with pytest.raises(RuntimeError, match=r"the gradient of spare.bias came again .*use_reentrant=False"):
         model(inputs, spare=True).backward()
+
+
+def test_every_step_reduces_what_lies_ready_before_its_backward_pass_ends(monkeypatch) -> None:
+    model, inputs = TwoGroups(), torch.randn(4, 5)
+    monkeypatch.setattr(flat_gradients, "COPIED_TOGETHER", 1)
+    monkeypatch.setattr(flat_gradients, "LEAST_PIECE", 10)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(torch.distributed, "get_global_rank", lambda group, rank: 0)
+    optimizer = make(model, world_size=2)
+    for _ in range(2):
+        model(inputs, spare=True).backward()
+        assert all(piece.reducing for piece in optimizer.flat._order)
+        optimizer.backward_epilogue()
+        assert not any(piece.reducing for piece in optimizer.flat._order)
