@@ -123,6 +123,12 @@ def _report(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def _replay(argv: Sequence[str]) -> int:
+    from mirl.engine.commands.replay import main
+
+    return main(argv)
+
+
 def _plan(argv: Sequence[str]) -> int:
     from mirl.engine.commands.plan import main
 
@@ -160,6 +166,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "doctor": (_doctor, "check that every part the engine needs runs on this machine"),
     "summary": (_summary, "parameters, FLOPs, memory and time of a run, or of the models of the paper"),
     "report": (_report, "runs as one HTML page: curves, pictures, settings, events"),
+    "replay": (_replay, "compute a step of a pre-training run again, and say which block is not finite"),
     "config": (_config, "print the settings that a run would have, for its --config"),
     "plan": (_plan, "predict speed, memory and days of a run on GPUs that need not be here"),
 }

@@ -38,6 +38,7 @@ WITHOUT = {
     "report",
 }
 RUN_KINDS = {"pretrain", "finetune", "segment", "detect"}  # tests/engine/distributed/test_device.py
+OF_A_RUN = {"replay"}  # takes a run with its data; its --device cpu: tests/engine/pretraining/test_replay.py
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine whose GPU torch cannot use")
 
 
@@ -58,7 +59,7 @@ def command(tmp_path, monkeypatch):
 
 
 def test_no_command_is_forgotten():
-    assert set(COMMANDS) == set(ARGUMENTS) | WITHOUT | RUN_KINDS
+    assert set(COMMANDS) == set(ARGUMENTS) | WITHOUT | RUN_KINDS | OF_A_RUN
 
 
 @NO_GPU
