@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mirl.errors import UserError
-from mirl.kernels.decoder_attention import decoder_attention, decoder_attention_refusal
+from mirl.kernels.decoder_attention import decoder_attention, decoder_attention_refusal, with_bias_gradient
 from mirl.kernels.short_attention import short_attention, short_attention_refusal
 from mirl.kernels.triton_import import HAS_TRITON
 
@@ -126,14 +126,16 @@ def own_refusal(q: Tensor, kv_BT2D: Tensor | None, heads: int) -> str | None:
     return decoder_attention_refusal(queries, keys, size)
 
 
-def own_packed_attention(q: Tensor, kv_BT2D: Tensor | None, heads: int, bias_3D: Tensor | None = None) -> Tensor:
+def own_packed_attention(
+    q: Tensor, kv_BT2D: Tensor | None, heads: int, bias: Tensor | None = None, kv_bias_2D: Tensor | None = None
+) -> Tensor:
     """`packed_attention` by our kernels. Raises ValueError, with the reason, for what they are not made for."""
     refusal = own_refusal(q, kv_BT2D, heads)
     if refusal is not None:
         raise ValueError(f"own attention has limits: {refusal}")
-    if kv_BT2D is None and sums_bias("own", q.shape[1], q.shape[-1] // (3 * heads)):
-        return short_attention(q, heads, bias_3D)
-    return decoder_attention(q, kv_BT2D, heads)
+    if kv_BT2D is None and short_attention_refusal(q.shape[1], q.shape[-1] // (3 * heads)) is None:
+        return short_attention(q, heads, bias)
+    return decoder_attention(q, kv_BT2D, heads, bias, kv_bias_2D)
 
 
 def _own_attention(q_BSHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor) -> Tensor:
@@ -255,9 +257,13 @@ def attention(q_BSHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor, *, backend: Attent
     return _IMPLEMENTATIONS[backend.name](q_BSHd, k_BTHd, v_BTHd)
 
 
-def sums_bias(backend: str, tokens: int, head_size: int) -> bool:
-    """Whether `packed_attention` of `tokens` packed tokens makes the gradient of the bias in them, if it is given."""
-    return backend == "own" and short_attention_refusal(tokens, head_size) is None
+def sums_bias(backend: str, queries: int, keys: int, head_size: int) -> bool:
+    """Whether the backward pass of `packed_attention` makes the gradients of biases in passing, if they are given."""
+    if backend != "own":
+        return False
+    if queries == keys and short_attention_refusal(queries, head_size) is None:
+        return True
+    return decoder_attention_refusal(queries, keys, head_size) is None
 
 
 def packed_attention(
@@ -266,20 +272,23 @@ def packed_attention(
     heads: int,
     *,
     backend: AttentionBackend | str = "auto",
-    bias_3D: Tensor | None = None,
+    bias: Tensor | None = None,
+    kv_bias_2D: Tensor | None = None,
 ) -> Tensor:
     """`attention` of buffers as matrix products leave them -> [B, R, D], with D = heads * d.
 
     q         queries [B, R, D]; or queries, keys and values [B, S, 3D] where `kv_BT2D` is None
     kv_BT2D   keys and values; any strides in B and T
-    bias_3D   the bias in a packed `q`, detached there, where `sums_bias` says that its gradient is made here
+    bias      [3D], what is in queries, keys and values already, detached there: its gradient is made here, in passing
+              where `sums_bias` says so. Or that of the queries alone, [D], with the other in `kv_bias_2D`
 
     Our kernels ("own") take the buffers as they are, within their limits. Other backends take views.
     """
     if isinstance(backend, AttentionBackend) and backend.name == "own":
         if own_refusal(q, kv_BT2D, heads) is None:
-            return own_packed_attention(q, kv_BT2D, heads, bias_3D)
+            return own_packed_attention(q, kv_BT2D, heads, bias, kv_bias_2D)
         backend = AttentionBackend(backend.otherwise, "past the limits of own")
+    q, kv_BT2D = with_bias_gradient(q, kv_BT2D, bias, kv_bias_2D)
     parts = q.chunk(3, dim=-1) if kv_BT2D is None else (q, *kv_BT2D.chunk(2, dim=-1))
     q_BRHd, k_BTHd, v_BTHd = (x.unflatten(-1, (heads, -1)) for x in parts)
     return attention(q_BRHd, k_BTHd, v_BTHd, backend=backend).flatten(2)

@@ -9,13 +9,18 @@ gradients are complete when it leaves them. So each tensor is read and written o
 memory.
 
 Bytes at least, in D: forward R + 2 T read, R written, a float32 value a row and head; backward 3 R + 2 T read, R + 2 T
-written. B = 256, R = T = 197, D = 512, bfloat16: 206 and 413 MB.
+written. B = 256, R = T = 197, D = 512, bfloat16: 206 and 413 MB. The gradients of the biases in q, k and v come in the
+backward pass: 3 D float32 values an image, added up by a second stage. They are sums over all rows, but no gradient of
+keys or values is added up: those of the keys cancel, those of the values are what the queries were given.
 """
+
+import functools
 
 import torch
 from torch import Tensor
 
 from mirl.kernels.checks import check_device, check_float, check_shape
+from mirl.kernels.column_sum import column_sum
 from mirl.kernels.dispatch import uses_triton
 from mirl.kernels.launch import ceil_div, on_device_of, rows_contiguous
 from mirl.kernels.registration import KernelOp, wrap_triton
@@ -28,8 +33,29 @@ LOG2_E = 1.4426950408889634
 KEYS = 64  # of a tile
 
 
-def decoder_attention_reference(q: Tensor, kv_BT2D: Tensor | None, heads: int) -> Tensor:
+def with_bias_gradient(
+    q: Tensor, kv_BT2D: Tensor | None, bias: Tensor | None, kv_bias_2D: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The same values, from which the biases get their gradients: zeros that are added in float32 at least."""
+    if bias is None:
+        return q, kv_BT2D
+    width = q.shape[-1]
+    if kv_BT2D is None:
+        return _add_zero(q, bias), None
+    q_bias, kv_bias = (bias[:width], bias[width:]) if kv_bias_2D is None else (bias, kv_bias_2D)
+    return _add_zero(q, q_bias), _add_zero(kv_BT2D, kv_bias)
+
+
+def _add_zero(x: Tensor, bias: Tensor) -> Tensor:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(compute) + (bias - bias.detach()).to(compute)).to(x.dtype)
+
+
+def decoder_attention_reference(
+    q: Tensor, kv_BT2D: Tensor | None, heads: int, bias: Tensor | None = None, kv_bias_2D: Tensor | None = None
+) -> Tensor:
     """Two products with a softmax between them."""
+    q, kv_BT2D = with_bias_gradient(q, kv_BT2D, bias, kv_bias_2D)
     q_BRD, k_BTD, v_BTD = q.chunk(3, dim=-1) if kv_BT2D is None else (q, *kv_BT2D.chunk(2, dim=-1))
     q_BHRd, k_BHTd, v_BHTd = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q_BRD, k_BTD, v_BTD))
     scores_BHRT = (q_BHRd * q_BHRd.shape[-1] ** -0.5) @ k_BHTd.transpose(-1, -2)
@@ -79,16 +105,18 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    q_ptr, kv_ptr, out_ptr, lse_ptr, grad_ptr, grad_q_ptr, grad_kv_ptr, queries, keys,
+    q_ptr, kv_ptr, out_ptr, lse_ptr, grad_ptr, grad_q_ptr, grad_kv_ptr, partial_ptr, queries, keys,
     q_stride_b, q_stride_r, kv_stride_b, kv_stride_t, grad_stride_b, grad_stride_r, gkv_stride_b, gkv_stride_t,
     exponent_scale, scale,
     HEADS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCKS: tl.constexpr,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     image, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     width = HEADS * SIZE
     row, key_row, column = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, SIZE)
     q_ptr += image * q_stride_b + head * SIZE
+    sum_target = partial_ptr + image * (3 * width) + head * SIZE + column
+    sum_grad = tl.zeros((ROWS, SIZE), dtype=tl.float32)
     all_q, all_grad, all_lse, all_delta, all_grad_q = (), (), (), (), ()
     for i in tl.static_range(BLOCKS):
         query = i * ROWS + row[:, None]
@@ -99,11 +127,18 @@ def _backward_kernel(
         out_source = out_ptr + (image * queries + query) * width + head * SIZE + column[None, :]
         out = tl.load(out_source, mask=inside, other=0.0)
         all_grad = all_grad + (grad,)
+        if BIAS:
+            sum_grad += grad.to(tl.float32)
         all_delta = all_delta + (tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1),)
         lse_source = lse_ptr + tl.program_id(0).to(tl.int64) * queries + i * ROWS + row
         # Rows past the last query: exp2 of minus infinity, no weight.
         all_lse = all_lse + (tl.load(lse_source, mask=i * ROWS + row < queries, other=float("inf")),)
         all_grad_q = all_grad_q + (tl.zeros((ROWS, SIZE), dtype=tl.float32),)
+    if BIAS:
+        # What is added to all values, a query gets once, because its weights add up to one. What is added to all keys
+        # adds the same to all scores of a query, which the softmax takes away again.
+        tl.store(sum_target + width, tl.zeros((SIZE,), dtype=tl.float32))
+        tl.store(sum_target + 2 * width, tl.sum(sum_grad, axis=0))
     k_ptr = (q_ptr + width) if PACKED else (kv_ptr + image * kv_stride_b + head * SIZE)
     gk_ptr = (grad_q_ptr + width) if PACKED else grad_kv_ptr
     gk_ptr += image * gkv_stride_b + head * SIZE
@@ -130,11 +165,16 @@ def _backward_kernel(
         target = gk_ptr + key.to(tl.int64) * gkv_stride_t + column[None, :]
         tl.store(target, (grad_k * scale).to(grad_q_ptr.dtype.element_ty), mask=key < keys)
         tl.store(target + width, grad_v.to(grad_q_ptr.dtype.element_ty), mask=key < keys)
+    sum_q = tl.zeros((ROWS, SIZE), dtype=tl.float32)
     for i in tl.static_range(BLOCKS):
         query = i * ROWS + row[:, None]
         target = grad_q_ptr + (image * queries + query) * (3 * width if PACKED else width) + head * SIZE
         rounded = (all_grad_q[i] * scale).to(grad_q_ptr.dtype.element_ty)
         tl.store(target + column[None, :], rounded, mask=query < queries)
+        if BIAS:
+            sum_q += all_grad_q[i]
+    if BIAS:
+        tl.store(sum_target, tl.sum(sum_q, axis=0) * scale)
 
 
 def _sizes(q: Tensor, kv: Tensor | None, heads: int) -> tuple[int, int, int, int]:
@@ -150,10 +190,12 @@ def _tile(rows: int, blocks: int, warps: int, heads: int, width: int, packed: bo
     }  # fmt: skip
 
 
-def _decoder_attention(q: Tensor, kv_BT2D: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
+def _decoder_attention(
+    q: Tensor, kv_BT2D: Tensor | None, heads: int, bias: Tensor | None, kv_bias_2D: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """-> out [B, R, D]; float32 [B, H, R]: logarithms, base 2, of the sums that the softmax divides by.
 
-    `q` is [B, R, D], or [B, S, 3D] where `kv_BT2D` is None.
+    `q` is [B, R, D], or [B, S, 3D] where `kv_BT2D` is None. The biases are in them already and are not read.
     """
     q = rows_contiguous(q)
     packed = kv_BT2D is None
@@ -171,9 +213,17 @@ def _decoder_attention(q: Tensor, kv_BT2D: Tensor | None, heads: int) -> tuple[T
 
 
 def _decoder_attention_backward(
-    q: Tensor, kv_BT2D: Tensor | None, out_BRD: Tensor, lse_BHR: Tensor, grad_BRD: Tensor, heads: int
-) -> tuple[Tensor, Tensor]:
-    """-> gradients shaped as `q`, and as `kv_BT2D` with its layout; the second is empty where that is None."""
+    q: Tensor,
+    kv_BT2D: Tensor | None,
+    out_BRD: Tensor,
+    lse_BHR: Tensor,
+    grad_BRD: Tensor,
+    heads: int,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients shaped as `q`, and as `kv_BT2D` with its layout; the second is empty where that is None. Then the
+    sums of those of q, k and v over B and rows, [3D] in `bias_dtype`, empty where that is None.
+    """  # fmt: skip
     q, grad_BRD = rows_contiguous(q), rows_contiguous(grad_BRD)
     packed = kv_BT2D is None
     kv = q if kv_BT2D is None else rows_contiguous(kv_BT2D)
@@ -185,44 +235,58 @@ def _decoder_attention_backward(
     tile = _tile(rows, ceil_div(queries, rows), warps, heads, width, packed)
     scale = (width // heads) ** -0.5
     grad_keys = grad_q if packed else grad_kv
+    images = batch if bias_dtype is not None else 0
+    partial_1B3D = torch.empty(1, images, 3 * width, device=q.device, dtype=torch.float32)
     with on_device_of(q):
         wrap_triton(_backward_kernel)[(batch * heads,)](
-            q, None if packed else kv, out_BRD, lse_BHR, grad_BRD, grad_q, None if packed else grad_kv, queries, keys,
-            q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), grad_BRD.stride(0), grad_BRD.stride(1),
-            grad_keys.stride(0), grad_keys.stride(1), LOG2_E * scale, scale, **tile,
+            q, None if packed else kv, out_BRD, lse_BHR, grad_BRD, grad_q, None if packed else grad_kv, partial_1B3D,
+            queries, keys, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), grad_BRD.stride(0), grad_BRD.stride(1),
+            grad_keys.stride(0), grad_keys.stride(1), LOG2_E * scale, scale, BIAS=bias_dtype is not None, **tile,
         )  # fmt: skip
-    return grad_q, grad_kv
+    if bias_dtype is None:
+        return grad_q, grad_kv, torch.empty(0, device=q.device, dtype=torch.float32)
+    return grad_q, grad_kv, column_sum(partial_1B3D, bias_dtype)[0]
 
 
-decoder_attention_backward_op = KernelOp(
-    _decoder_attention_backward,
-    lambda q, kv, out, lse, grad, heads: (
-        q.new_empty(q.shape), q.new_empty(0) if kv is None else torch.empty_like(rows_contiguous(kv)),
-    ),
-    inline=True,
-)  # fmt: skip
+def _backward_fake(q, kv, out, lse, grad, heads, bias_dtype):
+    grad_kv = q.new_empty(0) if kv is None else torch.empty_like(rows_contiguous(kv))
+    grad_bias = q.new_empty(0 if bias_dtype is None else 3 * out.shape[2], dtype=bias_dtype or torch.float32)
+    return q.new_empty(q.shape), grad_kv, grad_bias
+
+
+decoder_attention_backward_op = KernelOp(_decoder_attention_backward, _backward_fake, inline=True)
 
 
 def _setup(ctx, inputs, output):
-    q, kv_BT2D, heads = inputs
+    q, kv_BT2D, heads, bias, kv_bias_2D = inputs
     out_BRD, lse_BHR = output
     ctx.mark_non_differentiable(lse_BHR)
     ctx.set_materialize_grads(False)
-    ctx.heads = heads
+    ctx.heads, ctx.bias_dtypes = heads, [b.dtype for b in (bias, kv_bias_2D) if b is not None]
     ctx.save_for_backward(q, kv_BT2D, out_BRD, lse_BHR)
 
 
 def _backward(ctx, grad_BRD, _):
     q, kv_BT2D, out_BRD, lse_BHR = ctx.saved_tensors
     if grad_BRD is None:
-        return None, None, None
-    grad_q, grad_kv = decoder_attention_backward_op(q, kv_BT2D, out_BRD, lse_BHR, grad_BRD, ctx.heads)
-    return grad_q, None if kv_BT2D is None else grad_kv, None
+        return None, None, None, None, None
+    dtypes, bias_dtype = ctx.bias_dtypes, None
+    if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+        bias_dtype = functools.reduce(torch.promote_types, dtypes)
+    grad_q, grad_kv, grad_bias = decoder_attention_backward_op(
+        q, kv_BT2D, out_BRD, lse_BHR, grad_BRD, ctx.heads, bias_dtype
+    )
+    grads: list[Tensor | None] = [None, None]
+    if bias_dtype is not None:
+        width = out_BRD.shape[2]
+        sums = [grad_bias] if len(dtypes) == 1 else [grad_bias[:width], grad_bias[width:]]
+        grads[: len(sums)] = [x.to(dtype) for x, dtype in zip(sums, dtypes, strict=True)]
+    return grad_q, None if kv_BT2D is None else grad_kv, None, *grads
 
 
 decoder_attention_op = KernelOp(
     _decoder_attention,
-    lambda q, kv, heads: (
+    lambda q, kv, heads, bias, kv_bias: (
         q.new_empty(*q.shape[:2], q.shape[2] // (3 if kv is None else 1)),
         q.new_empty(q.shape[0], heads, q.shape[1], dtype=torch.float32),
     ),
@@ -241,13 +305,17 @@ def decoder_attention_refusal(queries: int, keys: int, head_size: int) -> str | 
     return None if head_size == HEAD_SIZE else f"its heads have a size of {HEAD_SIZE}, not {head_size}"
 
 
-def decoder_attention(q: Tensor, kv_BT2D: Tensor | None, heads: int) -> Tensor:
+def decoder_attention(
+    q: Tensor, kv_BT2D: Tensor | None, heads: int, bias: Tensor | None = None, kv_bias_2D: Tensor | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(d)) v of every head -> [B, R, D], in the dtype of `q`.
 
     q         [B, R, D], or queries, keys and values [B, S, 3D] where `kv_BT2D` is None
     kv_BT2D   keys, then values, along the last axis; other strides are free, and its gradient has them too
+    bias      [3D], what is in queries, keys and values already, detached there, so that its gradient is made here. Or
+              that of the queries alone, [D], with the other in `kv_bias_2D`. The values are not added again.
 
-    Statistics and sums are float32; the weights are rounded to the dtype before they meet v. Differentiable in both.
+    Statistics and sums are float32; the weights are rounded to the dtype before they meet v. Differentiable in all.
     Raises: ValueError for wrong shapes, dtypes, devices and for sizes past the limits.
     """
     check_float("q", q)
@@ -265,7 +333,13 @@ def decoder_attention(q: Tensor, kv_BT2D: Tensor | None, heads: int) -> Tensor:
     refusal = decoder_attention_refusal(queries, keys, width // heads)
     if refusal is not None:
         raise ValueError(f"decoder_attention has limits: {refusal}")
-    check_device(q, kv_BT2D=kv_BT2D)
+    if kv_bias_2D is not None:
+        check_shape("kv_bias_2D", kv_bias_2D, (2 * width,), "[2D]")
+        if bias is None or kv_BT2D is None:
+            raise ValueError("kv_bias_2D goes beside kv_BT2D and the bias of the queries; give both")
+    if bias is not None:
+        check_shape("bias", bias, (width if kv_bias_2D is not None else 3 * width,), "[3D], or [D] beside kv_bias_2D")
+    check_device(q, kv_BT2D=kv_BT2D, bias=bias, kv_bias_2D=kv_bias_2D)
     if not uses_triton(q):
-        return decoder_attention_reference(q, kv_BT2D, heads)
-    return decoder_attention_op(q, kv_BT2D, heads)[0]
+        return decoder_attention_reference(q, kv_BT2D, heads, bias, kv_bias_2D)
+    return decoder_attention_op(q, kv_BT2D, heads, bias, kv_bias_2D)[0]

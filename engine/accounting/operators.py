@@ -43,7 +43,8 @@ _LAUNCHES = {
     "scatter_tokens_backward": 2,
     "masked_residual_mse": 2,
     "_scaled_dot_product_flash_attention_backward": 3,
-    "short_attention_backward": 2,  # the second stage sums the gradient of the bias
+    "short_attention_backward": 2,  # the second stage sums the gradients of the biases
+    "decoder_attention_backward": 2,
     "sort": 3,
 }
 _PICKS_ROWS = {"embedding", "gather", "index", "index_select", "gather_tokens", "gather_patches", "assemble_tokens"}

@@ -36,12 +36,23 @@ from mirl.kernels import gather_tokens, gather_tokens_passing_on, scatter_tokens
 
 class Entry(NamedTuple):
     """What a block's self-attention starts from: the residual stream and queries of the rows that go on, keys and
-    values of all rows. Where all rows go on, the queries are [B, S, 3E], keys and values in them.
+    values of all rows. Where all rows go on, the queries are [B, S, 3E], keys and values in them. ``bias_3E``: what is
+    in all three, where attention makes its gradient.
     """
 
     x_BRE: Tensor
     q_BRE: Tensor
     kv_BS2E: Tensor | None
+    bias_3E: Tensor | None
+
+
+class CrossInput(NamedTuple):
+    """What the cross-attention of a block reads: projected keys and values [B, T, 2E] under the kv prefix skip, with
+    the bias in them where attention makes its gradient; kv_g [B, T, E] without the skip.
+    """
+
+    kv: Tensor
+    bias_2E: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,31 +92,33 @@ class DecoderBlock(nn.Module):
         self.mlp = Mlp(width, mlp_width)
         self.regions = Regions()
 
-    def forward(self, entry: Entry, cross_kv_BT2E: Tensor | None) -> Branch:
+    def forward(self, entry: Entry, cross_kv_BT2E: Tensor | None, cross_bias_2E: Tensor | None = None) -> Branch:
         """-> x and delta [B, R, E], of which the block's result is the sum, and the bias that delta lacks, if any.
 
-        ``cross_kv_BT2E``: projected keys and values of kv_g, None without DID. Attention stays between the two regions,
-        because kv_g has another length in every decoder.
+        ``cross_kv_BT2E``: projected keys and values of kv_g, None without DID. ``cross_bias_2E``: the bias in them
+        where the cross-attention makes its gradient and that of the queries' bias. Attention stays between the two
+        regions, because kv_g has another length in every decoder.
         """
-        x_BRE, attended_BRE = entry.x_BRE, self.attn.attend(entry.q_BRE, entry.kv_BS2E)
+        x_BRE, attended_BRE = entry.x_BRE, self.attn.attend(entry.q_BRE, entry.kv_BS2E, bias=entry.bias_3E)
         finish = self.regions.get(DecoderBlock.finish)
         if self.did:
             ask = self.regions.get(DecoderBlock.ask)
             leave = self.norm_q.adds_bias(ask is not DecoderBlock.ask)
-            x_BRE, q_BRE = ask(self, x_BRE, attended_BRE, leave)
-            attended_BRE = self.cross_attn.attend(q_BRE, cross_kv_BT2E)
+            q_bias_E = None if cross_bias_2E is None else self.cross_attn.q.bias
+            x_BRE, q_BRE = ask(self, x_BRE, attended_BRE, leave, q_bias_E is None)
+            attended_BRE = self.cross_attn.attend(q_BRE, cross_kv_BT2E, bias=q_bias_E, kv_bias_2D=cross_bias_2E)
         leave = self.norm2.adds_bias(finish is not DecoderBlock.finish)
         x_BRE, delta_BRE = finish(self, x_BRE, attended_BRE, leave)
         return x_BRE, delta_BRE, self.mlp.fc2.bias if leave else None
 
-    def ask(self, x_BRE: Tensor, attended_BRE: Tensor, leave_bias: bool) -> tuple[Tensor, Tensor]:
+    def ask(self, x_BRE: Tensor, attended_BRE: Tensor, leave_bias: bool, bias_gradient: bool) -> tuple[Tensor, Tensor]:
         """End of the self-attention, beginning of the cross-attention: the residual stream and the queries.
 
-        ``leave_bias``: of the projection, to the norm after it.
+        ``leave_bias``: of the projection, to the norm after it. ``bias_gradient``: of the queries, made here.
         """
         branch_BRE = self.attn.proj(attended_BRE, not leave_bias)
         x_BRE, y_BRE = self.norm_q(x_BRE, branch_BRE, self.attn.proj.bias if leave_bias else None)
-        return x_BRE, self.norm_q.feed(self.cross_attn.q, x_BRE, y_BRE)
+        return x_BRE, self.norm_q.feed(lambda y: self.cross_attn.q(y, bias_gradient), x_BRE, y_BRE)
 
     def finish(self, x_BRE: Tensor, attended_BRE: Tensor, leave_bias: bool) -> tuple[Tensor, Tensor]:
         """End of the last attention, and the MLP: what went into its branch, and what came out of it.
@@ -120,11 +133,18 @@ class DecoderBlock(nn.Module):
     def enter(self, branch: Branch, rows_BR: Tensor | None) -> Entry:
         """From the full sequence, an open sum; ``rows_BR``: the rows that go on, None for all."""
         x_BSE, y_BSE = self.norm1(*branch)
+        tokens = y_BSE.shape[1]
+        bias_3E = self._bias_of(tokens if rows_BR is None else rows_BR.shape[1], tokens)
         if rows_BR is None:
-            qkv_BS3E = self.norm1.feed(self.attn.qkv, x_BSE, y_BSE)
-            return Entry(x_BSE, qkv_BS3E, None)
+            qkv_BS3E = self.norm1.feed(lambda y: self.attn.qkv(y, bias_gradient=bias_3E is None), x_BSE, y_BSE)
+            return Entry(x_BSE, qkv_BS3E, None, bias_3E)
         y_BSE, y_BRE = gather_tokens_passing_on(y_BSE, rows_BR)
-        return Entry(gather_tokens(x_BSE, rows_BR), *self.attn.qkv.of_several((y_BRE, "q"), (y_BSE, "kv")))
+        parts = self.attn.qkv.of_several((y_BRE, "q"), (y_BSE, "kv"), bias_gradient=bias_3E is None)
+        return Entry(gather_tokens(x_BSE, rows_BR), *parts, bias_3E)
+
+    def _bias_of(self, queries: int, keys: int) -> Tensor | None:
+        """The bias of queries, keys and values where the self-attention makes its gradient."""
+        return self.attn.qkv.bias if self.attn.takes_bias(queries, keys) else None
 
     def enter_from_table(
         self, e_B1KE: Tensor, mask_token_E: Tensor, context: DecoderContext, masked_only: bool
@@ -135,18 +155,26 @@ class DecoderBlock(nn.Module):
         the matrix product runs over visible tokens only.
         """
         mask, pos_SE = context.mask, context.pos_SE
+        # A row of the table stands for many of the sequence, and the sum of the gradients of those is its own.
+        bias_3E = self._bias_of(mask.ids_masked.shape[1] if masked_only else len(pos_SE), len(pos_SE))
         table_1NE = (mask_token_E + pos_SE[1:])[None]
         _, visible_y = self.norm1(e_B1KE, context.visible_pos_B1KE)
         table_y = self.norm1(table_1NE)[1].squeeze(0)
         if masked_only:
             # No visible row goes on, so that the residual stream and the queries come from the table altogether.
-            q_NE, kv_B1K2E, kv_N2E = self.attn.qkv.of_several((table_y, "q"), (visible_y, "kv"), (table_y, "kv"))
+            q_NE, kv_B1K2E, kv_N2E = self.attn.qkv.of_several(
+                (table_y, "q"), (visible_y, "kv"), (table_y, "kv"), bias_gradient=bias_3E is None
+            )
             kv_BS2E = scatter_tokens(kv_B1K2E, mask.ids_keep, mask.ids_restore, kv_N2E, None)
-            return Entry(F.embedding(mask.ids_masked, table_1NE[0]), F.embedding(mask.ids_masked, q_NE), kv_BS2E)
-        visible_qkv, table_qkv = self.attn.qkv.of_several((visible_y, "qkv"), (table_y, "qkv"))
+            return Entry(
+                F.embedding(mask.ids_masked, table_1NE[0]), F.embedding(mask.ids_masked, q_NE), kv_BS2E, bias_3E
+            )
+        visible_qkv, table_qkv = self.attn.qkv.of_several(
+            (visible_y, "qkv"), (table_y, "qkv"), bias_gradient=bias_3E is None
+        )
         qkv_BS3E = scatter_tokens(visible_qkv, mask.ids_keep, mask.ids_restore, table_qkv, None)
         x_BSE = scatter_tokens(e_B1KE, mask.ids_keep, mask.ids_restore, mask_token_E, pos_SE)
-        return Entry(x_BSE, qkv_BS3E, None)
+        return Entry(x_BSE, qkv_BS3E, None, bias_3E)
 
     def project_kv(self, kv_BTE: Tensor) -> Tensor:
         """kv_g [B, T, E] -> keys and values [B, T, 2E]; the plain form of `did.project_prefixes`."""
@@ -178,19 +206,20 @@ class Decoder(nn.Module):
         e_B1KE: Tensor,
         shared_mask_token: Tensor | None,
         context: DecoderContext,
-        cross_inputs: Sequence[Tensor | None],
+        cross_inputs: Sequence[CrossInput | None],
     ) -> tuple[Tensor, Tensor | None]:
         """-> pixels [B, M, Q] if ``context.masked_only``, else [B, N, Q]; and features [.., D] for the feature loss.
 
-        cross_inputs: for each block, what its cross-attention reads: projected keys and values [B, T, 2E] under the kv
-        prefix skip, kv_g [B, T, E] without it, None where the block has no DID.
+        cross_inputs: for each block, what its cross-attention reads, None where the block has no DID.
         """
         mask_token = self.mask_token if shared_mask_token is None else shared_mask_token
         branch: Branch = (e_B1KE, None, None)
         for first, last in self.checkpointing.groups(0, len(self.blocks)):
+            # Side by side, because a checkpoint function looks for tensors among its arguments alone.
+            tensors = [x for given in cross_inputs[first:last] for x in given or (None, None)]
             run = partial(self._run_blocks, first, last, mask_token, context)
             # One tensor goes from group to group, because each group keeps what it begins with.
-            branch = self.checkpointing.call(run, add_branch(*branch), *cross_inputs[first:last])
+            branch = self.checkpointing.call(run, add_branch(*branch), *tensors)
         if context.masked_only:
             _, x = self.norm(*branch)
         else:
@@ -204,17 +233,21 @@ class Decoder(nn.Module):
         mask_token: Tensor,
         context: DecoderContext,
         x: Tensor,
-        *cross_inputs: Tensor | None,
+        *cross_tensors: Tensor | None,
     ) -> Branch:
-        """Blocks ``first`` to ``last`` - 1; x is e_g [B, 1 + K, E] before block 0, then the full sequence [B, S, E]."""
+        """Blocks ``first`` to ``last`` - 1; x is e_g [B, 1 + K, E] before block 0, then the full sequence [B, S, E].
+
+        ``cross_tensors``: both of the `CrossInput` of each block.
+        """
         branch: Branch = (x, None, None)
-        for index, cross_input in zip(range(first, last), cross_inputs, strict=True):
+        inputs = zip(range(first, last), cross_tensors[::2], cross_tensors[1::2], strict=True)
+        for index, cross_input, cross_bias_2E in inputs:
             block = self.blocks[index]
             masked_only = context.masked_only and index == len(self.blocks) - 1
             entry = self._enter(block, index, branch, mask_token.flatten(), context, masked_only)
             if cross_input is not None and not self.skips.kv_prefix:
                 cross_input = block.project_kv(cross_input)
-            branch = block(entry, cross_input)
+            branch = block(entry, cross_input, cross_bias_2E)
         return branch
 
     def _enter(

@@ -92,7 +92,9 @@ class _PrefixProjection(torch.autograd.Function):
         rows_RE = buffer_SBE.view(tokens * batch, width)
         grad_RE: Tensor | None = None
         new = weight_GFE.new_zeros if None in grads else weight_GFE.new_empty
-        grad_weight_GFE, grad_bias_GF = new(weight_GFE.shape), new(weight_GFE.shape[:2])
+        grad_weight_GFE = new(weight_GFE.shape)
+        # Biases that ask for none get their gradients elsewhere.
+        grad_bias_GF = new(weight_GFE.shape[:2]) if ctx.needs_input_grad[3] else None
         # The longest prefix first: it writes the gradient buffer, the others add to its beginning.
         for i in sorted(range(len(grads)), key=lambda i: -ctx.lengths[i]):
             grad = grads[i]
@@ -101,7 +103,8 @@ class _PrefixProjection(torch.autograd.Function):
             length = ctx.lengths[i] * batch
             grad_out = grad.reshape(length, -1)
             torch.mm(grad_out.t(), rows_RE[:length], out=grad_weight_GFE[i])
-            torch.sum(grad_out, 0, out=grad_bias_GF[i])
+            if grad_bias_GF is not None:
+                torch.sum(grad_out, 0, out=grad_bias_GF[i])
             if grad_RE is None:
                 grad_RE = torch.zeros_like(rows_RE) if length < len(rows_RE) else torch.empty_like(rows_RE)
                 torch.mm(grad_out, weight_GFE[i], out=grad_RE[:length])

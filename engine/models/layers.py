@@ -105,11 +105,14 @@ class QKVLinear(nn.Linear):
         """[B, S, D] -> [B, S, 3D]. ``bias_gradient`` False: left to who reads it."""
         return F.linear(x_BSD, self.weight, self.bias if bias_gradient else self.bias.detach())
 
-    def of_several(self, *asked: tuple[Tensor, Literal["qkv", "q", "kv"]]) -> tuple[Tensor, ...]:
+    def of_several(
+        self, *asked: tuple[Tensor, Literal["qkv", "q", "kv"]], bias_gradient: bool = True
+    ) -> tuple[Tensor, ...]:
         """Of each tensor [..., D] the part that is named beside it; together the parts are all of the matrix."""
         width = self.in_features
         rows = {"qkv": (0, 3 * width), "q": (0, width), "kv": (width, 3 * width)}
-        return linear_parts(self.weight, self.bias, [x for x, _ in asked], [rows[part] for _, part in asked])
+        bias_3D = self.bias if bias_gradient else self.bias.detach()
+        return linear_parts(self.weight, bias_3D, [x for x, _ in asked], [rows[part] for _, part in asked])
 
 
 class HeadedAttention(nn.Module):
@@ -122,12 +125,29 @@ class HeadedAttention(nn.Module):
         self.backend: AttentionBackend | str = "auto"  # MIRL.resolve_attention sets what it resolved
         self.proj = OpenLinear(width, width)
 
-    def attend(self, q_BRD: Tensor, kv_BT2D: Tensor | None = None, *, bias_3D: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        q_BRD: Tensor,
+        kv_BT2D: Tensor | None = None,
+        *,
+        bias: Tensor | None = None,
+        kv_bias_2D: Tensor | None = None,
+    ) -> Tensor:
         """[B, R, D] queries over [B, T, 2D] keys and values -> [B, R, D], not yet projected. Any strides in B, R, T.
 
-        Without ``kv_BT2D`` all three are in [B, S, 3D]. ``bias_3D``: see `mirl.kernels.packed_attention`.
+        Without ``kv_BT2D`` all three are in [B, S, 3D]. The biases: see `mirl.kernels.packed_attention`.
         """
-        return packed_attention(q_BRD, kv_BT2D, self.heads, backend=self.backend, bias_3D=bias_3D)
+        return packed_attention(q_BRD, kv_BT2D, self.heads, backend=self.backend, bias=bias, kv_bias_2D=kv_bias_2D)
+
+    def sums_bias(self, queries: int, keys: int) -> bool:
+        """Whether `attend` makes the gradients of biases of so many queries and keys in passing."""
+        return isinstance(self.backend, AttentionBackend) and sums_bias(self.backend.name, queries, keys, self.head_dim)
+
+    def takes_bias(self, queries: int, keys: int) -> bool:
+        """`sums_bias` outside of compiled regions, and not of parameters that ZeRO-3 has sharded: they are there in
+        their own layer's pass alone.
+        """
+        return self.sums_bias(queries, keys) and not hasattr(self.proj.weight, "ds_id")
 
 
 class Attention(HeadedAttention):
@@ -139,21 +159,22 @@ class Attention(HeadedAttention):
 
     def project(self, x_BSD: Tensor) -> Tensor:
         """Queries, keys and values for `forward`: [B, S, 3D]."""
-        return self.qkv(x_BSD, bias_gradient=not self._sums_bias(x_BSD))
+        return self.qkv(x_BSD, bias_gradient=not self.sums_bias(x_BSD.shape[1], x_BSD.shape[1]))
 
     def forward(self, qkv_BS3D: Tensor, add_bias: bool = True) -> Tensor:
         """Of what `project` gave, which may have left the gradient of its bias to this: [B, S, D].
 
         ``add_bias``: that of the projection.
         """
-        bias_3D = self.qkv.bias if self._sums_bias(qkv_BS3D) else None
-        return self.proj(self.attend(qkv_BS3D, bias_3D=bias_3D), add_bias)
+        bias_3D = self.qkv.bias if self.sums_bias(qkv_BS3D.shape[1], qkv_BS3D.shape[1]) else None
+        return self.proj(self.attend(qkv_BS3D, bias=bias_3D), add_bias)
 
-    def _sums_bias(self, tokens: Tensor) -> bool:
-        """Whether attention makes the gradient of the bias for a sequence like ``tokens`` [B, S, ...]."""
-        return isinstance(self.backend, AttentionBackend) and sums_bias(
-            self.backend.name, tokens.shape[1], self.head_dim
-        )
+
+class QueryLinear(nn.Linear):
+    """A Linear that can leave the gradient of its bias to the attention after it."""
+
+    def forward(self, x_BSD: Tensor, bias_gradient: bool = True) -> Tensor:
+        return F.linear(x_BSD, self.weight, self.bias if bias_gradient else self.bias.detach())
 
 
 class CrossAttention(HeadedAttention):
@@ -161,7 +182,7 @@ class CrossAttention(HeadedAttention):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width, heads)
-        self.q = nn.Linear(width, width)
+        self.q = QueryLinear(width, width)
         self.kv = nn.Linear(width, 2 * width)
 
 

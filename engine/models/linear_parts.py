@@ -54,7 +54,9 @@ class _LinearParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         weight_PE, *inputs = ctx.saved_tensors
-        grad_weight_PE, grad_bias_P = torch.empty_like(weight_PE), weight_PE.new_empty(len(weight_PE))
+        grad_weight_PE = torch.empty_like(weight_PE)
+        # A bias that asks for none gets its gradient elsewhere.
+        grad_bias_P = weight_PE.new_empty(len(weight_PE)) if ctx.needs_input_grad[2] else None
         grad_inputs: list[Tensor | None] = [None] * len(inputs)
         written: set[tuple[int, int]] = set()
         for i, (grad, x, part) in enumerate(zip(grads, inputs, ctx.parts, strict=True)):
@@ -69,12 +71,15 @@ class _LinearParts(torch.autograd.Function):
                     grad_weight_PE[rows].addmm_(grad_Rp.t(), x_RE)
                 else:  # a CPU keeps the bits of a product and an addition
                     grad_weight_PE[rows].add_(grad_Rp.t() @ x_RE)
-                grad_bias_P[rows].add_(grad_Rp.sum(0))
+                if grad_bias_P is not None:
+                    grad_bias_P[rows].add_(grad_Rp.sum(0))
             else:
                 torch.mm(grad_Rp.t(), x_RE, out=grad_weight_PE[rows])
-                torch.sum(grad_Rp, 0, out=grad_bias_P[rows])
+                if grad_bias_P is not None:
+                    torch.sum(grad_Rp, 0, out=grad_bias_P[rows])
                 written.add(part)
         for part in set(ctx.parts) - written:  # nobody asked for these rows
             grad_weight_PE[slice(*part)].zero_()
-            grad_bias_P[slice(*part)].zero_()
+            if grad_bias_P is not None:
+                grad_bias_P[slice(*part)].zero_()
         return None, grad_weight_PE, grad_bias_P, *grad_inputs

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mirl.engine.models.compute_choices import ComputeChoices
 from mirl.engine.models.config import ModelConfig
-from mirl.engine.models.decoder import Decoder, DecoderContext
+from mirl.engine.models.decoder import CrossInput, Decoder, DecoderContext
 from mirl.engine.models.did import concatenated_inputs, fold_norms, normalised_prefix_buffer, project_prefixes
 from mirl.engine.models.encoder import Encoder
 from mirl.engine.models.initialise import initialise
@@ -157,7 +157,7 @@ class MIRL(ComputeChoices):
                 raise ValueError(f"vgg_loss is {config.vgg_loss}: give the model a VGG-16 by set_perceptual")
             yield config.vgg_loss, perceptual_loss(config, self.terms, predictions, images, mask, self._perceptual[0])
 
-    def dense_inputs(self, embedded: dict[int, Tensor]) -> dict[int, list[Tensor | None]]:
+    def dense_inputs(self, embedded: dict[int, Tensor]) -> dict[int, list[CrossInput | None]]:
         """What the cross-attention of each block of decoder g reads (Eq. 8), for g = 1..G; see `Decoder.forward`."""
         config = self.config
         without = [None] * (config.decoder_depth - config.did_blocks)
@@ -167,14 +167,21 @@ class MIRL(ComputeChoices):
         sources = [embedded[g] for g in range(config.segments)]
         if not self.skips.kv_prefix:
             return {
-                g: [kv] * config.did_blocks + without
+                g: [CrossInput(kv)] * config.did_blocks + without
                 for g, kv in zip(numbers, concatenated_inputs(sources), strict=True)
             }
         readers = [(g, self.decoders[str(g)].blocks[index]) for g in numbers for index in range(config.did_blocks)]
         lengths = [g * sources[0].shape[1] for g, _ in readers]
-        folded = fold_norms([block.norm_kv for _, block in readers], [block.cross_attn.kv for _, block in readers])
-        projected = iter(project_prefixes(normalised_prefix_buffer(sources), lengths, *folded))
-        return {g: [next(projected) for _ in range(config.did_blocks)] + without for g in numbers}
+        linears = [block.cross_attn.kv for _, block in readers]
+        weight_GFE, bias_GF = fold_norms([block.norm_kv for _, block in readers], linears)
+        # Under attention that makes their gradients, the biases go there, all in one.
+        sums = all(block.cross_attn.takes_bias(1 + config.num_patches, length)
+                   for (_, block), length in zip(readers, lengths, strict=True))  # fmt: skip
+        biases = bias_GF.unbind() if sums else [None] * len(readers)
+        bias_GF = bias_GF.detach() if sums else bias_GF
+        projected = project_prefixes(normalised_prefix_buffer(sources), lengths, weight_GFE, bias_GF)
+        inputs = map(CrossInput, projected, biases)
+        return {g: [next(inputs) for _ in range(config.did_blocks)] + without for g in numbers}
 
     def _resolve_mask(self, images: Tensor, noise: Tensor | None, mask: PatchMask | None) -> PatchMask:
         """The mask to use, after checking its shape."""

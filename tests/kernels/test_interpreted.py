@@ -25,7 +25,7 @@ FILES = {
     "test_residual_layer_norm": 30,
     "test_bias_gelu": 20,
     "test_flat_adamw": 30,
-    "test_own_attention": 30,
+    "test_own_attention": 36,
     "test_registered_ops": 24,
     "test_dispatch": 3,
 }

@@ -65,10 +65,10 @@ def decoder(queries: int, keys: int, backward: bool, registers: int, occupancy: 
     q = bf16(B, queries, 3 * width if packed else width)
     kv = None if packed else bf16(keys, B, 2 * width).transpose(0, 1)
     down, across = -(-queries // 64), -(-keys // 64)
-    arguments: tuple[Any, ...] = (q, kv, heads)
+    arguments: tuple[Any, ...] = (q, kv, heads, None, None)
     if backward:
         name, out = name + "_backward", bf16(B, queries, width)
-        arguments = (q, kv, out, fp32(B, heads, queries), out, heads)
+        arguments = (q, kv, out, fp32(B, heads, queries), out, heads, out.dtype)
     return Work(
         lambda: launch("decoder_attention", f"_{name}", *arguments), name, 32,
         (4 if backward else 2) * B * (queries + keys) * width * 2, down * across, across if backward else down,

@@ -86,6 +86,38 @@ def test_packed_decoder_attention(device, dtype, tokens):
 
 
 @pytest.mark.parametrize("device, dtype", PLACES)
+@pytest.mark.parametrize("queries, bias_dtype", [(None, torch.float32), (9, torch.float32), (197, None)])
+def test_decoder_attention_makes_the_gradients_of_biases(device, dtype, queries, bias_dtype):
+    """Of one bias for all, and of one for the queries beside one for the rest; the other gradients keep their bits."""
+    heads, width, keys = 1, 32, 67
+    rows = queries or keys
+    q = leaf(randn(2, rows, width if queries else 3 * width, device=device, dtype=dtype, seed=1))[0]
+    kv = leaf(randn(2, keys, 2 * width, device=device, dtype=dtype, seed=2))[0] if queries else None
+    bias = randn(3 * width, device=device, dtype=torch.float32, seed=4)
+    grad = randn(2, rows, width, device=device, dtype=dtype, seed=3)
+    inputs = [q] if kv is None else [q, kv]
+    alone = torch.autograd.grad(kernels.decoder_attention(q, kv, heads), inputs, grad)
+    # A zero that is added to all rows before the product, in float64.
+    zero_64 = torch.zeros(3 * width, dtype=torch.float64, requires_grad=True)
+    parts = [x.detach().double().cpu() for x in inputs]
+    q_64, k_64, v_64 = parts[0].chunk(3, -1) if kv is None else (parts[0], *parts[1].chunk(2, -1))
+    shifted = (x + zero for x, zero in zip((q_64, k_64, v_64), zero_64.chunk(3), strict=True))
+    truth(*shifted, heads).backward(grad.double().cpu())
+    size = sum(float(g.double().abs().sum((0, 1)).max()) for g in alone) / 3
+    for split in [[3 * width], [width, 2 * width]][: len(inputs)]:
+        # Under autocast they may differ: that of keys and values comes out of a product.
+        dtypes = [bias_dtype or dtype, dtype]
+        biases = [b.to(t).requires_grad_() for b, t in zip(bias.split(split), dtypes, strict=False)]
+        out = kernels.decoder_attention(q, kv, heads, *biases)
+        found = torch.autograd.grad(out, [*inputs, *biases], grad)
+        assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=False))
+        assert [x.dtype for x in found[len(inputs) :]] == [x.dtype for x in biases]
+        summed = torch.cat(found[len(inputs) :])
+        # Those of k cancel over the keys: what a sum is measured by is the size of its terms.
+        assert_near(summed, zero_64.grad, sums=loose(dtype), size=size)
+
+
+@pytest.mark.parametrize("device, dtype", PLACES)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_scores_far_from_zero_stay_finite(device, dtype, sign):
     """Scores of +-350: their exponentials overflow float32, and zeros stand where there is no key."""
@@ -112,6 +144,13 @@ def test_refuses():
         kernels.short_attention(x[:, :5], 7)
     with pytest.raises(ValueError, match=r"bias_3D has shape \[64\]"):
         kernels.short_attention(x[:, :5], 1, x[0, 0, :64])
+    q, kv = torch.zeros(1, 5, 32), torch.zeros(1, 5, 64)
+    with pytest.raises(ValueError, match=r"bias has shape \[64\]"):
+        kernels.decoder_attention(q, kv, 1, kv[0, 0])
+    with pytest.raises(ValueError, match=r"kv_bias_2D has shape \[32\]"):
+        kernels.decoder_attention(q, kv, 1, q[0, 0], q[0, 0])
+    with pytest.raises(ValueError, match="the bias of the queries; give both"):
+        kernels.decoder_attention(q, kv, 1, None, kv[0, 0])
     with pytest.raises(ValueError, match="a size of 32, not 64"):
         kernels.decoder_attention(x, None, 1)
     with pytest.raises(ValueError, match="1 to 256 queries, not 257"):

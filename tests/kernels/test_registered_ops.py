@@ -99,13 +99,16 @@ CASES = {
         short_attention_backward_op,
         lambda: (tokens(B, 7, 96, grad=False), tokens(B, 7, 32, grad=False), 1, torch.float32),
     ),
-    "decoder_attention": (decoder_attention_op, lambda: (tokens(B, 7, 32), tokens(B, 5, 64), 1)),
-    "decoder_attention_packed": (decoder_attention_op, lambda: (tokens(B, 7, 96), None, 1)),
+    "decoder_attention": (decoder_attention_op, lambda: (tokens(B, 7, 32), tokens(B, 5, 64), 1, None, None)),
+    "decoder_attention_biases": (
+        decoder_attention_op, lambda: (tokens(B, 7, 32), tokens(B, 5, 64), 1, tokens(32), tokens(64))
+    ),
+    "decoder_attention_packed": (decoder_attention_op, lambda: (tokens(B, 7, 96), None, 1, tokens(96), None)),
     "decoder_attention_backward": (
         decoder_attention_backward_op,
         lambda: (
             tokens(B, 7, 32, grad=False), tokens(5, B, 64, grad=False).transpose(0, 1), tokens(B, 7, 32, grad=False),
-            tokens(B, 1, 7, grad=False), tokens(B, 7, 32, grad=False), 1,
+            tokens(B, 1, 7, grad=False), tokens(B, 7, 32, grad=False), 1, torch.float32,
         ),
     ),
     "flat_adamw": (flat_adamw_op, lambda: (*flat_buffers(), *ADAMW)),

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from mirl import kernels
-from mirl.engine.models import Execution
-from mirl.engine.models.layers import QKVLinear
+from mirl.engine.models import Execution, layers
 from mirl.kernels import AttentionBackend
 from tests.engine.models.helpers import gradients, make_inputs, make_model, tiny_config
 
@@ -36,21 +35,25 @@ def test_loss_and_gradients_are_those_of_math(variant, recompute):
         assert torch.allclose(grads[name], grad, rtol=1e-8, atol=1e-12), name
 
 
-def test_attention_makes_the_gradient_of_the_bias_and_the_projection_does_not(monkeypatch):
-    seen = []
-    forward = QKVLinear.forward
+def test_attention_makes_the_gradients_of_all_biases_in_q_k_and_v(monkeypatch):
+    """What the projections made too would be there twice."""
+    given = []
+    attend = layers.packed_attention
 
-    def noted(self, x, *, bias_gradient=True):
-        seen.append(bias_gradient)
-        return forward(self, x, bias_gradient=bias_gradient)
+    def noted(q, kv, heads, *, bias, kv_bias_2D, **options):
+        given.append((bias is not None, kv is None, kv_bias_2D is not None))
+        return attend(q, kv, heads, bias=bias, kv_bias_2D=kv_bias_2D, **options)
 
-    monkeypatch.setattr(QKVLinear, "forward", noted)
+    monkeypatch.setattr(layers, "packed_attention", noted)
     model = make_model(tiny_config(**SIZES))
-    for backend, expected in ((OWN, False), (MATH, True)):
-        seen.clear()
-        loss_and_gradients(model, backend)
-        assert seen[: model.config.depth] == [expected] * model.config.depth
-        assert all(seen[model.config.depth :])
+    _, expected = loss_and_gradients(model, MATH)
+    assert not any(own or cross for own, _, cross in given)
+    given.clear()
+    _, grads = loss_and_gradients(model, OWN)
+    # Self-attention of all rows, which are packed, and of the last block's masked rows; cross-attention.
+    assert set(given) == {(True, True, False), (True, False, False), (True, False, True)}
+    for name, grad in expected.items():
+        assert torch.allclose(grads[name], grad, rtol=1e-8, atol=1e-12), name
 
 
 def test_what_is_past_the_limits_is_computed_by_another():
