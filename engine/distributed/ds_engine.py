@@ -14,6 +14,7 @@ from mirl.engine.distributed import deepspeed_patches as patches
 from mirl.engine.distributed.flat_gradients import FlatGradients
 from mirl.engine.distributed.muon import MuonAdamW
 from mirl.engine.distributed.one_pass import OnePassAdamW
+from mirl.engine.distributed.spike_gate import SpikeGate
 from mirl.errors import UserError
 
 DEEPSPEED_VERSION = patches.VERSION
@@ -110,6 +111,8 @@ class TrainEngine:
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
+        if self._flat is not None and self._flat.gate is not None:
+            self._flat.gate.add(loss)
         self._engine.backward(loss)
 
     def step(self, lr: float) -> bool | None:
@@ -117,7 +120,7 @@ class TrainEngine:
         micro-batches are in.
 
         Returns None inside an accumulation, True after an applied step, False after one that was skipped on every rank
-        because a gradient was not finite.
+        because a gradient was not finite, or the gate of `watch_steps` was closed.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -128,6 +131,18 @@ class TrainEngine:
         if self._optimizer.overflow:
             patches.forget_gradients_of_skipped_step(self._optimizer)
         return not self._optimizer.overflow
+
+    @property
+    def can_watch_steps(self) -> bool:
+        """Whether `watch_steps` is open to this engine: ZeRO 1 or 2 with flat gradients."""
+        return self._flat is not None
+
+    def watch_steps(self, *, closes: bool) -> SpikeGate:
+        """Have the loss of each further step on the host beside its gradient norm; ``closes``: see `SpikeGate`."""
+        assert self._flat is not None, "the loss travels with the norm of flat gradients"
+        parts = self._engine.gradient_accumulation_steps() * torch.distributed.get_world_size()
+        self._flat.gate = SpikeGate(micro_batches=parts, closes=closes)
+        return self._flat.gate
 
     # --- the optimiser's step
 
@@ -161,6 +176,8 @@ class TrainEngine:
 
     def gradient_norm(self) -> float:
         """Global gradient norm of the last step before clipping; synchronises with the device."""
+        if self._flat is not None and self._flat.gate is not None and self._flat.gate.last is not None:
+            return self._flat.gate.last.gradient_norm
         norm = self._engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 

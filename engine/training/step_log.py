@@ -111,8 +111,16 @@ class StepLog:
         self._log.metrics(values, line_of(values, total) if line else None)
         self.window, self._written = self._new_window(), time.perf_counter()
 
-    def skipped_step(self, seen: list[SeenMicroBatch]) -> str:
-        """Tell which term, rank and files made a step non-finite on every rank; returns these details."""
+    def skipped_step(self, seen: list[SeenMicroBatch], spike: str | None = None) -> str:
+        """Tell which term, rank and files made a step non-finite on every rank; returns these details.
+
+        ``spike``: the details of a step that was finite, and skipped for its band; they are told already.
+        """
+        if spike is not None:
+            self._log.event(
+                "skipped_step", self._progress.step, in_a_row=self._progress.nonfinite_in_a_row, detail=spike
+            )
+            return spike
         bad: set[str] = set()
         files: list[str] = []
         for item in seen:
