@@ -23,7 +23,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 SWITCHES = ("auto", "on", "off")
 COMPILES = (*SWITCHES, "max")
 AUTO = "auto"
-ON_SPIKE = ("log", "skip")
+ON_SPIKE = ("log", "skip", "rollback")
 SCHEDULES = ("cosine", "step", "poly")
 OPTIMIZERS = ("adamw", "muon")
 _CROPPED = ("model", "finetune")  # runs whose images are cropped without regard to label images or boxes
@@ -259,7 +259,8 @@ class RunConfig(Section):
     on_spike: str = setting(
         "log",
         "a step whose loss or gradient norm leaves the band of the steps before it: log names it, its files and the "
-        "first block that grew; skip does not take it either (docs/faults.md)",
+        "first block that grew; skip does not take it either; rollback goes back to the last good checkpoint and on "
+        "past it (docs/faults.md)",
         choices=ON_SPIKE,
     )
     spike_window: int = setting(128, "steps whose loss and gradient norm make the band; it begins after half of them")

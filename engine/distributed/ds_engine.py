@@ -80,6 +80,7 @@ class TrainEngine:
         self._flat: FlatGradients | None = None
         self._in_flat_weights = False
         self._one_pass: OnePassAdamW | None = None
+        self.loaded_steps = 0  # applied ones, of the state that was loaded last
         # Stage 3 and offloading keep gradients elsewhere, and DeepSpeed's own ways.
         if flat_gradients and patches.takes_flat_gradients(self._optimizer):
             self._flat = patches.take_gradients(
@@ -195,12 +196,22 @@ class TrainEngine:
                 yield Fragment(name=name, kind=kind, start=start, tensor=tensor)
 
     @torch.no_grad()
-    def load_fragments(self, read: FragmentReader, *, optimizer_steps: int) -> None:
-        """Set the fp32 weights of this rank's part from ``read``, and its moments if ``optimizer_steps`` is not 0.
+    def restore(self, read: FragmentReader, *, optimizer_steps: int) -> None:
+        """Set weights and moments from ``read`` between two steps, the compute weights too. ZeRO 1 and 2 alone."""
+        assert self.stage < 3, "compute weights are whole on each rank"
+        self.load_fragments(read, optimizer_steps=optimizer_steps, moments=True)
+        for name, parameter in self._trainable():
+            parameter.copy_(read(name, "weight", 0, parameter.numel()).reshape(parameter.shape))
+
+    @torch.no_grad()
+    def load_fragments(self, read: FragmentReader, *, optimizer_steps: int, moments: bool = False) -> None:
+        """Set the fp32 weights of this rank's part from ``read``, and its moments if ``optimizer_steps`` is not 0 or
+        they are asked for.
 
         The compute weights are not touched: load them into the model before it is given to this engine.
         """
-        kinds = KINDS if optimizer_steps else KINDS[:1]
+        kinds = KINDS if optimizer_steps or moments else KINDS[:1]
+        self.loaded_steps = optimizer_steps
         patches.set_steps(self._optimizer, optimizer_steps)
         if self._one_pass is not None:
             self._one_pass.forget_count()

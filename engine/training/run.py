@@ -211,7 +211,7 @@ def _train(config: C, kind: RunKind[C], ranks: Ranks, at_most: int | None, tried
             log.say(line)
         saver = Saver(
             config, ranks=ranks, engine=engine, task=task, loader=loader, log=log, progress=progress,
-            folder=out / "checkpoints",
+            folder=out / "checkpoints", resumed_from=plan.resumed_from.path if plan.resumed_from is not None else None,
         )  # fmt: skip
         trainer = Trainer(
             config, ranks=ranks, engine=engine, task=task, loader=loader, durations=durations, saver=saver, log=log,

@@ -95,7 +95,12 @@ class SpikeWatch:
 
     def __post_init__(self) -> None:
         watches = self.engine.can_watch_steps
-        self._gate = self.engine.watch_steps(closes=self.config.on_spike == "skip") if watches else None
+        self._gate = self.engine.watch_steps(closes=self.config.on_spike != "log") if watches else None
+        if not watches:
+            self.log.say(
+                "no step is watched for a spike of its loss or gradient norm: that needs ZeRO stage 1 or 2 with flat "
+                "gradients"
+            )
 
     def begin_step(self) -> None:
         """Set the limits of the step to come."""
@@ -153,6 +158,7 @@ class SpikeWatch:
             "spike", step, loss=spike.seen.loss, gradient_norm=spike.seen.gradient_norm, most_loss=spike.most.loss,
             most_gradient_norm=spike.most.gradient_norm, skipped=skipped, grown=blocks, files=str(path), detail=detail,
         )  # fmt: skip
+        self._now = []  # the next spike is compared with a step that was none
         return detail
 
     def _grown(self) -> dict[str, Any] | None:
@@ -187,6 +193,8 @@ class SpikeWatch:
             f"rank {rank}: files {', '.join(map(shown, files[:FILES_NAMED]))}, ..."
             for rank, (files, _) in enumerate(reports)
         )
+        if self._before is None:
+            return f"there is no step before it since the start, beside which a block could have grown ({named})", None
         return f"no block grew beside the step before, so look at weights and learning rate ({named})", None
 
 

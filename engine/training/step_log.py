@@ -62,6 +62,10 @@ class StepLog:
     def _new_window(self) -> Window:
         return Window(wait_started=self._loader.wait_seconds)
 
+    def drop_window(self) -> None:
+        """Forget the steps since the last record, which are done again."""
+        self.window = self._new_window()
+
     @property
     def overdue(self) -> bool:
         """Whether this rank has steps that have waited long for a record. Ranks agree before they write one."""

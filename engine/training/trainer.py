@@ -15,6 +15,7 @@ from mirl.engine.distributed.stop_request import StopRequest
 from mirl.engine.distributed.watchdog import Watchdog
 from mirl.engine.errors import EXIT_PREEMPTED, Diverged, LostRank, Preempted
 from mirl.engine.training.profiling import StepProfile
+from mirl.engine.training.rollback import Rollback
 from mirl.engine.training.run_folder import Progress
 from mirl.engine.training.run_lock import RunLock
 from mirl.engine.training.run_log import RunLog
@@ -57,6 +58,9 @@ class Trainer:
         )  # fmt: skip
         self.profile = StepProfile(config.log.profile, out=log.out, log=log, device=ranks.device)
         self.spikes = SpikeWatch(config.run, ranks, engine, task, loader, log, progress)
+        self.rollback = Rollback(
+            ranks=ranks, engine=engine, task=task, loader=loader, saver=saver, log=log, progress=progress
+        )
         self._seen: list[SeenMicroBatch] = []
 
     def run(self) -> None:
@@ -83,16 +87,22 @@ class Trainer:
         while self.progress.step < total_steps:
             # Whatever was asked, a start makes a step: a run that is queued again and again goes on.
             batch = self._begin_step(may_stop=self.progress.step > first_step)
-            applied = self._step(batch)
+            left_out = self.rollback.leaves_out_next()
+            applied = self._leave_out() if left_out else self._step(batch)
             self.step_log.step_ended()
             step = self.progress.step
             self.log.advance(step)
-            spike = self.spikes.end_step()
+            spike = None if left_out else self.spikes.end_step()
             told = None if spike is None else self.spikes.tell(spike, self._shown_samples(), skipped=not applied)
-            if not applied:
+            if told is not None and self.config.run.on_spike == "rollback" and self.rollback.go_back(told):
+                self.step_log.drop_window()
+                self.log.advance(self.progress.step)
+                self.watchdog.beat(f"step {self.progress.step + 1}")
+                continue
+            if not applied and not left_out:
                 self._after_skipped_step(told)
             last = step == total_steps
-            if step % self.durations.log_every == 0 or last:
+            if (step % self.durations.log_every == 0 or last) and self.step_log.window.loss is not None:
                 self.step_log.write()
             # Saved first: whatever an evaluation runs into, the step is not lost.
             if step % self.durations.checkpoint_every == 0 or last:
@@ -165,16 +175,26 @@ class Trainer:
             self.step_log.window.add(loss, terms, self.micro_batch)
             seen.append(SeenMicroBatch(terms=terms, sample_ids=batch.sample_ids))
         assert applied is not None, "DeepSpeed did not reach the accumulation boundary"
-        self.progress.step += 1
-        self.progress.images += self.config.optim.batch_size
+        self._advance(applied)
         self._seen = seen
-        self.task.after_step(applied)
         if applied:
             self.progress.applied_steps += 1
             self.progress.nonfinite_in_a_row = 0
         else:
             self.progress.nonfinite_in_a_row += 1
         return applied
+
+    def _leave_out(self) -> bool:
+        """Pass over the images of a step, of which the first micro-batch is there; False: no step was applied."""
+        for _ in range(self.accumulation - 1):
+            self._next_batch()
+        self._advance(False)
+        return False
+
+    def _advance(self, applied: bool) -> None:
+        self.progress.step += 1
+        self.progress.images += self.config.optim.batch_size
+        self.task.after_step(applied)
 
     def _fetch(self) -> tuple[Batch | None, Exception | None]:
         """The next micro-batch, or why this rank has none."""

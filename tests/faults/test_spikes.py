@@ -53,3 +53,22 @@ def test_a_poisoned_image_is_found_and_its_step_not_taken(zero, server, poisoned
     assert known[SPIKE]["gradient_norm"] == spike["gradient_norm"]
     before, at, after = (tmp_path / "out" / "checkpoints" / f"step-{SPIKE + more:08d}" for more in (-1, 0, 1))
     assert equal_tensors(before, at) and not equal_tensors(at, after)
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_a_rollback_goes_on_as_if_the_step_had_been_skipped(zero, server, poisoned, tmp_path):
+    """Weights, moments, the average and its rate, and the order of images: all of them are those of before."""
+    flags = ["--data", poisoned[0], *FLAGS, "--deepspeed-config", f"zero{zero}", "--ema", "0.9", "--checkpoint-every"]
+    skips = server.start(tmp_path, *flags, "100", "--on-spike", "skip", "--out", "skips")
+    assert skips.end() == [0, 0], skips.output()[-3000:]
+    back = server.start(tmp_path, *flags, "3", "--on-spike", "rollback", "--out", "back")
+    assert back.end() == [0, 0], back.output()[-3000:]
+    out = tmp_path / "back"
+    (event,) = events(out, "rollback")
+    assert (event["step"], event["to_step"], event["left_out"], event["in_a_row"]) == (SPIKE, 3, [SPIKE], 1)
+    assert f"from where the run goes on without step {SPIKE} (rollback 1 in a row)" in back.output()
+    last = f"checkpoints/step-{STEPS:08d}"
+    assert equal_tensors(tmp_path / "skips" / last, out / last)
+    states = [json.loads((folder / last / "state.json").read_text()) for folder in (tmp_path / "skips", out)]
+    assert [state["applied_steps"] for state in states] == [STEPS - 1] * 2
+    assert losses(out)[STEPS] == losses(tmp_path / "skips")[STEPS]

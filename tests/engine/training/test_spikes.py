@@ -11,6 +11,7 @@ import torch
 
 import mirl
 from mirl.engine.distributed.spike_gate import SpikeGate
+from mirl.engine.errors import Diverged
 from mirl.engine.models import MIRL, ModelConfig
 from mirl.engine.training.block_scales import BlockScale, block_scales, first_grown
 from mirl.engine.training.run_folder import Progress
@@ -121,12 +122,20 @@ def test_a_learning_rate_too_large_is_a_spike_that_no_block_stands_out_in(photog
     )  # fmt: skip
     mirl.pretrain(mirl.recipe("demo", **common, steps=5, lr=1e-4))
     assert events(tmp_path / "run", "spike") == []
-    more = dict(steps=8, lr=1.0, resume="auto", change=("lr", "steps"))
-    mirl.pretrain(mirl.recipe("demo", **common, **more))
+    change = dict(lr=1.0, change=("lr", "steps"))
+    mirl.pretrain(mirl.recipe("demo", **common | change, steps=8, resume="auto"))
     # The band went on over the start: it has begun at once.
     spike = events(tmp_path / "run", "spike")[0]
     assert spike["step"] == 7 and not spike["skipped"] and spike["grown"] is None
     assert "so look at weights and learning rate" in spike["detail"]
+
+    # No leaving out helps here. Checkpoint 8 is of the run above, and no part of this one.
+    start = tmp_path / "run" / "checkpoints" / "step-00000005"
+    with pytest.raises(Diverged, match=f"3 rollbacks to {start} or a checkpoint with no further step did not help"):
+        mirl.pretrain(mirl.recipe("demo", **common | change, steps=14, resume=str(start), on_spike="rollback"))
+    back = events(tmp_path / "run", "rollback")
+    assert [(event["step"], event["to_step"]) for event in back] == [(7, 5), (8, 5), (10, 5)]
+    assert [event["left_out"] for event in back] == [[7], [6, 7, 8], [6, 7, 8, 9, 10]]
 
 
 def test_what_cannot_be_watched_is_refused(tmp_path: Path, photographs: Path) -> None:
