@@ -325,7 +325,8 @@ class FlatGradients:
     def norm(self, finished: Iterable[Tensor]) -> Tensor:
         """Return the norm of the whole averaged gradient over all groups and ranks, a float32 scalar.
 
-        It is NaN or infinite where one of the values is, and infinite where `gate` is closed. ``finished``: what `finish` returned.
+        It is NaN or infinite where one of the values is, and infinite where `gate` is closed. ``finished``: what
+        `finish` returned.
         """
         squares = sum_of_squares(finished)
         sums = squares if self.gate is None else self.gate.join(squares)

@@ -46,7 +46,7 @@ class SpikeGate:
         self._loss = loss if self._loss is None else self._loss + loss
 
     def join(self, squares: Tensor) -> Tensor:
-        """``squares``, a float32 scalar, and beside it the losses of this rank: float32 [2], to be summed over ranks."""
+        """``squares``, a float32 scalar, and beside it the loss of this rank: float32 [2], to be summed over ranks."""
         assert self._loss is not None, "the loss of a step comes before its gradient norm"
         joined = torch.stack([squares, self._loss.to(squares.device)])
         self._loss = None

@@ -53,7 +53,8 @@ class Progress:
         """
         since = {"best", "recent_losses", "recent_norms", "left_out", "rollbacks", "rolled_back_to"}
         found = {item.name: state[item.name] for item in fields(cls) if item.name in state or item.name not in since}
-        return cls(**found | {"best": {name: list(value) for name, value in state.get("best", {}).items()}})
+        found["best"] = {name: list(value) for name, value in state.get("best", {}).items()}
+        return cls(**found)
 
 
 def choose_out(config: Config, recipe_out: str) -> Path:

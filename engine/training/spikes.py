@@ -186,8 +186,8 @@ class SpikeWatch:
             image = f", most for {shown(first['image'])}" if first["image"] else ""
             of_rank = f" on rank {first['rank']}" if len(reports) > 1 else ""
             return (
-                f"the first block that grew{of_rank} is {first['block']}, {first['times']:.3g} times as large as in the "
-                f"step before{image}"
+                f"the first block that grew{of_rank} is {first['block']}, {first['times']:.3g} times as large as in "
+                f"the step before{image}"
             ), {name: value for name, value in first.items() if name != "place"}
         named = "; ".join(
             f"rank {rank}: files {', '.join(map(shown, files[:FILES_NAMED]))}, ..."

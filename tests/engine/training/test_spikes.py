@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 
 import mirl
-from mirl.engine.distributed.spike_gate import SpikeGate
+from mirl.dataloaders import TrainLoader
+from mirl.engine.distributed.ds_engine import TrainEngine
+from mirl.engine.distributed.launch import Ranks
+from mirl.engine.distributed.spike_gate import SeenStep, SpikeGate
 from mirl.engine.errors import Diverged
 from mirl.engine.models import MIRL, ModelConfig
 from mirl.engine.training.block_scales import BlockScale, block_scales, first_grown
 from mirl.engine.training.run_folder import Progress
-from mirl.engine.training.spikes import LOSS_FLOOR, NORM_FLOOR, band_limit
+from mirl.engine.training.run_log import RunLog
+from mirl.engine.training.spikes import LOSS_FLOOR, NORM_FLOOR, Spike, SpikeWatch, band_limit
+from mirl.engine.training.task import Task
 from tests.support.runs import events
 
 
 def test_the_band_is_median_and_deviation_of_logarithms():
     values = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
-    # Logarithms to base 2 are 0 ... 7: their median is 3.5, the distances from it 0.5, 0.5, 1.5, 1.5, 2.5 ...: median 2.
+    # Logarithms to base 2 are 0 ... 7: their median is 3.5, the distances from it 0.5, 0.5, 1.5, 1.5, 2.5 ...:
+    # median 2.
     expected = 2 ** (3.5 + 6 * 1.4826 * 2)
     assert band_limit(values, 8, NORM_FLOOR) == pytest.approx(expected, rel=1e-6)
     assert band_limit(values[::-1], 8, NORM_FLOOR) == band_limit(values, 8, NORM_FLOOR)
@@ -136,6 +144,26 @@ def test_a_learning_rate_too_large_is_a_spike_that_no_block_stands_out_in(photog
     back = events(tmp_path / "run", "rollback")
     assert [(event["step"], event["to_step"]) for event in back] == [(7, 5), (8, 5), (10, 5)]
     assert [event["left_out"] for event in back] == [[7], [6, 7, 8], [6, 7, 8, 9, 10]]
+
+
+def test_what_is_not_watched_and_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    watch = SpikeWatch(
+        mirl.recipe("demo").run,
+        cast(Ranks, SimpleNamespace(gather=lambda value: [value], is_main=False)),
+        cast(TrainEngine, SimpleNamespace(can_watch_steps=False)),
+        cast(Task, None),
+        cast(TrainLoader, SimpleNamespace(paths=lambda ids: [f"{number}.jpg" for number in ids])),
+        cast(RunLog, SimpleNamespace(say=said.append, event=lambda *_, **__: None, out=tmp_path)),
+        Progress(step=9),
+    )
+    assert said == [
+        "no step is watched for a spike of its loss or gradient norm: that needs ZeRO stage 1 or 2 with flat gradients"
+    ]
+    assert watch.end_step() is None
+    first = watch.tell(Spike(seen=SeenStep(3, 1), most=SeenStep(2, 2)), [np.arange(2)], skipped=False)
+    assert "there is no step before it since the start, beside which a block could have grown (rank 0: files" in first
+    assert "look at weights" not in first
 
 
 def test_what_cannot_be_watched_is_refused(tmp_path: Path, photographs: Path) -> None:
