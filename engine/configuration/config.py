@@ -23,6 +23,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 SWITCHES = ("auto", "on", "off")
 COMPILES = (*SWITCHES, "max")
 AUTO = "auto"
+ON_SPIKE = ("log", "skip", "rollback")
 SCHEDULES = ("cosine", "step", "poly")
 OPTIMIZERS = ("adamw", "muon")
 _CROPPED = ("model", "finetune")  # runs whose images are cropped without regard to label images or boxes
@@ -255,6 +256,14 @@ class RunConfig(Section):
     max_nonfinite_steps: int = setting(
         5, "skipped steps in a row (non-finite loss or gradient) after which all ranks stop"
     )
+    on_spike: str = setting(
+        "log",
+        "a step whose loss or gradient norm leaves the band of the steps before it: log names it, its files and the "
+        "first block that grew; skip does not take it either; rollback goes back to the last good checkpoint and on "
+        "past it (docs/faults.md)",
+        choices=ON_SPIKE,
+    )
+    spike_window: int = setting(128, "steps whose loss and gradient norm make the band; it begins after half of them")
     watchdog_minutes: float = setting(
         10.0, "end a rank that finished no step for this long, after dumping its stacks (exit code 70); 0: never"
     )
@@ -264,7 +273,7 @@ class RunConfig(Section):
         object.__setattr__(self, "seed", fold_seed(self.seed))
         if self.precision not in PRECISIONS:
             raise UserError(f"precision is {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
-        for name, allowed in (("compile", COMPILES), ("fused", SWITCHES)):
+        for name, allowed in (("compile", COMPILES), ("fused", SWITCHES), ("on_spike", ON_SPIKE)):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if not self.choices:
@@ -283,6 +292,8 @@ class RunConfig(Section):
                 raise UserError(f"{name} is {getattr(self, name)}: give zero or more")
         if self.max_nonfinite_steps < 1:
             raise UserError(f"max_nonfinite_steps is {self.max_nonfinite_steps}: give 1 or more")
+        if self.spike_window < 8:
+            raise UserError(f"spike_window is {self.spike_window}: give 8 or more")
         if self.activation_checkpointing not in ("none", "every", "segments") and not (
             self.activation_checkpointing.isdigit() and int(self.activation_checkpointing) > 0
         ):

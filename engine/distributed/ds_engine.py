@@ -14,6 +14,7 @@ from mirl.engine.distributed import deepspeed_patches as patches
 from mirl.engine.distributed.flat_gradients import FlatGradients
 from mirl.engine.distributed.muon import MuonAdamW
 from mirl.engine.distributed.one_pass import OnePassAdamW
+from mirl.engine.distributed.spike_gate import SpikeGate
 from mirl.errors import UserError
 
 DEEPSPEED_VERSION = patches.VERSION
@@ -79,6 +80,7 @@ class TrainEngine:
         self._flat: FlatGradients | None = None
         self._in_flat_weights = False
         self._one_pass: OnePassAdamW | None = None
+        self.loaded_steps = 0  # applied ones, of the state that was loaded last
         # Stage 3 and offloading keep gradients elsewhere, and DeepSpeed's own ways.
         if flat_gradients and patches.takes_flat_gradients(self._optimizer):
             self._flat = patches.take_gradients(
@@ -110,6 +112,8 @@ class TrainEngine:
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
+        if self._flat is not None and self._flat.gate is not None:
+            self._flat.gate.add(loss)
         self._engine.backward(loss)
 
     def step(self, lr: float) -> bool | None:
@@ -117,7 +121,7 @@ class TrainEngine:
         micro-batches are in.
 
         Returns None inside an accumulation, True after an applied step, False after one that was skipped on every rank
-        because a gradient was not finite.
+        because a gradient was not finite, or the gate of `watch_steps` was closed.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -128,6 +132,18 @@ class TrainEngine:
         if self._optimizer.overflow:
             patches.forget_gradients_of_skipped_step(self._optimizer)
         return not self._optimizer.overflow
+
+    @property
+    def can_watch_steps(self) -> bool:
+        """Whether `watch_steps` is open to this engine: ZeRO 1 or 2 with flat gradients."""
+        return self._flat is not None
+
+    def watch_steps(self, *, closes: bool) -> SpikeGate:
+        """Have the loss of each further step on the host beside its gradient norm; ``closes``: see `SpikeGate`."""
+        assert self._flat is not None, "the loss travels with the norm of flat gradients"
+        parts = self._engine.gradient_accumulation_steps() * torch.distributed.get_world_size()
+        self._flat.gate = SpikeGate(micro_batches=parts, closes=closes)
+        return self._flat.gate
 
     # --- the optimiser's step
 
@@ -161,6 +177,8 @@ class TrainEngine:
 
     def gradient_norm(self) -> float:
         """Global gradient norm of the last step before clipping; synchronises with the device."""
+        if self._flat is not None and self._flat.gate is not None and self._flat.gate.last is not None:
+            return self._flat.gate.last.gradient_norm
         norm = self._engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
@@ -178,12 +196,22 @@ class TrainEngine:
                 yield Fragment(name=name, kind=kind, start=start, tensor=tensor)
 
     @torch.no_grad()
-    def load_fragments(self, read: FragmentReader, *, optimizer_steps: int) -> None:
-        """Set the fp32 weights of this rank's part from ``read``, and its moments if ``optimizer_steps`` is not 0.
+    def restore(self, read: FragmentReader, *, optimizer_steps: int) -> None:
+        """Set weights and moments from ``read`` between two steps, the compute weights too. ZeRO 1 and 2 alone."""
+        assert self.stage < 3, "compute weights are whole on each rank"
+        self.load_fragments(read, optimizer_steps=optimizer_steps, moments=True)
+        for name, parameter in self._trainable():
+            parameter.copy_(read(name, "weight", 0, parameter.numel()).reshape(parameter.shape))
+
+    @torch.no_grad()
+    def load_fragments(self, read: FragmentReader, *, optimizer_steps: int, moments: bool = False) -> None:
+        """Set the fp32 weights of this rank's part from ``read``, and its moments if ``optimizer_steps`` is not 0 or
+        they are asked for.
 
         The compute weights are not touched: load them into the model before it is given to this engine.
         """
-        kinds = KINDS if optimizer_steps else KINDS[:1]
+        kinds = KINDS if optimizer_steps or moments else KINDS[:1]
+        self.loaded_steps = optimizer_steps
         patches.set_steps(self._optimizer, optimizer_steps)
         if self._one_pass is not None:
             self._one_pass.forget_count()

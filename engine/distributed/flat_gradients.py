@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mirl.engine.distributed.spike_gate import SpikeGate
+
 # Gradients wait for each other until so many values can be copied by one call: on a CPU they still lie in the cache, on
 # a GPU a call moves more than it costs to begin, and what is reduced after the last one is still little.
 COPIED_TOGETHER = 2**20
@@ -113,6 +115,7 @@ class FlatGradients:
     ) -> None:
         # Whether `finish` leaves the sums of the ranks' gradients as they are, for a step that averages them itself.
         self.leaves_sums = False
+        self.gate: SpikeGate | None = None
         self._groups = groups
         self._is_last_pass = is_last_pass
         self._process_group = process_group
@@ -322,12 +325,17 @@ class FlatGradients:
     def norm(self, finished: Iterable[Tensor]) -> Tensor:
         """Return the norm of the whole averaged gradient over all groups and ranks, a float32 scalar.
 
-        It is NaN or infinite where one of the values is. ``finished``: what `finish` returned.
+        It is NaN or infinite where one of the values is, and infinite where `gate` is closed. ``finished``: what
+        `finish` returned.
         """
         squares = sum_of_squares(finished)
+        sums = squares if self.gate is None else self.gate.join(squares)
         if self._world_size > 1:
-            torch.distributed.all_reduce(squares, group=self._process_group)
-        return squares.sqrt() / self._world_size if self.leaves_sums else squares.sqrt()
+            torch.distributed.all_reduce(sums, group=self._process_group)
+        norm = (sums if self.gate is None else sums[0]).sqrt()
+        if self.leaves_sums:
+            norm = norm / self._world_size
+        return norm if self.gate is None else self.gate.pass_on(norm, sums[1])
 
 
 def sum_of_squares(parts: Iterable[Tensor]) -> Tensor:

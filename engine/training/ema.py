@@ -45,7 +45,10 @@ class ShardedEma:
 
     @torch.no_grad()
     def load(self, read: FragmentReader) -> None:
-        """Set the averages of this rank from ``read``, whatever the layout they were saved under."""
+        """Set the averages of this rank from ``read``, whatever the layout they were saved under, after the engine's
+        state, which knows how many updates there were.
+        """
+        self.updates = self.engine.loaded_steps
         for average in self._average.values():
             average.tensor.copy_(read(average.name, KIND, average.start, average.tensor.numel()))
 

@@ -30,7 +30,7 @@ FREE: Mapping[str, frozenset[str]] = {
         "out", "resume", "init_from", "change", "device", "precision", "deepspeed_config", "vgg_weights",
         "checkpoint_every", "keep_checkpoints", "activation_checkpointing", "compile", "fused",
         "recompute_pointwise", "flat_gradients", "max_minutes", "max_nonfinite_steps", "watchdog_minutes",
-        "cpu_threads",
+        "cpu_threads", "on_spike", "spike_window",
     }),
     "log": frozenset({
         "log_every", "picture_every", "pictures", "val", "probe", "eval_every", "tensorboard", "track", "profile",

@@ -39,6 +39,7 @@ from mirl.engine.training.run_folder import Progress, refuse_finished, restore_p
 from mirl.engine.training.run_log import RunLog
 from mirl.engine.training.saving import Saver
 from mirl.engine.training.schedule import Durations
+from mirl.engine.training.spikes import refuse_unwatched
 from mirl.engine.training.task import Task
 from mirl.engine.training.telling import closing_lines, describe_computation, describe_run, describe_versions
 from mirl.engine.training.tracking.facts import Facts
@@ -175,6 +176,7 @@ def _train(config: C, kind: RunKind[C], ranks: Ranks, at_most: int | None, tried
         optimizer = build_optimizer(model, config.optim, ranks.device, kind.parameter_groups(plan, model))
         weights = plan.reader.read if plan.reader is not None else kind.exact_weights(plan, model)
         engine = TrainEngine(model, optimizer, plan.ds_config, flat_gradients=config.run.flat_gradients)
+        refuse_unwatched(config.run, engine)
         if weights is not None:
             engine.load_fragments(weights, optimizer_steps=progress.applied_steps)
         del weights
@@ -209,7 +211,7 @@ def _train(config: C, kind: RunKind[C], ranks: Ranks, at_most: int | None, tried
             log.say(line)
         saver = Saver(
             config, ranks=ranks, engine=engine, task=task, loader=loader, log=log, progress=progress,
-            folder=out / "checkpoints",
+            folder=out / "checkpoints", resumed_from=plan.resumed_from.path if plan.resumed_from is not None else None,
         )  # fmt: skip
         trainer = Trainer(
             config, ranks=ranks, engine=engine, task=task, loader=loader, durations=durations, saver=saver, log=log,

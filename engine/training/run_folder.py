@@ -25,6 +25,9 @@ class Progress:
     """How far a run has come. ``step`` counts batches, ``applied_steps`` those whose update was applied.
 
     best: of the metrics of a task that keeps them here, the best value so far and its step.
+    ``recent_losses`` and ``recent_norms``: of the last steps, what the bands of `mirl.engine.training.spikes` rest on.
+    ``left_out``: steps, from 1, whose images are passed over; ``rollbacks``: in a row, the last one to a checkpoint of
+    ``rolled_back_to`` applied steps (`mirl.engine.training.rollback`).
     """
 
     step: int = 0
@@ -32,6 +35,11 @@ class Progress:
     nonfinite_in_a_row: int = 0
     images: int = 0
     best: dict[str, list[float]] = field(default_factory=dict)
+    recent_losses: list[float] = field(default_factory=list)
+    recent_norms: list[float] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
+    rollbacks: int = 0
+    rolled_back_to: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as they stand in the state of a checkpoint."""
@@ -39,9 +47,14 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`, from the state of a checkpoint, which holds other keys too."""
-        found = {item.name: state[item.name] for item in fields(cls) if item.name != "best"}
-        return cls(**found, best={name: list(value) for name, value in state.get("best", {}).items()})
+        """The inverse of `to_dict`, from the state of a checkpoint, which holds other keys too.
+
+        Checkpoints of before the best values, the bands or rollbacks lack those: they begin anew.
+        """
+        since = {"best", "recent_losses", "recent_norms", "left_out", "rollbacks", "rolled_back_to"}
+        found = {item.name: state[item.name] for item in fields(cls) if item.name in state or item.name not in since}
+        found["best"] = {name: list(value) for name, value in state.get("best", {}).items()}
+        return cls(**found)
 
 
 def choose_out(config: Config, recipe_out: str) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mirl.dataloaders import TrainLoader
 from mirl.engine.checkpoints.best import Best, Standing, read_best, remove_best, write_best
+from mirl.engine.checkpoints.finding import verify
 from mirl.engine.checkpoints.writer import CheckpointWriter
 from mirl.engine.configuration.config import Config
 from mirl.engine.distributed.ds_engine import Fragment, TrainEngine
@@ -39,10 +40,12 @@ class Saver:
         log: RunLog,
         progress: Progress,
         folder: Path,
+        resumed_from: Path | None = None,
     ) -> None:
         self._config, self._ranks, self._engine, self._task = config, ranks, engine, task
         self._loader, self._log, self._progress = loader, log, progress
         self._writer = CheckpointWriter(folder, ranks, keep=config.run.keep_checkpoints)
+        self._resumed_from = resumed_from
         self._started = time.perf_counter()
         self._saved_step: int | None = progress.step or None  # a fresh run has none
         self._parameter_shapes: dict[str, list[int]] = {}
@@ -62,6 +65,30 @@ class Saver:
         if self._saved_step != self._progress.step:
             self._writer.save(self._progress.step, self._fragments(), self.state())
             self._saved_step = self._progress.step
+
+    def newest_good(self) -> Path | None:
+        """On rank 0 the newest whole checkpoint of this run; waited for is what is being written.
+
+        Others may lie in the folder, of a run that was resumed before their steps: they are not of this one.
+        """
+        written = [self.folder / name for name in sorted(self._writer.published, reverse=True)]
+        for path in [*written, *filter(None, [self._resumed_from])]:
+            problem = verify(path)
+            if problem is None:
+                return path
+            if path.is_dir():
+                self._log.say(f"{path.name} is passed over: {problem}")
+        return None
+
+    def went_back_to(self, path: Path) -> None:
+        """Take note that the state is that of checkpoint ``path`` again, of this run. Checkpoints of later steps stay
+        on disk until those steps are done again and written over them, but are no longer of this run.
+        """
+        self._writer.published = {name for name in self._writer.published if name <= path.name}
+        self._saved_step = self._progress.step
+        self._candidate = None
+        self._best = self._restored_best() if self._ranks.is_main else None
+        self._spare()
 
     def keep_if_best(self, standing: Standing) -> None:
         """Keep the weights of this step as the best of the run, if they are: save them and spare their checkpoint.

@@ -62,6 +62,10 @@ class StepLog:
     def _new_window(self) -> Window:
         return Window(wait_started=self._loader.wait_seconds)
 
+    def drop_window(self) -> None:
+        """Forget the steps since the last record, which are done again."""
+        self.window = self._new_window()
+
     @property
     def overdue(self) -> bool:
         """Whether this rank has steps that have waited long for a record. Ranks agree before they write one."""
@@ -111,8 +115,16 @@ class StepLog:
         self._log.metrics(values, line_of(values, total) if line else None)
         self.window, self._written = self._new_window(), time.perf_counter()
 
-    def skipped_step(self, seen: list[SeenMicroBatch]) -> str:
-        """Tell which term, rank and files made a step non-finite on every rank; returns these details."""
+    def skipped_step(self, seen: list[SeenMicroBatch], spike: str | None = None) -> str:
+        """Tell which term, rank and files made a step non-finite on every rank; returns these details.
+
+        ``spike``: the details of a step that was finite, and skipped for its band; they are told already.
+        """
+        if spike is not None:
+            self._log.event(
+                "skipped_step", self._progress.step, in_a_row=self._progress.nonfinite_in_a_row, detail=spike
+            )
+            return spike
         bad: set[str] = set()
         files: list[str] = []
         for item in seen:

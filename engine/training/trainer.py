@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import NoReturn
 
+import numpy as np
+
 from mirl.dataloaders import Batch, StorageLost, TrainLoader
 from mirl.engine.configuration.config import Config
 from mirl.engine.distributed.ds_engine import TrainEngine
@@ -13,11 +15,13 @@ from mirl.engine.distributed.stop_request import StopRequest
 from mirl.engine.distributed.watchdog import Watchdog
 from mirl.engine.errors import EXIT_PREEMPTED, Diverged, LostRank, Preempted
 from mirl.engine.training.profiling import StepProfile
+from mirl.engine.training.rollback import Rollback
 from mirl.engine.training.run_folder import Progress
 from mirl.engine.training.run_lock import RunLock
 from mirl.engine.training.run_log import RunLog
 from mirl.engine.training.saving import Saver
 from mirl.engine.training.schedule import Durations
+from mirl.engine.training.spikes import SpikeWatch
 from mirl.engine.training.step_log import SeenMicroBatch, StepLog
 from mirl.engine.training.task import Place, Task
 from mirl.errors import UserError
@@ -53,6 +57,10 @@ class Trainer:
             progress=progress, accumulation=accumulation, batch_size=config.optim.batch_size,
         )  # fmt: skip
         self.profile = StepProfile(config.log.profile, out=log.out, log=log, device=ranks.device)
+        self.spikes = SpikeWatch(config.run, ranks, engine, task, loader, log, progress)
+        self.rollback = Rollback(
+            ranks=ranks, engine=engine, task=task, loader=loader, saver=saver, log=log, progress=progress
+        )
         self._seen: list[SeenMicroBatch] = []
 
     def run(self) -> None:
@@ -79,14 +87,22 @@ class Trainer:
         while self.progress.step < total_steps:
             # Whatever was asked, a start makes a step: a run that is queued again and again goes on.
             batch = self._begin_step(may_stop=self.progress.step > first_step)
-            applied = self._step(batch)
+            left_out = self.rollback.leaves_out_next()
+            applied = self._leave_out() if left_out else self._step(batch)
             self.step_log.step_ended()
             step = self.progress.step
             self.log.advance(step)
-            if not applied:
-                self._after_skipped_step()
+            spike = None if left_out else self.spikes.end_step()
+            told = None if spike is None else self.spikes.tell(spike, self._shown_samples(), skipped=not applied)
+            if told is not None and self.config.run.on_spike == "rollback" and self.rollback.go_back(told):
+                self.step_log.drop_window()
+                self.log.advance(self.progress.step)
+                self.watchdog.beat(f"step {self.progress.step + 1}")
+                continue
+            if not applied and not left_out:
+                self._after_skipped_step(told)
             last = step == total_steps
-            if step % self.durations.log_every == 0 or last:
+            if (step % self.durations.log_every == 0 or last) and self.step_log.window.loss is not None:
                 self.step_log.write()
             # Saved first: whatever an evaluation runs into, the step is not lost.
             if step % self.durations.checkpoint_every == 0 or last:
@@ -145,27 +161,40 @@ class Trainer:
         lr = self.schedule.lr(self.progress.applied_steps)
         seen: list[SeenMicroBatch] = []
         applied = None
+        self.spikes.begin_step()
         for part in range(self.accumulation):
             if part:
                 batch = self._next_batch()
             # The place of this micro-batch in the effective batch, as dataloaders.order.StepPlan divides it.
             first = (part * self.ranks.world_size + self.ranks.rank) * self.micro_batch
-            loss, terms = self.task.forward(batch, Place(step=self.progress.step, first=first))
+            place = Place(step=self.progress.step, first=first)
+            self.spikes.keep(batch, place)
+            loss, terms = self.task.forward(batch, place)
             self.engine.backward(loss)
             applied = self.engine.step(lr)
             self.step_log.window.add(loss, terms, self.micro_batch)
             seen.append(SeenMicroBatch(terms=terms, sample_ids=batch.sample_ids))
         assert applied is not None, "DeepSpeed did not reach the accumulation boundary"
-        self.progress.step += 1
-        self.progress.images += self.config.optim.batch_size
+        self._advance(applied)
         self._seen = seen
-        self.task.after_step(applied)
         if applied:
             self.progress.applied_steps += 1
             self.progress.nonfinite_in_a_row = 0
         else:
             self.progress.nonfinite_in_a_row += 1
         return applied
+
+    def _leave_out(self) -> bool:
+        """Pass over the images of a step, of which the first micro-batch is there; False: no step was applied."""
+        for _ in range(self.accumulation - 1):
+            self._next_batch()
+        self._advance(False)
+        return False
+
+    def _advance(self, applied: bool) -> None:
+        self.progress.step += 1
+        self.progress.images += self.config.optim.batch_size
+        self.task.after_step(applied)
 
     def _fetch(self) -> tuple[Batch | None, Exception | None]:
         """The next micro-batch, or why this rank has none."""
@@ -201,14 +230,18 @@ class Trainer:
             raise UserError(text if len(reports) == 1 else f"rank {rank}: {text}") from problem
         raise LostRank(f"rank {rank} met a fault in its loader: {text}")
 
-    def _after_skipped_step(self) -> None:
-        """Tell what was not finite; stop all ranks after too many such steps in a row."""
-        detail = self.step_log.skipped_step(self._seen)
+    def _shown_samples(self) -> list[np.ndarray]:
+        return [item.sample_ids for item in self._seen]
+
+    def _after_skipped_step(self, spike: str | None) -> None:
+        """Tell what was not finite, or with ``spike`` outside its band; stop all ranks after too many in a row."""
+        detail = self.step_log.skipped_step(self._seen, spike)
+        what = "was not finite" if spike is None else "left its band"
         in_a_row = self.progress.nonfinite_in_a_row
         if in_a_row >= self.config.run.max_nonfinite_steps:
             self.saver.wait()
             raise Diverged(
-                f"step {self.progress.step}: loss or gradient was not finite for {in_a_row} steps in a row ({detail}); "
+                f"step {self.progress.step}: loss or gradient {what} for {in_a_row} steps in a row ({detail}); "
                 f"the checkpoints in {self.saver.folder} are intact. Lower --base-lr, set --clip-grad 1, or resume "
                 "from an earlier checkpoint"
             )

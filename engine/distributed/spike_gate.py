@@ -1,0 +1,68 @@
+"""Loss and gradient norm of each step on the host, and a gate that keeps a step outside its limits from being taken.
+
+Nothing here touches DeepSpeed: `FlatGradients.norm`, which every step of ZeRO 1 and 2 asks once, calls it. The loss
+travels with the sum of squares of the gradients, so that ranks communicate as often as without it, and the host waits
+for the device as often. A step outside its limits gets an infinite norm: what skips a gradient that is not finite then
+skips this one, on the device and on all ranks alike.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mirl.engine.distributed.one_pass import FetchedLater
+
+
+@dataclass(frozen=True)
+class SeenStep:
+    """Mean loss over ranks and micro-batches, and norm of the averaged gradient before clipping."""
+
+    loss: float
+    gradient_norm: float
+
+
+@dataclass(eq=False)
+class SpikeGate:
+    """``micro_batches``: of a step, over all ranks. ``closes``: whether a step outside its limits is not taken.
+
+    ``most_loss`` and ``most_norm``, float32 values, are set before each step and are the largest that pass.
+    """
+
+    micro_batches: int
+    closes: bool
+    most_loss: float = math.inf
+    most_norm: float = math.inf
+    last: SeenStep | None = field(default=None, init=False)  # what `take` returned last
+    _loss: Tensor | None = field(default=None, init=False)
+    _seen: FetchedLater | None = field(default=None, init=False)
+
+    def add(self, loss: Tensor) -> None:
+        """Add the loss of a micro-batch, a scalar, to those of this rank and step."""
+        loss = loss.detach().float()
+        self._loss = loss if self._loss is None else self._loss + loss
+
+    def join(self, squares: Tensor) -> Tensor:
+        """``squares``, a float32 scalar, and beside it the loss of this rank: float32 [2], to be summed over ranks."""
+        assert self._loss is not None, "the loss of a step comes before its gradient norm"
+        joined = torch.stack([squares, self._loss.to(squares.device)])
+        self._loss = None
+        return joined
+
+    def pass_on(self, norm: Tensor, losses: Tensor) -> Tensor:
+        """``norm``, or infinity where this step is not to be taken. ``losses``: their sum over ranks; both scalars."""
+        loss = losses / self.micro_batches
+        self._seen = FetchedLater(torch.stack([loss, norm]))
+        if not self.closes or math.isinf(self.most_loss) and math.isinf(self.most_norm):
+            return norm
+        return norm.masked_fill((norm > self.most_norm) | (loss > self.most_loss), math.inf)
+
+    def take(self) -> SeenStep:
+        """What the step was like that has just been made; the host waited for its norm already."""
+        assert self._seen is not None, "no step was made"
+        loss, norm = self._seen.get().tolist()
+        self._seen, self.last = None, SeenStep(loss, norm)
+        return self.last
