@@ -11,7 +11,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -178,12 +178,14 @@ def _replay(config: PretrainConfig, run: Path, step: int, checkpoint: Path, rank
         )
         task.load(plan.reader.read)
         engine.module.resolve_attention(ranks.device)
-        schedule = durations.schedule(config.optim)
+        schedule, left_out = durations.schedule(config.optim), steps_not_taken(run)
         while True:
             watch.on = progress.step + 1 == step
             lr, window, files, applied = schedule.lr(progress.applied_steps), Window(wait_started=0.0), [], None
             for part in range(plan.accumulation):
                 batch = loader.next_micro_batch()
+                if progress.step + 1 in left_out and not watch.on:
+                    continue
                 place = Place(step=progress.step, first=part * plan.micro_batch)
                 loss, terms = task.forward(batch, place)
                 engine.backward(loss)
@@ -211,15 +213,29 @@ def _replay(config: PretrainConfig, run: Path, step: int, checkpoint: Path, rank
         }  # fmt: skip
 
 
+def steps_not_taken(run: Path) -> set[int]:
+    """Steps that the run skipped for their loss or gradient norm, or left out when it went back to a checkpoint."""
+    found: set[int] = set()
+    for record in _records(run):
+        if record.get("event") == "spike" and record.get("skipped"):
+            found.add(record["step"])
+        elif record.get("event") == "rollback":
+            found.update(record["left_out"])
+    return found
+
+
+def _records(run: Path) -> Iterator[dict[str, Any]]:
+    """Lines of metrics.jsonl; one that a crash cut off is passed over."""
+    path = run / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            yield json.loads(line)
+
+
 def _logged_loss(run: Path, step: int) -> float | None:
     """Of metrics.jsonl; a run that was resumed may have the step twice, and the last is of the weights that stayed."""
     found = None
-    path = run / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:  # cut off by a crash
-            continue
+    for record in _records(run):
         if record.get("step") == step and "loss" in record:
             found = record["loss"]
     return found

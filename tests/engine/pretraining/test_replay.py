@@ -11,7 +11,7 @@ import pytest
 
 import mirl
 from mirl.engine.cli import dispatch
-from mirl.engine.pretraining.replay import replay
+from mirl.engine.pretraining.replay import replay, steps_not_taken
 from mirl.errors import UserError
 from tests.support.runs import records
 
@@ -85,3 +85,13 @@ def test_a_step_that_cannot_be_replayed_is_one_line(trained, step, message, tmp_
 def test_a_folder_without_a_run_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"^run is [^\n]*, which holds no run: give"):
         dispatch(["replay", str(tmp_path), "3", "--device", "cpu"])
+
+
+def test_steps_that_the_run_did_not_take_are_those_of_its_events(tmp_path):
+    events = [
+        {"step": 4, "loss": 1.0}, {"event": "spike", "step": 5, "skipped": True, "loss": 9.0},
+        {"event": "spike", "step": 7, "skipped": False, "loss": 9.0},
+        {"event": "rollback", "step": 9, "to_step": 6, "left_out": [8, 9]},
+    ]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"step": 1')
+    assert steps_not_taken(tmp_path) == {5, 8, 9}
