@@ -51,9 +51,11 @@ def by_section(base: Config, changes: Mapping[str, Any]) -> dict[str, Any]:
     }
     several = {
         item.name
-        for kind in base.sections().values()
+        for section, kind in base.sections().items()
         for item in dataclasses.fields(kind)
-        if str(item.type).startswith("tuple[") and "..." in str(item.type)
+        if is_offered(item, section, base.sections())
+        and str(item.type).startswith("tuple[")
+        and "..." in str(item.type)
     }
     given = {}
     for key, value in changes.items():

@@ -25,12 +25,12 @@ def _watch(module: nn.Module, note: Note) -> Callable[[], None] | None:
         return None
     attend = module.attend
 
-    def told(q: Tensor, kv_BT2D: Tensor | None = None, *, bias_3D: Tensor | None = None) -> Tensor:
+    def told(q: Tensor, kv_BT2D: Tensor | None = None, **biases: Tensor | None) -> Tensor:
         kv = q if kv_BT2D is None else kv_BT2D
         layout = PACKED if kv is q else TOKENS_FIRST if kv.stride(0) < kv.stride(1) else APART
         sizes = {"B": len(q), "S": q.shape[1], "T": kv.shape[1], "H": module.heads, "d": module.head_dim}
         note(sizes | {"layout": layout}, q.dtype)
-        return attend(q, kv_BT2D, bias_3D=bias_3D)
+        return attend(q, kv_BT2D, **biases)
 
     module.attend = told  # type: ignore[method-assign]
     return lambda: delattr(module, "attend")
