@@ -37,8 +37,9 @@ install: .venv/.install
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
+# Most of what is installed is never imported: Python compiles what is.
 .venv/.test: .venv/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[test,bench]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[test,bench]'
 	@touch $@ .venv/.install
 
 clean:

@@ -24,7 +24,7 @@ from mirl.engine.training.plan import RunPlan
 from mirl.engine.transfer.classification.classifier import encoder_config
 from mirl.engine.transfer.classification.recipes import finetune_recipe
 from mirl.errors import UserError
-from tests.support.limits import control_group, under_ulimit
+from tests.support.limits import under_ulimit
 from tests.support.runs import ENTRY
 
 GIB = 2**30
@@ -187,20 +187,13 @@ def chosen(output: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-@pytest.mark.parametrize("kind", ["control group", "ulimit"])
-def test_a_run_fits_itself_into_a_limit(run, photographs, tmp_path, kind):
-    """The command runs, its step in several micro-batches; it is refused where it is told to take them at once."""
+def test_a_run_fits_itself_into_a_limit(run, photographs, tmp_path):
+    """The command runs, its step in several micro-batches; it is refused where it is told to take them at once.
+
+    tests/systems/test_memory_limit.py has both in a control group.
+    """
     flags = [sys.executable, ENTRY, "--data", str(write_more(photographs, tmp_path)), *SMALL]
-    if kind == "ulimit":
-        prefix = under_ulimit(int(6.5 * GIB))
-        check_fitted(run, prefix, flags)
-        return
-    with control_group(2 * GIB) as group:
-        check_fitted(run, group.prefix, flags)
-        assert group.killed == 0
-
-
-def check_fitted(run, prefix, flags) -> None:
+    prefix = under_ulimit(int(6.5 * GIB))
     done = run(*prefix, *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     micro, accumulation = chosen(done.stdout)
