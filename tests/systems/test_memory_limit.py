@@ -60,8 +60,8 @@ def test_what_cannot_fit_is_refused_in_one_line_before_anything_is_written(photo
 
 
 def test_a_limit_of_the_address_space_counts_too(photographs, tmp_path):
-    """The refusal tells how much is missing: with a little less than that the run does not begin and names a smaller
-    micro-batch, with all of it it trains to its end. test_fitting.py trains with such a micro-batch under a limit.
+    """The refusal tells how much is missing and what would do: with a little less than that the run does not begin,
+    with all of it it trains to its end, and so it does with the flag that is named.
     """
     flags, tight = ("--batch-size", "44", "--micro-batch", "44"), 6 * GIB
 
@@ -87,4 +87,4 @@ def test_a_limit_of_the_address_space_counts_too(photographs, tmp_path):
     trains_under(tight + int((needed - left) * GIB + rounding), *flags)
     less = tight + int((needed / CLEARLY - left) * GIB - rounding)
     line, _, _ = refused_by(less)
-    assert re.search(r": give --micro-batch \d+", line)
+    trains_under(less, *flags[:2], *re.search(r": give (--micro-batch \d+)", line)[1].split())
