@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST_ARGS ?=
+# Two processes of tests, each with one thread; a file's tests stay together.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: pretrain test quick lint bench install clean
 
@@ -10,10 +12,10 @@ pretrain: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed engine/pretrain.py --deepspeed_config ds_configs/zero2.json $(ARGS)
 
 test: .venv/.test
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 quick: .venv/.test
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -n 2 --dist loadfile \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q $(WORKERS) \
 		-m "not process and not ranks and not compile and not gpu and not slow" $(PYTEST_ARGS)
 
 # In a checkout the modules of `mirl` stand in several folders; a type checker wants to see them in one.

@@ -48,6 +48,10 @@ TIERS = {
 TIER_OF_FIXTURE = {"server": "ranks", "run": "process"}
 
 
+# With several workers the files that take longest come first, so that none is left alone at the end with one of them.
+LONGEST_FIRST = ("ranks", "process", "compile", "slow")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip = pytest.mark.skip(reason="needs a CUDA GPU; torch.cuda.is_available() is False here")
     for item in items:
@@ -58,6 +62,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(tier)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip)
+    order: dict[Path, int] = {}
+    for item in items:
+        place = next((place for place, tier in enumerate(LONGEST_FIRST) if tier in item.keywords), len(LONGEST_FIRST))
+        order[item.path] = min(place, order.get(item.path, place))
+    items.sort(key=lambda item: order[item.path])
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -64,17 +64,18 @@ def under_ulimit(limit: int) -> list[str]:
 
 _WATCH = """
 import json, subprocess, sys, time
-child, seen = subprocess.Popen(sys.argv[2:]), {}
+child, most = subprocess.Popen(sys.argv[2:]), {}
 while child.poll() is None:
     try:
         with open(f"/proc/{child.pid}/status") as status:
             found = dict(line.split(":", 1) for line in status)
-        seen = {name: 1024 * int(found[name].split()[0]) for name in ("VmHWM", "RssFile")}
+        for name in ("VmHWM", "RssAnon", "RssFile"):
+            most[name] = max(most.get(name, 0), 1024 * int(found[name].split()[0]))
     except (OSError, KeyError):  # it is over
         pass
     time.sleep(0.02)
 with open(sys.argv[1], "w") as report:
-    json.dump(seen, report)
+    json.dump(most, report)
 sys.exit(child.returncode)
 """
 
@@ -88,7 +89,8 @@ def peak_beside_files(report: Path) -> int:
     """The most bytes that a command held, without the pages of files that it had mapped, its libraries.
 
     How many of those count as held depends on how the page cache came by them: after a fresh installation 230 MiB more.
-    They are the first that the kernel takes back.
+    They are the first that the kernel takes back, so that fewer may be left at the end than at the peak.
     """
-    seen = json.loads(report.read_text())
-    return seen["VmHWM"] - seen["RssFile"]
+    most = json.loads(report.read_text())
+    # Neither can be above the truth: a peak between two readings is missed by the first, not by VmHWM.
+    return max(most["RssAnon"], most["VmHWM"] - most["RssFile"])

@@ -19,7 +19,7 @@ from mirl.engine.distributed.environment import who_is_missing, without_launcher
 from tests.support.launch import CHECKOUT, launch_environment
 
 PROGRAM = """
-import datetime, sys
+import datetime, os, sys
 from mirl.engine.distributed import launch
 from mirl.engine.errors import run_entry_point
 launch.SILENCE_S, launch.RENDEZVOUS_TIMEOUT = 0.5, datetime.timedelta(seconds=float(sys.argv[1]))
@@ -27,7 +27,7 @@ def main():
     ranks = launch.join()
     ranks.barrier()
     launch.leave()
-    print("met", ranks.rank, ranks.world_size, flush=True)
+    os.write(1, f"met {ranks.rank} {ranks.world_size}\\n".encode())  # a line at once: ranks share a pipe
 run_entry_point(main)
 """
 SLURM = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "bash"}
