@@ -1,8 +1,11 @@
-"""Demo photographs: a few hundred JPEG files cut from the colour photographs that scikit-image carries, no download.
+"""Demo photographs: JPEG files cut from the photographs that scikit-image carries, no download.
 
 astronaut (NASA), chelsea, coffee, rocket (SpaceX): public domain or CC0, with colour; brick, grass, gravel: CC0
 textures in grey. Each is cut into overlapping squares at several sizes, scaled to 256 px, in a fixed order, so the
 files are the same wherever the same versions of Pillow and scikit-image run.
+
+There are two sets. The demo trains on some 40 large squares of the colour photographs, which it can learn in minutes;
+some hundred squares of every kind serve where the number of images counts, as for measuring a loader.
 """
 
 from __future__ import annotations
@@ -23,19 +26,20 @@ _GREY = ("brick", "grass", "gravel")
 _SIDE = 256
 _QUALITY = 92
 # Side of a square as a share of the photograph's shorter side, and how many steps the square moves along each axis.
-_SCALES = ((1.0, 3), (0.75, 4), (0.55, 5), (0.42, 6))
-_TEXTURE_SCALES = ((0.5, 3),)
-_VERSION = 1  # a change of the recipe above makes another folder
+_FEW = dict.fromkeys(_COLOUR, ((1.0, 3), (0.8, 3)))
+_MANY = dict.fromkeys(_COLOUR, ((1.0, 3), (0.75, 4), (0.55, 5), (0.42, 6))) | dict.fromkeys(_GREY, ((0.5, 3),))
+# A change of what stands above makes another folder.
+_FOLDERS = {False: f"demo-few-{_SIDE}px-v2", True: f"demo-{_SIDE}px-v1"}
 
 
-def prepare_demo(cache_dir: str | Path | None = None) -> Path:
+def prepare_demo(cache_dir: str | Path | None = None, *, many: bool = False) -> Path:
     """The folder of demo photographs as CLASS/NNN.jpg, made once in a few seconds and published by one rename.
 
-    cache_dir: where; default `default_cache_dir()`. Any number of processes may call it at once.
-    UserError if the folder cannot be written.
+    cache_dir: where; default `default_cache_dir()`. many: several hundred squares, textures among them, in place of the
+    few that the demo trains on. Any number of processes may call it at once. UserError if the folder cannot be written.
     """
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    target = cache / f"demo-{_SIDE}px-v{_VERSION}"
+    target = cache / _FOLDERS[many]
     if target.is_dir():
         return target
     try:
@@ -46,9 +50,9 @@ def prepare_demo(cache_dir: str | Path | None = None) -> Path:
             f"demo cache folder {cache} cannot be written ({error.strerror}); set MIRL_CACHE to one that can"
         ) from None
     try:
-        for name in (*_COLOUR, *_GREY):
+        for name, scales in (_MANY if many else _FEW).items():
             (work / name).mkdir()
-            for number, square in enumerate(_squares(name)):
+            for number, square in enumerate(_squares(name, scales)):
                 square.save(work / name / f"{number:03d}.jpg", quality=_QUALITY)
         set_mode(work, 0o755)
         work.rename(target)
@@ -60,13 +64,13 @@ def prepare_demo(cache_dir: str | Path | None = None) -> Path:
     return target
 
 
-def _squares(name: str) -> Iterator[Image.Image]:
+def _squares(name: str, scales: tuple[tuple[float, int], ...]) -> Iterator[Image.Image]:
     from skimage import data  # imported when needed: it costs half a second
 
     photograph = Image.fromarray(getattr(data, name)()).convert("RGB")
     short = min(photograph.size)
     boxes: dict[tuple[int, int, int, int], None] = {}  # a set in order: without room to move, steps coincide
-    for share, steps in _SCALES if name in _COLOUR else _TEXTURE_SCALES:
+    for share, steps in scales:
         side = int(short * share)
         for row in range(steps):
             for column in range(steps):

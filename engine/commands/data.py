@@ -146,7 +146,7 @@ def bench_loader(argv: Sequence[str]) -> int:
     from mirl.dataloaders.tools.bench import bench_loader as run
 
     run(
-        _windowed(arguments.data, arguments.window) or prepare_demo(),
+        _windowed(arguments.data, arguments.window) or prepare_demo(many=True),
         image_sizes=arguments.image_size,
         threads=arguments.threads,
         micro_batch=arguments.micro_batch,

@@ -27,20 +27,24 @@ _OF_EVERY_RUN = ("data", "optim", "run", "log")
 _OF_A_START = {"resume": "", "change": ()}
 
 
-def config_of_file(path: Path, recipes: Mapping[str, Callable[[], C]], default: str, recipe: str | None) -> C:
+def config_of_file(
+    path: Path, recipes: Mapping[str, Callable[[], C]], default: Callable[[bool], str], recipe: str | None
+) -> C:
     """The configuration that ``path`` describes.
 
+    default: the recipe where none is named, by whether the file names data.
     recipe: the one of the command line, which is preferred to that of a file of settings; None: none was given.
 
     Raises:
         UserError: no such file, no such setting, a value of another type, or the configuration of another kind of run.
     """
     values = _read(path)
-    kind = type(recipes[default]())
+    kind = type(recipes[default(False)]())
     if path.suffix == ".json" and all(isinstance(values.get(name), dict) for name in _OF_EVERY_RUN):
         return _of_a_run(values, kind, path, recipe)
     named = values.pop("recipe", None)
-    chosen = recipe or named or default
+    data = values.get("data")
+    chosen = recipe or named or default(bool(data.get("data") if isinstance(data, dict) else data))
     if chosen not in recipes:
         raise UserError(
             f"recipe is {chosen!r} in {path}: {nearest(str(chosen), recipes)}choose from {', '.join(recipes)}"

@@ -37,6 +37,7 @@ TITLES = {
 class CommandLine:
     """A kind of run as its entry point offers it: the configuration, its named defaults, and the help text.
 
+    default, default_with_data: the recipe where none is named, with the demo's data and with data of one's own.
     command, module: how it is started, by `mirl` or as a module. arguments: of the usage line. sizes: what each recipe
     is meant for and needs, by name. texts: help of single flags, by SECTION.FIELD, where that of the common section
     speaks of another kind of run.
@@ -51,6 +52,11 @@ class CommandLine:
     description: str
     sizes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    default_with_data: str | None = None
+
+    def default_of(self, *, data_given: bool) -> str:
+        """The recipe of a run that names none."""
+        return self.default_with_data if data_given and self.default_with_data else self.default
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -103,15 +109,17 @@ def parse(command: CommandLine, argv: Sequence[str]) -> Any:
         be.
     """
     tokens = [_dashed(token) for token in argv]
-    recipe, file = _base_in(command, tokens)
-    parser = build_parser(command, recipe)
+    recipe, file, data_given = _base_in(command, tokens)
+    parser = build_parser(command, recipe or command.default_of(data_given=data_given))
     known, unknown = parser.parse_known_args(tokens)
     if unknown:
         _refuse_unknown(parser, unknown)
     if file is not None:
-        base = config_of_file(file, command.recipes, command.default, recipe)
+        base = config_of_file(
+            file, command.recipes, lambda in_file: command.default_of(data_given=data_given or in_file), recipe
+        )
     else:
-        name = recipe or command.default
+        name = recipe or command.default_of(data_given=data_given)
         base = dataclasses.replace(command.recipes[name](), recipe=name)
     return override(base, {key: value for key, value in vars(known).items() if value is not _ABSENT})
 
@@ -119,12 +127,13 @@ def parse(command: CommandLine, argv: Sequence[str]) -> Any:
 _ABSENT = object()
 
 
-def _base_in(command: CommandLine, tokens: Sequence[str]) -> tuple[str | None, Path | None]:
-    """The recipe and the configuration file that ``tokens`` name, wherever they stand among them."""
+def _base_in(command: CommandLine, tokens: Sequence[str]) -> tuple[str | None, Path | None, bool]:
+    """The recipe and the configuration file that ``tokens`` name, wherever they stand among them, and whether data."""
     parser = Parser(add_help=False, allow_abbrev=False)
     _add_base(parser, command, absent=None)
+    parser.add_argument("--data", nargs="*")
     known = parser.parse_known_args([token for token in tokens if token not in ("-h", "--help")])[0]
-    return known.recipe, known.config
+    return known.recipe, known.config, bool(known.data)
 
 
 def _add_base(parser: Parser, command: CommandLine, *, absent: Any) -> None:
@@ -133,7 +142,8 @@ def _add_base(parser: Parser, command: CommandLine, *, absent: Any) -> None:
         default=absent,
         choices=list(command.recipes),
         metavar="NAME",
-        help=f"where the defaults come from: {', '.join(command.recipes)} [{command.default}]",
+        help=f"where the defaults come from: {', '.join(command.recipes)} [{command.default}"
+        + (f"; with --data {command.default_with_data}]" if command.default_with_data else "]"),
     )
     parser.add_argument(
         "--config",

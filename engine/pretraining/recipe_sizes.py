@@ -10,6 +10,10 @@ SIZES: dict[str, str] = {
         "64x64 pixels, batch 32; estimated memory: CPU with 16 GB 1.4 GiB at micro-batch 32, GPU of 8 GB 1.2 "
         "GiB at micro-batch 32, GPU of 80 GB 1.2 GiB at micro-batch 32"
     ),
+    "tiny": (
+        "64x64 pixels, batch 32; estimated memory: CPU with 16 GB 1.4 GiB at micro-batch 32, GPU of 8 GB 1.2 "
+        "GiB at micro-batch 32, GPU of 80 GB 1.2 GiB at micro-batch 32"
+    ),
     "small_data": (
         "224x224 pixels, batch 512; estimated memory: CPU with 16 GB 5.0 GiB at micro-batch 64, GPU of 8 GB "
         "4.4 GiB at micro-batch 128, GPU of 80 GB 12.9 GiB at micro-batch 512"

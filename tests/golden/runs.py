@@ -18,15 +18,16 @@ from PIL import Image
 from skimage import data
 from torchvision.models import vgg16
 
+from mirl.dataloaders import prepare_demo
 from tests.support.runs import TINY, records
 from tests.support.started_ranks import RankServer
 
 STEPS = 30
 THREADS = ["--cpu-threads", "1", "--loader-threads", "1"]
-# The recipe of `make pretrain` as it is, but for the precision, which depends on the machine.
+# A whole recipe as it is, but for the precision, which depends on the machine.
 # The record is older than heads that begin at zero.
 HEADS = ["--head-init", "xavier"]
-DEMO = [*THREADS, *HEADS, "--precision", "fp32", "--log-every", "1", "--pictures", "0", "--no-tensorboard"]
+DEMO = ["--recipe", "tiny", *THREADS, *HEADS, "--precision", "fp32", "--log-every", "1", "--pictures", "0", "--no-tensorboard"]
 COMMON = [
     *TINY, *HEADS, "--cpu-threads", "1", "--pictures", "0", "--steps", str(STEPS), "--lr", "1e-3",
     "--warmup-steps", "5", "--checkpoint-every", str(STEPS),
@@ -136,7 +137,8 @@ def _run(
 
 def _demo(server: RankServer, folder: Path) -> list[dict[str, float]]:
     """The first steps of the whole run, whose schedule is one of 600 steps; a signal ends it."""
-    run = server.start(folder, *DEMO, "--out", "demo", ranks=1, tiny=False)
+    photographs = prepare_demo(folder / "cache", many=True)
+    run = server.start(folder, *DEMO, "--data", photographs, "--out", "demo", ranks=1, tiny=False)
     deadline = time.monotonic() + 240
     while f"step {STEPS}/" not in " ".join(run.output().split()) and f"step  {STEPS}/" not in run.output():
         assert time.monotonic() < deadline and run.end(0) == [None], run.output()[-3000:]

@@ -223,21 +223,21 @@ def test_bench_measures_every_combination(jpeg_folder):
 
 
 def test_demo_photographs_are_made_once_by_any_number_of_processes(tmp_path):
-    code = "import sys; from mirl.dataloaders import prepare_demo; print(prepare_demo(sys.argv[1]))"
+    code = "import sys; from mirl.dataloaders import prepare_demo; print(prepare_demo(sys.argv[1], many=True))"
     workers = [
         subprocess.Popen([sys.executable, "-c", code, tmp_path / "cache"], stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
     places = {worker.communicate(timeout=120)[0].strip() for worker in workers}
     assert len(places) == 1
-    folder = prepare_demo(tmp_path / "cache")
+    folder = prepare_demo(tmp_path / "cache", many=True)
     assert {str(folder)} == places
     assert os.listdir(tmp_path / "cache") == [folder.name]  # no remains of the slower process
     photographs = sorted(folder.rglob("*.jpg"))
     assert 300 <= len(photographs) <= 600
     assert all(Image.open(path).size == (256, 256) for path in photographs[::20])
     before = {path: path.stat().st_mtime_ns for path in photographs}
-    prepare_demo(tmp_path / "cache")
+    prepare_demo(tmp_path / "cache", many=True)
     assert before == {path: path.stat().st_mtime_ns for path in photographs}
     assert len({path.read_bytes() for path in photographs}) == len(photographs)
     colourful = [np.asarray(Image.open(path)).astype(int) for path in photographs[::10]]

@@ -70,6 +70,16 @@ def test_flags_go_before_the_file_and_a_length_takes_the_place_of_another(tmp_pa
     assert parse_pretrain(["--recipe", "demo", "--config", file]).recipe == "demo"  # of two, the flag's
 
 
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [({"steps": 9}, "demo"), ({"data": ["x"]}, "tiny"), ({"data": {"data": "x"}}, "tiny"), ({"data": []}, "demo")],
+)
+def test_a_file_that_names_data_and_no_recipe_takes_the_one_for_given_data(values, name, tmp_path):
+    file = written(tmp_path, "x.json", json.dumps(values))
+    assert parse_pretrain(["--config", file]).recipe == name
+    assert parse_pretrain(["--config", file, "--data", "y"]).recipe == "tiny"
+
+
 @pytest.mark.parametrize("command", [PRETRAIN, FINETUNE], ids=lambda command: command.command)
 def test_the_configuration_of_a_run_gives_that_run(command, tmp_path):
     first = parse(command, ["--data", "a", "--lr", "0.125", "--resume", "auto", "--change", "lr", "--out", "there"])

@@ -24,8 +24,19 @@ from mirl.engine.transfer.segmentation.command_line import SEGMENT
 from tests.support.launch import CHECKOUT, launch_environment
 
 
-def test_no_flags_give_the_demo_recipe():
-    assert parse_pretrain([]) == recipe("demo")
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [([], "demo"), (["--steps", "9"], "demo"), (["--recipe", "demo", "--data", "x"], "demo"), (["--data", "x"], "tiny"),
+     (["--data=x"], "tiny"), (["--data", "x", "y", "--recipe", "small_data"], "small_data")],
+)  # fmt: skip
+def test_without_a_name_the_recipe_is_the_demo_or_that_of_small_runs_on_given_data(argv, name):
+    assert parse_pretrain(argv).recipe == name
+
+
+def test_images_of_ones_own_are_mirrored_and_cropped_and_the_demo_learns_its_own_by_heart():
+    demo, tiny = recipe("demo"), recipe("tiny")
+    assert demo.model == tiny.model and not demo.data.flip and tiny.data.flip
+    assert demo.data.crop_scale[0] > tiny.data.crop_scale[0]
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -94,8 +105,8 @@ def test_a_length_in_one_unit_replaces_the_other():
 
 
 def test_a_base_learning_rate_replaces_the_rate_itself_of_a_recipe():
-    assert parse(PRETRAIN, ["--recipe", "demo"]).optim.peak_lr == 0.002
-    assert parse(PRETRAIN, ["--recipe", "demo", "--base-lr", "8e-3"]).optim.peak_lr == pytest.approx(0.001)
+    assert parse(PRETRAIN, ["--recipe", "tiny"]).optim.peak_lr == 0.002
+    assert parse(PRETRAIN, ["--recipe", "tiny", "--base-lr", "8e-3"]).optim.peak_lr == pytest.approx(0.001)
     assert parse(FINETUNE, ["--base-lr", "8e-3", "--batch-size", "64"]).optim.peak_lr == pytest.approx(0.002)
     assert parse(FINETUNE, ["--base-lr", "8e-3", "--lr", "0.003"]).optim.peak_lr == 0.003
 
@@ -107,7 +118,7 @@ def test_a_base_learning_rate_replaces_the_rate_itself_of_a_recipe():
         (["stray"], "unknown argument stray"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["--steps", "-1"], "steps is -1"),
-        (["--recipe", "nope"], "argument --recipe: invalid choice: 'nope' (choose from demo, small_data"),
+        (["--recipe", "nope"], "argument --recipe: invalid choice: 'nope' (choose from demo, tiny, small_data"),
         (["--recipe", "smalldata"], "invalid choice: 'smalldata' (did you mean 'small_data'? choose from demo"),
         (["--model", "vit_z"], "argument --model: invalid choice: 'vit_z' (did you mean 'vit_"),
         (["--image-size", "225", "--patch-size", "16"], "image_height is 225 and patch_size is 16"),
