@@ -44,8 +44,8 @@ def test_real_images_in_the_loop(capsys: pytest.CaptureFixture) -> None:
     noise = torch.rand(BATCH, config.num_patches, device=PLACE)
     fixed = torch.randint(0, 256, (BATCH, 224, 224, 3), dtype=torch.uint8, device=PLACE)
     loader = build_train_loader(
-        [prepare_demo(many=True)], image_size=(224, 224), micro_batch=BATCH, accumulation=1, rank=0, world_size=1, seed=0,
-        device_id=0 if ON_GPU else None, threads=min(16, len(os.sched_getaffinity(0))),
+        [prepare_demo(many=True)], image_size=(224, 224), micro_batch=BATCH, accumulation=1, rank=0, world_size=1,
+        seed=0, device_id=0 if ON_GPU else None, threads=min(16, len(os.sched_getaffinity(0))),
     )  # fmt: skip
 
     def steps(next_images: Callable[[], Tensor]) -> tuple[float, float]:

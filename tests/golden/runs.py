@@ -27,7 +27,10 @@ THREADS = ["--cpu-threads", "1", "--loader-threads", "1"]
 # A whole recipe as it is, but for the precision, which depends on the machine.
 # The record is older than heads that begin at zero.
 HEADS = ["--head-init", "xavier"]
-DEMO = ["--recipe", "tiny", *THREADS, *HEADS, "--precision", "fp32", "--log-every", "1", "--pictures", "0", "--no-tensorboard"]
+DEMO = [
+    "--recipe", "tiny", *THREADS, *HEADS, "--precision", "fp32", "--log-every", "1", "--pictures", "0",
+    "--no-tensorboard",
+]  # fmt: skip
 COMMON = [
     *TINY, *HEADS, "--cpu-threads", "1", "--pictures", "0", "--steps", str(STEPS), "--lr", "1e-3",
     "--warmup-steps", "5", "--checkpoint-every", str(STEPS),
