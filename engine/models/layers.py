@@ -139,15 +139,14 @@ class HeadedAttention(nn.Module):
         """
         return packed_attention(q_BRD, kv_BT2D, self.heads, backend=self.backend, bias=bias, kv_bias_2D=kv_bias_2D)
 
-    def sums_bias(self, queries: int, keys: int) -> bool:
-        """Whether `attend` makes the gradients of biases of so many queries and keys in passing."""
-        return isinstance(self.backend, AttentionBackend) and sums_bias(self.backend.name, queries, keys, self.head_dim)
-
     def takes_bias(self, queries: int, keys: int) -> bool:
-        """`sums_bias` outside of compiled regions, and not of parameters that ZeRO-3 has sharded: they are there in
-        their own layer's pass alone.
+        """Tell whether `attend` makes the gradients of the biases of so many queries and keys.
+
+        It leaves them to the Linear layers under ZeRO 3, which has a parameter whole in the pass of its own layer only.
         """
-        return self.sums_bias(queries, keys) and not hasattr(self.proj.weight, "ds_id")
+        if not isinstance(self.backend, AttentionBackend) or hasattr(self.proj.weight, "ds_id"):
+            return False
+        return sums_bias(self.backend.name, queries, keys, self.head_dim)
 
 
 class Attention(HeadedAttention):
@@ -159,14 +158,14 @@ class Attention(HeadedAttention):
 
     def project(self, x_BSD: Tensor) -> Tensor:
         """Queries, keys and values for `forward`: [B, S, 3D]."""
-        return self.qkv(x_BSD, bias_gradient=not self.sums_bias(x_BSD.shape[1], x_BSD.shape[1]))
+        return self.qkv(x_BSD, bias_gradient=not self.takes_bias(x_BSD.shape[1], x_BSD.shape[1]))
 
     def forward(self, qkv_BS3D: Tensor, add_bias: bool = True) -> Tensor:
         """Of what `project` gave, which may have left the gradient of its bias to this: [B, S, D].
 
         ``add_bias``: that of the projection.
         """
-        bias_3D = self.qkv.bias if self.sums_bias(qkv_BS3D.shape[1], qkv_BS3D.shape[1]) else None
+        bias_3D = self.qkv.bias if self.takes_bias(qkv_BS3D.shape[1], qkv_BS3D.shape[1]) else None
         return self.proj(self.attend(qkv_BS3D, bias=bias_3D), add_bias)
 
 

@@ -56,6 +56,27 @@ def test_attention_makes_the_gradients_of_all_biases_in_q_k_and_v(monkeypatch):
         assert torch.allclose(grads[name], grad, rtol=1e-8, atol=1e-12), name
 
 
+def test_under_zero_3_biases_are_left_to_their_own_layers(monkeypatch):
+    """ZeRO 3 has a parameter whole in the pass of its own layer only; it marks each with ``ds_id``."""
+    given = []
+    attend = layers.packed_attention
+
+    def noted(q, kv, heads, *, bias, kv_bias_2D, **options):
+        given.append(bias is None and kv_bias_2D is None)
+        return attend(q, kv, heads, bias=bias, kv_bias_2D=kv_bias_2D, **options)
+
+    monkeypatch.setattr(layers, "packed_attention", noted)
+    model = make_model(tiny_config(**SIZES))
+    _, expected = loss_and_gradients(model, MATH)
+    given.clear()
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id = number
+    _, grads = loss_and_gradients(model, OWN)
+    assert given and all(given)
+    for name, grad in expected.items():
+        assert torch.allclose(grads[name], grad, rtol=1e-8, atol=1e-12), name
+
+
 def test_what_is_past_the_limits_is_computed_by_another():
     """Heads of 8 and 12: ours would refuse, the model goes on."""
     model = make_model(tiny_config())
