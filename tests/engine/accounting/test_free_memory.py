@@ -60,13 +60,17 @@ def test_a_group_outside_of_the_mount_is_looked_for_at_the_mount(tmp_path):
 
 
 def test_ranks_of_a_host_share_what_is_free(monkeypatch):
-    machine = psutil.virtual_memory()  # read once: other programs take and give back gigabytes at any moment
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
     monkeypatch.setattr(free_memory, "_of_control_groups", lambda: ())
     held = psutil.Process().memory_info().rss
-    alone, shared = free_host_memory(1, of_limits=False), free_host_memory(4, of_limits=False)
-    assert shared.bytes - held == pytest.approx((alone.bytes - held) / 4, rel=0.01)
-    assert alone.bytes <= machine.total
+
+    def shared_by(ranks: int, available: int) -> float:
+        machine = psutil.virtual_memory()._replace(total=64 * GIB, available=available)
+        monkeypatch.setattr(free_memory.psutil, "virtual_memory", lambda: machine)
+        return free_host_memory(ranks, of_limits=False).bytes
+
+    assert shared_by(1, 16 * GIB) - held == pytest.approx(16 * GIB, rel=0.01)
+    assert shared_by(4, 16 * GIB) - held == pytest.approx(4 * GIB, rel=0.01)
+    assert shared_by(4, 64 * GIB) == 16 * GIB  # what a rank holds already is part of its share
 
 
 def asked_in(prefix: list[str]) -> str:
