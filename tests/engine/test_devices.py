@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from mirl.engine.models import Execution, ModelConfig
 from mirl.engine.training.compiling import compile_regions
 from mirl.engine.training.optimizer import build_optimizer
 from tests.engine.models.helpers import assert_same, gradients, make_inputs, make_model, make_reference, tiny_config
-from tests.support.runs import ENTRY, TINY, events, losses
+from tests.support.runs import events, losses
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # DeepSpeed takes the GPU where there is one, for the whole process.
@@ -163,30 +162,19 @@ def test_what_a_loader_gives_is_the_same_on_every_device_and_stays(device: str, 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_run_is_resumed(device: str, run, photographs: Path, tmp_path: Path) -> None:
+def test_a_run_is_resumed(device: str, server, photographs: Path, tmp_path: Path) -> None:
     """Twenty steps at once, and ten and ten; on a CPU to the bit."""
     precision = "bf16" if device == "cuda" else "fp32"
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    flags = [*TINY, "--data", str(photographs), "--precision", precision, "--steps", "20", "--checkpoint-every", "10"]
+    flags = ["--data", photographs, "--precision", precision, "--steps", "20", "--checkpoint-every", "10"]
 
-    def pretrain(*more: str) -> None:
-        done = run(sys.executable, ENTRY, *flags, *more, env=hidden)
-        assert done.returncode in (0, 75), done.stdout[-2000:] + done.stderr[-2000:]
+    def pretrain(code: int, *more: str, **start: object) -> None:
+        done = server.start(tmp_path, *flags, *more, ranks=1, environment=hidden, **start)
+        assert done.end() == [code], done.output()[-2000:]
 
-    pretrain("--out", "whole")
-    stopper = (
-        "import sys, mirl.engine.training.saving as saving\n"
-        "real = saving.Saver.save\n"
-        "def save(self):\n"
-        "    real(self)\n"
-        "    if self._progress.step == 10: import os, signal; os.kill(os.getpid(), signal.SIGTERM)\n"
-        "saving.Saver.save = save\n"
-        "from mirl.engine.pretrain import main; from mirl.engine.errors import run_entry_point\n"
-        "run_entry_point(main)\n"
-    )
-    ended = run(sys.executable, "-c", stopper, *flags, "--out", "halves", env=hidden)
-    assert ended.returncode == 75, ended.stdout[-2000:] + ended.stderr[-2000:]
-    pretrain("--out", "halves", "--resume", "auto")
+    pretrain(0, "--out", "whole")
+    pretrain(75, "--out", "halves", inject={0: ["terminate_after_save", "10"]})
+    pretrain(0, "--out", "halves", "--resume", "auto")
     assert events(tmp_path / "halves", "stopped")[0]["step"] == 10
     whole, halves = losses(tmp_path / "whole"), losses(tmp_path / "halves")
     assert set(whole) == set(halves) == set(range(1, 21))

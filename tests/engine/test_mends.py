@@ -25,7 +25,6 @@ from mirl.engine.transfer.classification.rand_augment import RandAugment
 from mirl.errors import UserError
 from tests.engine.conftest import write_classes
 from tests.engine.models.helpers import tiny_config
-from tests.support.runs import TINY
 
 MIRL = [sys.executable, "-m", "mirl.engine.cli"]
 SHORT = ["--steps", "2", "--warmup-steps", "1", "--batch-size", "4", "--no-tensorboard", "--loader-threads", "1"]
@@ -41,15 +40,15 @@ def filled(words: list[str], **places: Path) -> list[str]:
     return [str(places.get(word, word)) for word in words if word != "..."]
 
 
-def test_the_commands_that_runs_tell_run_as_they_are_told(run, tmp_path, monkeypatch, capsys):
+def test_the_commands_that_runs_tell_run_as_they_are_told(server, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train = write_classes(tmp_path / "train", {"blue": 12, "red": 12})
     val = write_classes(tmp_path / "val", {"blue": 3, "red": 3})
     places = {"TRAIN": train, "VAL": val, "IMAGE": next(val.glob("*/*.png")), "DIR": tmp_path / "exported"}
     out = tmp_path / "runs of it's" / "pre"
-    done = run(*MIRL, "pretrain", "--data", train, *TINY, *SHORT, "--out", out)
-    assert done.returncode == 0, done.stderr[-2000:]
-    said = done.stdout
+    done = server.start(tmp_path, "--data", train, *SHORT, "--out", out, ranks=1)
+    assert done.end() == [0], done.output()[-2000:]
+    said = done.output()
     assert dispatch(filled(told(said, "visualize"), **places)) == 0
     assert dispatch(filled(told(said, "probe"), **places)) == 0
     finetuning = told(said, "finetune")
@@ -59,10 +58,12 @@ def test_the_commands_that_runs_tell_run_as_they_are_told(run, tmp_path, monkeyp
         dispatch(["predict", str(out), str(places["IMAGE"])])
     assert told(str(refused.value), "finetune") == finetuning
     tuned = tmp_path / "runs of it's" / "tuned"
-    done = run(*MIRL, *filled(finetuning, **places), *SHORT, "--precision", "fp32", "--out", tuned)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    command, *flags = filled(finetuning, **places)
+    more = [*SHORT, "--precision", "fp32", "--out", tuned]
+    done = server.start(tmp_path, *flags, *more, entry=command, ranks=1)
+    assert done.end() == [0], done.output()[-2000:]
     for command in ("evaluate", "predict", "export"):
-        assert dispatch(filled(told(done.stdout, command), **places)) == 0, command
+        assert dispatch(filled(told(done.output(), command), **places)) == 0, command
     assert list((tmp_path / "exported").glob("*.safetensors"))
     # What exists is not written over, unless it is said.
     table = ["predict", str(tuned), str(val), "--out", "classes.csv"]

@@ -21,7 +21,7 @@ import torch
 from mirl.dataloaders import Batch, TrainLoader
 from mirl.dataloaders.sources import patience
 from mirl.engine.checkpoints import writer as checkpoint
-from mirl.engine.training import run_data
+from mirl.engine.training import run_data, saving
 from mirl.errors import UserError
 
 # Phase of a save -> (rank that is killed, audit event, part of its first argument); no event: `kill_in_write`
@@ -105,6 +105,18 @@ def written_bytes(partial: Path) -> int:
 def give_up_after(seconds: str) -> None:
     """How long a rank waits, when the run has ended, for shards that may never come."""
     checkpoint.ABANDON_GRACE_S = float(seconds)
+
+
+def terminate_after_save(step: str) -> None:
+    """SIGTERM to this process once checkpoint ``step`` was handed to its writer."""
+    save = saving.Saver.save
+
+    def save_and_terminate(saver: saving.Saver) -> None:
+        save(saver)
+        if saver._progress.step == int(step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    saving.Saver.save = save_and_terminate
 
 
 def break_loader(kind: str) -> None:

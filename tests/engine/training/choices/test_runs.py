@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import pytest
 
 from tests.engine.conftest import write_classes
-from tests.support.launch import CHECKOUT
-from tests.support.runs import ENTRY, TINY, losses
-
-FINETUNE = str(CHECKOUT / "engine" / "finetune.py")
+from tests.support.runs import TINY, losses
 
 
 @pytest.fixture
-def call(run, tmp_path):
-    def called(*command):
-        done = run(sys.executable, *command, env={"XDG_CACHE_HOME": str(tmp_path / "cache")})
-        return done.returncode, done.stdout + done.stderr
+def call(server, tmp_path):
+    def called(entry, *arguments):
+        cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+        done = server.start(tmp_path, *arguments, entry=entry, ranks=1, tiny=False, environment=cache)
+        (code,) = done.end()
+        return code, done.output()
 
     return called
 
@@ -42,7 +40,7 @@ def test_choices_of_a_run_of_the_resumed_one_and_of_a_finetuning(call, photograp
         "--choices",
         "measure",
     ]
-    code, said = call(ENTRY, *flags, "--out", "whole")
+    code, said = call("pretrain", *flags, "--out", "whole")
     assert code == 0, said[-3000:]
     assert "choices measured in " in said and said.count("  attention ") >= 3
     whole = tmp_path / "whole"
@@ -53,7 +51,7 @@ def test_choices_of_a_run_of_the_resumed_one_and_of_a_finetuning(call, photograp
     shutil.copytree(whole, tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / "checkpoints" / "step-00000004")
     (tmp_path / "half" / "checkpoints" / "latest").write_text("step-00000002\n")
-    code, said = call(ENTRY, *flags, "--out", "half", "--resume", "auto")
+    code, said = call("pretrain", *flags, "--out", "half", "--resume", "auto")
     assert code == 0, said[-3000:]
     assert "the run's own record" in said and "choices measured" not in said
     assert (
@@ -69,12 +67,12 @@ def test_choices_of_a_run_of_the_resumed_one_and_of_a_finetuning(call, photograp
         "--checkpoint", "whole", "--data", "classes", "--steps", "1", "--batch-size", "8", "--precision", "fp32",
         "--eval-every", "0", "--no-tensorboard", "--cpu-threads", "1", "--loader-threads", "1",
     ]  # fmt: skip
-    code, said = call(FINETUNE, *flags, "--out", "first", "--choices", "measure")
+    code, said = call("finetune", *flags, "--out", "first", "--choices", "measure")
     assert code == 0 and "choices measured in " in said, said[-3000:]
     table = tmp_path / "first" / "choices.json"
     for name in ("math", "sdpa", "sdpa_cpu"):
         table.write_text(table.read_text().replace(f'"chosen": "{name}"', '"chosen": "sdpa_math"'))
-    code, said = call(FINETUNE, *flags, "--out", "second", "--choices", "first/choices.json")
+    code, said = call("finetune", *flags, "--out", "second", "--choices", "first/choices.json")
     assert code == 0 and "attention self, head size 16: sdpa_math" in said, said[-3000:]
     kept = json.loads((tmp_path / "second/choices.json").read_text())
     assert kept["source"] == "first/choices.json"
