@@ -1,7 +1,7 @@
-"""Images for training: listing, order, augmentation, decoding with DALI, and the tools that prepare a data set.
+"""This package gives images to training: listing, order, augmentation, decoding with DALI, tools that prepare data.
 
-Needs nvidia-dali only when pictures are decoded; importing this package does not. Names are resolved on first use, so
-that data can be listed and its classes compared without importing torch.
+It needs nvidia-dali only when pictures are decoded, not when it is imported. Names are resolved on first use, so that
+data can be listed and its classes compared without importing torch.
 """
 
 from __future__ import annotations

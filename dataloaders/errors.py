@@ -1,4 +1,4 @@
-"""What goes wrong with data, as exceptions and as the record that a loader keeps of one broken image."""
+"""Define the exceptions for data that cannot be used, and the record that a loader keeps of a broken image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class KnownBroken(ImageError):
 
 
 class StorageError(ImageError):
-    """One image cannot be read, for longer than a moment, because the file system fails."""
+    """One image cannot be read for longer than a moment, because the file system fails."""
 
 
 class TooManyBadImages(RuntimeError):
@@ -25,7 +25,7 @@ class TooManyBadImages(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class BadImage:
-    """The first time that an image broke.
+    """This record says that an image could not be used.
 
     epoch and position say where it would have been seen; replaced_by is the path of the image that was shown instead.
     """
@@ -38,6 +38,6 @@ class BadImage:
 
 
 def one_line(error: BaseException | str, limit: int = 200) -> str:
-    """The text of an error on one line, at most `limit` characters: logs and manifests hold one line per image."""
+    """Put the text of an error on one line of at most `limit` characters: logs and manifests hold a line per image."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."

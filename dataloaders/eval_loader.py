@@ -1,4 +1,4 @@
-"""Images for evaluation: resize and centre crop, every image once, equally many batches on every rank."""
+"""Load images for evaluation: resize and centre crop, every image once, equally many batches on every rank."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ def build_eval_loader(
     prefetch: int = 2,
     split: str = "val",
 ) -> EvalLoader:
-    """Opens a data set for evaluation: image i of rank r's batch k is item (k * world_size + r) * batch_size + i.
+    """Open a data set for evaluation: image i of rank r's batch k is item (k * world_size + r) * batch_size + i.
 
-    resize_short: the shorter side before the centre crop, pixels; default: that of
-    `mirl.dataloaders.decoding.crops.evaluation_crop`, 256 / 224 of the shorter side of image_size.
-    All ranks have equally many batches of equal size; `Batch.valid` is False where the set has run out and where an
-    image is broken (named in `bad_images`), so neither is ever counted as right or wrong. split: what a folder stands
-    for that holds train/ beside val/ or test/. Other arguments as in `build_train_loader`.
+    resize_short: the shorter side before the centre crop, pixels. The default comes from
+    `mirl.dataloaders.decoding.crops.evaluation_crop`: 256 / 224 of the shorter side of image_size. split: the part of
+    the data that is meant by a folder with train/ beside val/ or test/. Other arguments are as in `build_train_loader`.
+
+    All ranks have equally many batches of equal size. `Batch.valid` is False if the set has run out or an image is
+    broken (named in `bad_images`), so neither is ever counted as right or wrong.
     """
     for field, value in (("batch_size", batch_size), ("world_size", world_size)):
         if value < 1:
@@ -94,10 +95,10 @@ def build_eval_loader(
 
 
 class EvalLoader:
-    """Iterate over it for one pass of `Batch`; every pass is the same. Made by `build_eval_loader`.
+    """Iterating over the loader gives one pass of `Batch`; every pass is the same. `build_eval_loader` makes it.
 
     num_images: of the whole set. classes: class names by label, or None. bad_images: met in the latest pass.
-    ledger: how many files there are, and why some of them are left out.
+    ledger: how many files the set has, and why some of them are left out.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class EvalLoader:
         self._resizer = None if decoder is not None and decoder.finish else CpuResizer(image_size, threads)
 
     def __len__(self) -> int:
-        """Batches of one pass, equal on all ranks."""
+        """Count the batches of one pass, equal on all ranks."""
         return -(-self.num_images // (self._batch_size * self._world_size))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -153,11 +154,11 @@ class EvalLoader:
             stream.close()
 
     def paths(self, sample_ids: Sequence[int] | np.ndarray) -> list[str]:
-        """Where the images are, for messages."""
+        """Return the paths of images, for messages."""
         return [self.source.path(int(index)) for index in sample_ids]
 
     def close(self) -> None:
-        """Ends all threads and frees the decoder; safe to call twice."""
+        """End all threads and free the decoder. It may be called twice."""
         self._reader.close()
         if self._resizer is not None:
             self._resizer.close()

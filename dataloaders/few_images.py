@@ -1,4 +1,4 @@
-"""A few images by path, for pictures of a model's work: one call, no threads left behind."""
+"""Load a few images by path, for pictures of a model's work: one call, no threads left behind."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ def load_images(
     std: Sequence[float] | None = None,
     index_dir: str | Path | None = None,
 ) -> torch.Tensor:
-    """A few images by path, resized and centre-cropped, on the CPU: uint8 [B, H, W, C], or for 16-bit and float array
-    files float32 [B, C, H, W], normalised.
+    """Load a few images by path, resized and centre-cropped, on the CPU.
 
-    paths: files, or members of indexed shards as loaders name them (shard.tar::member). index_dir: where the shards'
-    indexes are; default: beside them. resize_short: the shorter side
-    before the crop; default: as small as covers image_size. UserError names the first file that cannot be used.
+    Returns uint8 [B, H, W, C], or for 16-bit and float array files float32 [B, C, H, W], normalised.
+
+    paths: files, or members as loaders name them (shard.tar::member). index_dir: the folder of the shards' indexes;
+    default: beside the shards. resize_short: the shorter side before the crop; default: as small as covers image_size.
+    UserError names the first file that cannot be used.
     """
     if not paths:
         raise ValueError("paths is empty; give at least one image")
@@ -73,7 +74,7 @@ def _detect_format(file: bytes, name: str, channels: int) -> ArrayFormat | None:
 def _decode(
     files: list[bytes], names: list[str], channels: int, short: int, size: tuple[int, int]
 ) -> tuple[DecodeJob, list[np.ndarray]]:
-    """What to resize, and the decoded windows, uint8 [h, w, C]."""
+    """Decode pictures. Returns the job, which says how to resize, and the decoded windows, uint8 [h, w, C]."""
     encoded, sizes = [], []
     for file, name in zip(files, names, strict=True):
         try:
@@ -129,7 +130,7 @@ def _read_named(name: str, index_dir: str | Path | None) -> bytes:
 
 
 def _read_remote(path: str) -> bytes:
-    """One member URL::member of a remote shard."""
+    """Read one member of a remote shard, URL::member."""
     source = open_remote(shard_url(path))
     try:
         if (index := find_member(source, path)) is None:
@@ -140,7 +141,7 @@ def _read_remote(path: str) -> bytes:
 
 
 def _read_held(file: Path, kind: str, key: str, path: str) -> bytes:
-    """The image ``path`` of a file that holds several; key: what is chosen in it."""
+    """Read the image ``path`` from a file that holds several. key: the choice among them."""
     source = MemberSource(file.parent, [file.name], kind, reading=Reading(key=key))
     try:
         index = source.find(path[len(os.fspath(file)) - len(file.name) :])

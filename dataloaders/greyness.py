@@ -1,4 +1,4 @@
-"""Whether a data set is grey: its images have three channels and nothing in them that one would not say."""
+"""Find out whether a data set is grey: its images have three channels, and each channel says the same."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mirl.dataloaders.sources.base import Source
 from mirl.dataloaders.sources.patience import read_image
 
 SAMPLED = 64
-# Levels of 255 between the channels of a grey pixel: what a file format that stores luma and chroma may leave.
+# The channels of a grey pixel may differ by this many levels of 255: a file format that stores luma and chroma rounds.
 TOLERANCE = 2
 
 
 def is_grey(pixels_HWC: np.ndarray) -> bool:
-    """Whether all channels of each pixel are equal; in uint8, up to `TOLERANCE`. False for a single channel."""
+    """Say whether all channels of each pixel are equal; in uint8, up to `TOLERANCE`. False for a single channel."""
     if pixels_HWC.shape[2] < 2:
         return False
     spread_HW = np.ptp(pixels_HWC, axis=2)
@@ -24,10 +24,10 @@ def is_grey(pixels_HWC: np.ndarray) -> bool:
 
 
 def all_grey(source: Source, channels: int, array_format: ArrayFormat | None, *, sample: int = SAMPLED) -> bool:
-    """Whether every readable one of ``sample`` images, spread evenly over ``source``, is grey; False if there is none.
+    """Say whether all readable images among ``sample`` of them, spread evenly over ``source``, are grey.
 
-    It ends at the first image in colour. channels: of an image as it is trained on. array_format: see
-    `detect_array_format`.
+    False if none is readable. The first image in colour ends the search. channels: of an image as it is trained on.
+    array_format: see `detect_array_format`.
     """
     if channels < 2:
         return False
@@ -37,7 +37,7 @@ def all_grey(source: Source, channels: int, array_format: ArrayFormat | None, *,
             data = read_image(source, index)
             pixels_HWC = decode_with_pillow(data, channels) if array_format is None else array_format.read(data)
         except ImageError:
-            continue  # told by the loader, when its turn comes
+            continue  # the loader names the image when its turn comes
         if not is_grey(pixels_HWC):
             return False
         seen += 1

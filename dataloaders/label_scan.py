@@ -1,4 +1,4 @@
-"""A look at every label image before training: its size, and that each of its values means something."""
+"""Look at every label image before training: check its size, and that each of its values has a meaning."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mirl.errors import UserError
 def scan_labels(
     source: PairSource, known: LabelMap | None, *, threads: int, rank: int = 0, world_size: int = 1
 ) -> np.ndarray:
-    """Pixels of each raw value, int64 [65536], of the label images that rank ``rank`` of ``world_size`` looks at.
+    """Count the pixels of each raw value, int64 [65536], in the label images of rank ``rank`` of ``world_size``.
 
-    known: what the values mean; None: any value will do. UserError names the first file whose size is not that of its
-    image, that cannot be read, or that has a value without a meaning, and the value.
+    known: the meanings of the values; None: any value will do. UserError names the first file that has another size
+    than its image, that cannot be read, or that has a value without a meaning, and the value.
     """
     counts = np.zeros(LARGEST + 1, np.int64)
     table = None if known is None else known.table()
@@ -36,7 +36,7 @@ def scan_labels(
 
 
 def _look(source: PairSource, table: np.ndarray | None, index: int) -> str | tuple[np.ndarray, np.ndarray]:
-    """Values and their pixels, or what is wrong."""
+    """Return the values of a label image and their pixel counts, or a message that says what is wrong."""
     path = source.label_path(index)
     name = f"label image {shown(path)}"
     try:
@@ -46,7 +46,7 @@ def _look(source: PairSource, table: np.ndarray | None, index: int) -> str | tup
     try:
         size = upright_size(source.path(index))
     except ImageError:
-        size = labels_HW.shape  # a broken image is replaced, and counted, where it is met
+        size = labels_HW.shape  # the loader replaces and counts a broken image when it meets it
     if size != labels_HW.shape:
         height, width = labels_HW.shape
         return (

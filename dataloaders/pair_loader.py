@@ -1,7 +1,7 @@
-"""The loader of images with label images: as `TrainLoader`, the same pairs at a step on any number of ranks, resumable.
+"""Load pairs of an image and its label image as `TrainLoader` loads images: resumable, the same on any count of ranks.
 
-Pillow decodes and resizes in threads: label images need the nearest value and one window for both, which DALI's fused
-decoding does not give.
+Pillow decodes and resizes in threads. A label image is resized to the nearest value, in the same window as its image,
+and DALI's fused decoding does not give that.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ AHEAD = 3  # batches whose pairs are read while one is worked on
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One pair in a batch. index: what is shown, another than the order names where ``reason`` says why."""
+    """A pair is an image and its labels. index: the item shown. bad: set if it stands in for a broken pair."""
 
     index: int
     image: np.ndarray
@@ -42,14 +42,14 @@ class Pair:
 
 
 class PairReader:
-    """Reads pairs: the image as uint8 [h, w, C], its labels as classes int16 [h, w]. Safe to use from many threads."""
+    """A reader reads pairs: the image as uint8 [h, w, C], its labels as classes int16 [h, w]. Threads may share it."""
 
     def __init__(self, source: PairSource, label_map: LabelMap, *, channels: int) -> None:
         self.source, self.channels = source, channels
         self._table = label_map.table()
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """ImageError, with the reason, for a pair that cannot be used."""
+        """Read pair ``index``. ImageError, with the reason, if it cannot be used."""
         image = decode_with_pillow(read_image(self.source, index), self.channels)
         labels = self._table[read_label_image(self.source.read_label(index))]
         if labels.shape != image.shape[:2]:
@@ -58,7 +58,7 @@ class PairReader:
 
 
 class _TrainReader:
-    """What `TrainLoader` asks of its reader, for pairs: pictures, whose numbers are never large."""
+    """This reader does for pairs what `TrainLoader` asks of its reader. The images are pictures, never arrays."""
 
     array_format = None
 
@@ -73,7 +73,7 @@ class _TrainReader:
         return [self._pool.submit(self._make, int(index), plan.epoch, int(position)) for index, position in pairs]
 
     def largest_number(self, index: int) -> float:
-        """As of any picture."""
+        """Return 0, as for any picture."""
         return 0.0
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ class _TrainReader:
 
 
 class _PairStream(BatchStream):
-    """Batches of pairs, made ahead by the threads of the reader."""
+    """This stream gives batches of pairs, made ahead by the threads of the reader."""
 
     def _make_from_arrays(self) -> Iterator[Batch]:
         reader: Any = self._reader
@@ -133,7 +133,7 @@ class _PairStream(BatchStream):
 
 
 class PairLoader(TrainLoader):
-    """`TrainLoader` of pairs: ``labels`` of a batch are classes, int16 [B, H, W], -1 where a pixel is ignored."""
+    """This is a `TrainLoader` of pairs: a batch's ``labels`` are classes, int16 [B, H, W], -1 for ignored pixels."""
 
     def __init__(
         self,
@@ -168,10 +168,10 @@ class PairLoader(TrainLoader):
 def eval_pairs(
     reader: PairReader, *, rank: int, world_size: int, threads: int
 ) -> Generator[tuple[int, np.ndarray, np.ndarray] | tuple[int, None, str] | None, None, None]:
-    """The pairs of an evaluation that rank ``rank`` looks at, in order, each once on all ranks together.
+    """Iterate over the pairs that rank ``rank`` evaluates, in order. All ranks together take each pair once.
 
-    Gives (index, image uint8 [h, w, C], labels int16 [h, w]); (index, None, reason) for one that is broken; None where
-    this rank has run out and others have not: equally many items on all ranks.
+    Gives (index, image uint8 [h, w, C], labels int16 [h, w]), or (index, None, reason) for a broken pair. If this rank
+    has run out before others it gives None, so that all ranks have equally many items.
     """
     count = reader.source.num_images
     rounds = -(-count // world_size)

@@ -1,4 +1,4 @@
-"""A map over millions of items in threads, with a bar, in bounded memory."""
+"""Map a function over millions of items in threads, with a bar, in bounded memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Progress = bool | Callable[[int, int], None]
 
 
 def default_workers() -> int:
-    """The cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -29,10 +29,10 @@ def parallel_map(
     unit: str,
     progress: Progress = True,
 ) -> Iterator[Result]:
-    """Results in the order of the items. At most 16 items per worker are under way or waiting to be taken.
+    """Give results in the order of the items. At most 16 items per worker are under way or waiting to be taken.
 
-    progress: a bar on stderr, nothing, or a function of (done, total). Threads are enough where the work is decoding,
-    resizing or file access: Pillow, tifffile and the system calls release the interpreter lock.
+    progress: a bar on stderr, nothing, or a function of (done, total). Threads are enough for decoding, resizing and
+    file access: Pillow, tifffile and the system calls release the interpreter lock.
     """
     waiting: deque = deque()
     done = 0

@@ -1,4 +1,4 @@
-"""A look at a few images of a data set, before it is opened: how large they are once they are decoded."""
+"""Look at a few images of a data set before it is opened: how large are they once they are decoded?"""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from PIL import Image
 
 from mirl.dataloaders.sources.kinds import IMAGE_SUFFIXES
 
-_LOOKED_AT = 16  # of each folder
+_LOOKED_AT = 16  # images of each path
 
 
 def typical_image_bytes(paths: Sequence[Path]) -> float | None:
-    """Mean bytes of a decoded image (8 bits, three channels) among the first ones in the folders ``paths``.
+    """Return the mean bytes of a decoded image (8 bits, three channels) among the first ones in the folders ``paths``.
 
-    Only headers are read. None where there is no folder, or no file in them has the name and the header of an image:
-    shards and lists are not looked into.
+    Only headers are read. None if no path is a folder, or no file in the folders has the name and the header of an
+    image. Shards and lists are not looked into.
     """
     sizes = [size for root in paths if root.is_dir() for size in islice(_sizes(root), _LOOKED_AT)]
     return sum(sizes) / len(sizes) if sizes else None

@@ -1,8 +1,9 @@
-"""Kernels of the masked path: exact, deterministic, and nothing of the engine in them.
+"""These are the operations that the models and the optimisers compute with. Nothing here imports the engine.
 
-A file holds one op, or two that belong together: reference in plain torch, Triton kernels, launch config, registration
-as a torch.library op with its autograd, public function. GPU tensors run Triton, CPU tensors plain torch
-(`describe_dispatch`).
+A kernel's file holds one op, or two that belong together, in this order: reference in plain torch, Triton kernels,
+launch config, registration as a torch.library op with its autograd, public function. The loss is in three files,
+`masked_residual_mse*.py`. GPU tensors run Triton, CPU tensors plain torch (`describe_dispatch`). The Triton kernels are
+deterministic.
 """
 
 if __name__ == "kernels":

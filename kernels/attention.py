@@ -1,4 +1,4 @@
-"""One attention function, several backends, one of them resolved at start by running it forward and backward.
+"""Compute attention by one of several backends, resolved at start by running it forward and backward.
 
 Letters: B batch, S queries, T keys, H heads, d head size. All tensors are [B, S or T, H, d]; scale 1/sqrt(d); no mask,
 no dropout. Softmax statistics are float32 in every backend.
@@ -12,18 +12,17 @@ Orders tried by `auto`:
 | CPU | both | math, sdpa |
 
 On a CPU `math` is never far behind and mostly ahead. Forward + backward, batch 4, H * d = 384, one thread of a Xeon,
-torch 2.13, fastest of 16 alternating runs, milliseconds math / sdpa, from before math's bfloat16 softmax was made
-native (current figures: benchmarks/results):
+torch 2.13, medians in milliseconds, math / sdpa (benchmarks/results/Intel-R-Xeon-R-Processor_2026-11-22.md):
 
 | queries x keys | float32 d 32 | float32 d 64 | bfloat16 d 32 | bfloat16 d 64 |
 |---|---|---|---|---|
-| 50 x 50 | 1.37 / 1.46 | 1.24 / 1.18 | 1.55 / 8.63 | 1.29 / 5.15 |
-| 197 x 197 | 16.1 / 15.3 | 12.6 / 13.2 | 12.0 / 26.8 | 7.1 / 14.7 |
-| 197 x 50 | 5.5 / 6.1 | 4.7 / 4.9 | 4.3 / 19.6 | 2.7 / 10.7 |
-| 197 x 300 | 17.9 / 16.6 | 13.3 / 13.7 | 23.0 / 30.6 | 11.4 / 17.5 |
+| 50 x 50 | 1.59 / 1.83 | 1.87 / 2.01 | 2.05 / 11.6 | 1.99 / 5.34 |
+| 197 x 197 | 13.6 / 18.8 | 10.3 / 10.6 | 8.3 / 29.6 | 5.5 / 16.5 |
+| 197 x 50 | 4.7 / 5.5 | 3.7 / 5.1 | 4.8 / 24.9 | 3.3 / 11.1 |
+| 197 x 300 | 18.8 / 16.6 | 16.7 / 18.2 | 11.8 / 30.3 | 8.0 / 18.4 |
 
-SDPA's fused CPU kernel wins the forward alone and needs no S * T buffer: ask for it by name where memory is short.
-`pytest benchmarks/` measures again.
+SDPA's fused CPU kernel is mostly ahead in the forward pass alone, and needs no S * T buffer: ask for it by name when
+memory is short. `pytest benchmarks/` measures again.
 """
 
 import importlib
@@ -53,8 +52,10 @@ _AUTO_ORDER = {
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """`name` is one of xformers, sdpa, math, or a candidate of a choice; `reason` says why, with what was tried before
-    it; `otherwise` takes what is past the limits of "own".
+    """A backend is told by its `name`: xformers, sdpa, math, or a candidate of a choice.
+
+    `reason` says why it was chosen and which backends failed before it. `otherwise` names the backend that computes
+    what is past the limits of "own".
     """
 
     name: str
@@ -66,9 +67,9 @@ class AttentionBackend:
 
 
 def math_attention(q_BSHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor) -> Tensor:
-    """matmul, softmax, matmul, written out: two batched GEMMs over B * H.
+    """Write attention out as matmul, softmax, matmul: two batched GEMMs over B * H.
 
-    torch's softmax of bfloat16 and float16 keeps its maximum and sum in float32; asking it for a float32 result as well
+    torch's softmax of bfloat16 and float16 keeps its maximum and sum in float32. Asking it for a float32 result as well
     costs two more passes over S * T and changes 1e-5 of the values (a unit in the last place).
     """
     batch, queries, heads, size = q_BSHd.shape
@@ -86,14 +87,14 @@ def sdpa_attention(q_BSHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor) -> Tensor:
 
 
 def flash_attention(q_BSHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor) -> Tensor:
-    """SDPA's FlashAttention by its own name: SDPA itself would choose by the device of the tensors."""
+    """Call SDPA's FlashAttention by its own name: SDPA itself would choose by the device of the tensors."""
     return torch.ops.aten._scaled_dot_product_flash_attention(
         q_BSHd.transpose(1, 2), k_BTHd.transpose(1, 2), v_BTHd.transpose(1, 2), 0.0, False, return_debug_mask=False
     )[0].transpose(1, 2)
 
 
 def _named_kernel(operator: str, *arguments: object) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """One of SDPA's kernels by its own name. It raises where it does not run, and SDPA itself would take another."""
+    """Return one of SDPA's kernels by its own name. It raises if it cannot run; SDPA itself would take another."""
 
     def run(q_BSHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor) -> Tensor:
         function = getattr(torch.ops.aten, operator)
@@ -113,7 +114,7 @@ def xformers_attention(q_BSHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor) -> Tensor
 
 
 def own_refusal(q: Tensor, kv_BT2D: Tensor | None, heads: int) -> str | None:
-    """Why our kernels are not for these tensors (see `packed_attention`), in words; None where they are."""
+    """Say why our kernels do not take these tensors (see `packed_attention`); None if they take them."""
     packed = kv_BT2D is None
     queries, keys = q.shape[1], (q if kv_BT2D is None else kv_BT2D).shape[1]
     size = q.shape[-1] // (heads * (3 if packed else 1))
@@ -129,7 +130,7 @@ def own_refusal(q: Tensor, kv_BT2D: Tensor | None, heads: int) -> str | None:
 def own_packed_attention(
     q: Tensor, kv_BT2D: Tensor | None, heads: int, bias: Tensor | None = None, kv_bias_2D: Tensor | None = None
 ) -> Tensor:
-    """`packed_attention` by our kernels. Raises ValueError, with the reason, for what they are not made for."""
+    """Compute `packed_attention` by our kernels. Raises ValueError, with the reason, for tensors past their limits."""
     refusal = own_refusal(q, kv_BT2D, heads)
     if refusal is not None:
         raise ValueError(f"own attention has limits: {refusal}")
@@ -139,15 +140,15 @@ def own_packed_attention(
 
 
 def _own_attention(q_BSHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor) -> Tensor:
-    """For callers without buffers: keys and values are copied into one."""
+    """Compute attention by our kernels for callers without buffers: keys and values are copied into one."""
     kv_BT2D = torch.cat([k_BTHd.flatten(2), v_BTHd.flatten(2)], dim=-1)
     return own_packed_attention(q_BSHd.flatten(2), kv_BT2D, q_BSHd.shape[2]).unflatten(-1, q_BSHd.shape[2:])
 
 
 _IMPLEMENTATIONS = {"xformers": xformers_attention, "sdpa": sdpa_attention, "math": math_attention}
-# Not for a caller to ask for: the dry run's (mirl.engine.accounting.fake_step), and those that a run may choose by
-# measuring them (mirl.engine.training.choices). The arguments are no mask, the sums that the backward pass reads, no
-# dropout.
+# A caller cannot ask for the rest by name. "flash" is the dry run's (mirl.engine.accounting.fake_step). A run may
+# choose the others by measuring them (mirl.engine.training.choices). Their arguments say: no mask, compute the sums
+# that the backward pass reads, no dropout.
 _IMPLEMENTATIONS["flash"] = flash_attention
 _IMPLEMENTATIONS["own"] = _own_attention
 _IMPLEMENTATIONS["sdpa_cudnn"] = _named_kernel("_scaled_dot_product_cudnn_attention", None, True)
@@ -155,7 +156,7 @@ _IMPLEMENTATIONS["sdpa_flash"] = _named_kernel("_scaled_dot_product_flash_attent
 _IMPLEMENTATIONS["sdpa_efficient"] = _named_kernel("_scaled_dot_product_efficient_attention", None, True)
 _IMPLEMENTATIONS["sdpa_cpu"] = _named_kernel("_scaled_dot_product_flash_attention_for_cpu")
 _IMPLEMENTATIONS["sdpa_math"] = _named_kernel("_scaled_dot_product_attention_math")
-# What gives the same result, by the device that it is for: candidates of a choice by measurement.
+# The candidates of a choice by measurement, by device. All give the same result, up to rounding.
 CANDIDATES = {
     "cuda": ("sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "xformers", "own", "math"),
     "cpu": ("math", "sdpa", "sdpa_cpu", "sdpa_math"),
@@ -163,15 +164,15 @@ CANDIDATES = {
 
 
 def implementation(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The function behind a backend's name, or behind one of `CANDIDATES`; KeyError for another."""
+    """Return the function behind a backend's name or behind one of `CANDIDATES`; KeyError for another name."""
     return _IMPLEMENTATIONS[name]
 
 
 def probe_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Run `name` forward and backward on tiny tensors, keys and values strided as in the model.
 
-    Returns None when it works, else why it does not, in one line. Every failure is such a reason: an extension that
-    cannot load raises anything from ImportError to NotImplementedError.
+    Returns None when it works, else the reason in one line. Every exception becomes a reason: an extension that cannot
+    load raises anything from ImportError to NotImplementedError.
     """
     q_BSHd = torch.ones(1, 8, 1, head_dim, device=device, dtype=dtype, requires_grad=True)
     kv_BT2Hd = torch.ones(1, 24, 2, 1, head_dim, device=device, dtype=dtype, requires_grad=True)
@@ -232,10 +233,10 @@ def resolve_attention_backend(
 
 
 def attention(q_BSHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor, *, backend: AttentionBackend | str = "auto") -> Tensor:
-    """softmax(q k^T / sqrt(d)) v -> [B, S, H, d]. q, k, v may be strided views (slices of a qkv or kv buffer).
+    """Compute softmax(q k^T / sqrt(d)) v -> [B, S, H, d]. q, k, v may be strided views (slices of a qkv or kv buffer).
 
     `backend` is best the result of `resolve_attention_backend`; a name is resolved here on first use.
-    Raises: ValueError when shapes or dtypes do not fit together.
+    Raises: ValueError when shapes or dtypes do not fit together; for a name also what resolving it raises.
     """
     if (
         q_BSHd.dim() != 4
@@ -258,7 +259,7 @@ def attention(q_BSHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor, *, backend: Attent
 
 
 def sums_bias(backend: str, queries: int, keys: int, head_size: int) -> bool:
-    """Whether the backward pass of `packed_attention` makes the gradients of biases in passing, if they are given."""
+    """Say whether the backward pass of `packed_attention` sums the gradients of given biases without a further pass."""
     if backend != "own":
         return False
     if queries == keys and short_attention_refusal(queries, head_size) is None:
@@ -275,12 +276,15 @@ def packed_attention(
     bias: Tensor | None = None,
     kv_bias_2D: Tensor | None = None,
 ) -> Tensor:
-    """`attention` of buffers as matrix products leave them -> [B, R, D], with D = heads * d.
+    """Compute `attention` of buffers as matrix products leave them -> [B, R, D], with D = heads * d.
 
-    q         queries [B, R, D]; or queries, keys and values [B, S, 3D] where `kv_BT2D` is None
-    kv_BT2D   keys and values; any strides in B and T
-    bias      [3D], what is in queries, keys and values already, detached there: its gradient is made here, in passing
-              where `sums_bias` says so. Or that of the queries alone, [D], with the other in `kv_bias_2D`
+    q           queries [B, R, D]; or queries, keys and values [B, S, 3D] if `kv_BT2D` is None
+    kv_BT2D     keys and values; any strides in B and T
+    bias        [3D], the bias of queries, keys and values; or [D], the bias of the queries alone, beside `kv_bias_2D`
+    kv_bias_2D  the bias of keys and values
+
+    The biases are in the buffers already, detached there, and are not added again. They are given so that they get
+    their gradients here, without a further pass if `sums_bias` says so.
 
     Our kernels ("own") take the buffers as they are, within their limits. Other backends take views.
     """

@@ -1,4 +1,4 @@
-"""erf-GELU with the bias of the Linear before it, recomputed in the backward: nothing but its input is kept.
+"""Compute erf-GELU with the bias of the Linear before it, and again in the backward: only the input is kept.
 
 Letters: R rows (all leading axes), F features. gelu(u) = u * Phi(u), u = x + bias; dgelu = Phi(u) + u * phi(u).
 Phi is a polynomial times the exponential of the density phi (`_normal`).
@@ -28,7 +28,7 @@ from mirl.kernels.triton_import import tl, triton
 
 
 def bias_gelu_reference(x: Tensor, bias_F: Tensor | None) -> Tensor:
-    """The sum is formed in the wider dtype of the two and not rounded before the GELU."""
+    """Add the bias in float32 at least, and do not round the sum before the GELU."""
     if bias_F is None:
         return F.gelu(x)
     return F.gelu(x + bias_F.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
@@ -36,11 +36,11 @@ def bias_gelu_reference(x: Tensor, bias_F: Tensor | None) -> Tensor:
 
 @triton.jit
 def _normal(u):
-    """Phi(u) and exp(-u^2 / 2) of float32 blocks. Phi is right to 2e-7; far out it is 0 and 1, at 0 it is 0.5.
+    """Return Phi(u) and exp(-u^2 / 2) of float32 blocks. Phi is right to 2e-7; far out it is 0 and 1, at 0 it is 0.5.
 
     Phi(-a) = exp(-a^2 / 2) * R(1 / (1 + 0.39 a)), a >= 0, is the form of Abramowitz and Stegun 7.1.26. The polynomial R
-    is a fit of our own to 1.2e-8; its terms cancel less, so that float32 keeps more of it. libdevice's erf has two
-    branches, both computed, and shares nothing with the derivative, which needs the same exponential.
+    is a fit of our own to 1.2e-8; its terms cancel less than theirs, so that float32 keeps more of it. libdevice's erf
+    computes both of its two branches and shares nothing with the derivative, which needs this exponential too.
     """
     weight = tl.exp2(-0.7213475204444817 * u * u)  # log2(e) / 2
     w = 1.0 + 0.39 * tl.abs(u)
@@ -117,12 +117,13 @@ def _bias_gelu(x: Tensor, bias_F: Tensor | None) -> Tensor:
 
 
 def _bias_gelu_backward(x: Tensor, bias_F: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """-> grad_x (shaped as x), grad_bias [F] (empty without a bias)."""
+    """Return grad_x (shaped as x) and grad_bias [F] (empty without a bias)."""
     x, grad = x.contiguous(), grad.contiguous()
     features = x.shape[-1]
-    rows, tile = x.numel() // features, _tile(features, TILE_ELEMENTS // 2)  # its values want registers
+    rows, tile = x.numel() // features, _tile(features, TILE_ELEMENTS // 2)  # the backward keeps more in registers
     tiles, column_tiles = ceil_div(rows, tile["ROWS"]), ceil_div(features, tile["COLUMNS"])
-    # Without a bias there is nothing to add up, so one tile a program; with one, as many as are resident at once.
+    # Without a bias there is nothing to add up, so each tile has a program. With one there are as many programs as are
+    # resident at once.
     programs = tiles if bias_F is None else max(1, min(tiles, 8 * multiprocessors(x.device) // column_tiles))
     grad_x = torch.empty_like(x)
     partial_1PF = torch.empty(1, 0 if bias_F is None else programs, features, device=x.device, dtype=torch.float32)
@@ -157,7 +158,7 @@ bias_gelu_op = KernelOp(
 
 
 def bias_gelu(x: Tensor, bias_F: Tensor | None = None) -> Tensor:
-    """gelu(x + bias) with the exact (erf) GELU, in the dtype of x; any leading axes. Differentiable in both.
+    """Compute gelu(x + bias) with the erf GELU, in the dtype of x; any leading axes. Differentiable in both.
 
     Example: gelu(0) = 0, gelu(1) = 0.8413447.
     Raises: ValueError for wrong shapes, dtypes, devices.

@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions. Every failure is a ValueError: argument, value, mend."""
+"""Check the arguments of the public functions. Every failure is a ValueError that names argument, value and mend."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def debug_enabled() -> bool:
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
-    """`None` in `shape` leaves that length free; `meaning` spells the shape in letters, e.g. "[B, K]"."""
+    """Check a shape. `None` in `shape` leaves that length free; `meaning` spells it in letters, e.g. "[B, K]"."""
     if tensor.dim() != len(shape) or any(
         want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)
     ):
@@ -39,7 +39,10 @@ def check_device(reference: Tensor, **others: Tensor | None) -> None:
 
 
 def check_ids(name: str, ids: Tensor, upper: int) -> None:
-    """int64 always; with `set_debug(True)` also: every id in [0, upper), none twice in a row of the batch."""
+    """Check that ids are int64, at most `upper` a batch row; with `set_debug(True)` also their range and repetitions.
+
+    The ids then have to lie in [0, upper), and those of a batch row have to be distinct.
+    """
     if ids.dtype != torch.int64:
         raise ValueError(f"{name} has dtype {ids.dtype}; patch ids are int64: use {name}.long()")
     if ids.shape[1] > upper:
@@ -57,7 +60,7 @@ def check_ids(name: str, ids: Tensor, upper: int) -> None:
 
 
 def check_restore(ids_keep_BK: Tensor, ids_restore_BN: Tensor) -> None:
-    """With `set_debug(True)`: ids_restore puts the k-th kept patch at row k, ids_restore[b, ids_keep[b, k]] = k."""
+    """Check, with `set_debug(True)` alone, that the k-th kept patch is at row k: ids_restore[b, ids_keep[b, k]] = k."""
     if not _debug or torch.compiler.is_compiling():
         return
     rows_BK = ids_restore_BN.gather(1, ids_keep_BK)

@@ -1,4 +1,4 @@
-"""Second stage of every deterministic reduction: add the partial sums of the programs in a fixed order.
+"""Add the partial sums of the programs in a fixed order: the second stage of a deterministic reduction.
 
 Letters: A arrays reduced at once, R rows of partial sums (one a program), D columns.
 """
@@ -28,7 +28,7 @@ def _column_sum_kernel(partial_ptr, out_ptr, rows, columns, ROWS: tl.constexpr, 
 
 
 def column_sum(partial_ARD: Tensor, dtype: torch.dtype) -> Tensor:
-    """[A, R, D] float32 -> [A, D] in `dtype`: the sum over R, the same bits in every run."""
+    """Sum [A, R, D] float32 over R -> [A, D] in `dtype`, the same bits in every run."""
     arrays, rows, columns = partial_ARD.shape
     out_AD = torch.empty(arrays, columns, device=partial_ARD.device, dtype=dtype)
     with on_device_of(partial_ARD):

@@ -1,17 +1,21 @@
-"""Attention of the decoders, self and cross: up to 256 queries over up to 320 keys, heads of 32, whole on chip.
+"""Compute the attention of the decoders, self and cross: up to 256 queries over up to 320 keys, heads of 32, on chip.
 
-Letters: B batch, R queries, T keys, H heads, d head size, D = H d. Queries [B, R, D]; keys and values [B, T, 2D], which
-may lie with their tokens first; or all three packed, [B, S, 3D], with R = T = S. Gradients come back as they lie.
+Letters: B batch, R queries, T keys, H heads, d head size, D = H d. Queries are [B, R, D]; keys and values are
+[B, T, 2D], with any strides in B and T; or all three are packed, [B, S, 3D], with R = T = S. The gradient of keys and
+values has their strides.
 
-Forward, a program takes one head of one image, keeps its keys and values on chip, and goes through the queries.
-Backward it keeps the queries, the output's gradient and the gradient of q on chip and goes through the keys, whose
-gradients are complete when it leaves them. So each tensor is read and written once, and no gradient is added up in
-memory.
+In the forward pass a program takes one head of one image, keeps its keys and values on chip, and goes through the
+queries. In the backward pass it keeps the queries, the output's gradient and the gradient of q on chip and goes through
+the keys. The gradients of a tile of keys are complete when the program leaves it. So each tensor is read and written
+once, and no gradient is added up in memory.
 
 Bytes at least, in D: forward R + 2 T read, R written, a float32 value a row and head; backward 3 R + 2 T read, R + 2 T
-written. B = 256, R = T = 197, D = 512, bfloat16: 206 and 413 MB. The gradients of the biases in q, k and v come in the
-backward pass: 3 D float32 values an image, added up by a second stage. They are sums over all rows, but no gradient of
-keys or values is added up: those of the keys cancel, those of the values are what the queries were given.
+written. B = 256, R = T = 197, D = 512, bfloat16: 206 and 413 MB.
+
+The gradients of the biases in q, k and v come in the backward pass: 3 D float32 values an image, added up by a second
+stage. Each is a sum over all rows. For q the gradients are added up. For k the sum is zero, because a constant added to
+all scores of a query changes no weight. For v it is the sum of the output's gradient, because a query's weights add up
+to one.
 """
 
 import functools
@@ -30,13 +34,13 @@ MOST_QUERIES = 256
 MOST_KEYS = 320
 HEAD_SIZE = 32
 LOG2_E = 1.4426950408889634
-KEYS = 64  # of a tile
+KEYS = 64  # keys of a tile
 
 
 def with_bias_gradient(
     q: Tensor, kv_BT2D: Tensor | None, bias: Tensor | None, kv_bias_2D: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The same values, from which the biases get their gradients: zeros that are added in float32 at least."""
+    """Return the same values, with the biases in the graph: each is added as a zero, in float32 at least."""
     if bias is None:
         return q, kv_BT2D
     width = q.shape[-1]
@@ -54,7 +58,7 @@ def _add_zero(x: Tensor, bias: Tensor) -> Tensor:
 def decoder_attention_reference(
     q: Tensor, kv_BT2D: Tensor | None, heads: int, bias: Tensor | None = None, kv_bias_2D: Tensor | None = None
 ) -> Tensor:
-    """Two products with a softmax between them."""
+    """Compute two products with a softmax between them."""
     q, kv_BT2D = with_bias_gradient(q, kv_BT2D, bias, kv_bias_2D)
     q_BRD, k_BTD, v_BTD = q.chunk(3, dim=-1) if kv_BT2D is None else (q, *kv_BT2D.chunk(2, dim=-1))
     q_BHRd, k_BHTd, v_BHTd = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q_BRD, k_BTD, v_BTD))
@@ -131,12 +135,12 @@ def _backward_kernel(
             sum_grad += grad.to(tl.float32)
         all_delta = all_delta + (tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1),)
         lse_source = lse_ptr + tl.program_id(0).to(tl.int64) * queries + i * ROWS + row
-        # Rows past the last query: exp2 of minus infinity, no weight.
+        # Rows past the last query get no weight: exp2 of minus infinity.
         all_lse = all_lse + (tl.load(lse_source, mask=i * ROWS + row < queries, other=float("inf")),)
         all_grad_q = all_grad_q + (tl.zeros((ROWS, SIZE), dtype=tl.float32),)
     if BIAS:
-        # What is added to all values, a query gets once, because its weights add up to one. What is added to all keys
-        # adds the same to all scores of a query, which the softmax takes away again.
+        # A bias of the values reaches each query once, because its weights add up to one. A bias of the keys adds the
+        # same to all scores of a query, and the softmax takes it away again.
         tl.store(sum_target + width, tl.zeros((SIZE,), dtype=tl.float32))
         tl.store(sum_target + 2 * width, tl.sum(sum_grad, axis=0))
     k_ptr = (q_ptr + width) if PACKED else (kv_ptr + image * kv_stride_b + head * SIZE)
@@ -152,14 +156,14 @@ def _backward_kernel(
         summed = ()
         for i in tl.static_range(BLOCKS):
             scores = tl.dot(all_q[i], tl.trans(k), input_precision="ieee")
-            # No weight is above 1. Past the last key, where a score is no score, the exponent would know no bound.
+            # A weight is at most 1. The score of a key past the last means nothing, so its exponent has to be bounded.
             exponent = tl.minimum(scores * exponent_scale - all_lse[i][:, None], 0.0)
             weights = tl.exp2(exponent)
             grad_v = tl.dot(tl.trans(weights.to(k.dtype)), all_grad[i], grad_v, input_precision="ieee")
             grad_weights = tl.dot(all_grad[i], tl.trans(v), input_precision="ieee")
             grad_scores = (weights * (grad_weights - all_delta[i][:, None])).to(k.dtype)
             grad_k = tl.dot(tl.trans(grad_scores), all_q[i], grad_k, input_precision="ieee")
-            # Keys past the last are zeros here.
+            # Keys past the last are zeros, so they add nothing here.
             summed = summed + (tl.dot(grad_scores, k, all_grad_q[i], input_precision="ieee"),)
         all_grad_q = summed
         target = gk_ptr + key.to(tl.int64) * gkv_stride_t + column[None, :]
@@ -178,7 +182,7 @@ def _backward_kernel(
 
 
 def _sizes(q: Tensor, kv: Tensor | None, heads: int) -> tuple[int, int, int, int]:
-    """B, R, T, D."""
+    """Return B, R, T, D."""
     batch, queries, width = q.shape
     return (batch, queries, queries, width // 3) if kv is None else (batch, queries, kv.shape[1], width)
 
@@ -193,9 +197,9 @@ def _tile(rows: int, blocks: int, warps: int, heads: int, width: int, packed: bo
 def _decoder_attention(
     q: Tensor, kv_BT2D: Tensor | None, heads: int, bias: Tensor | None, kv_bias_2D: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """-> out [B, R, D]; float32 [B, H, R]: logarithms, base 2, of the sums that the softmax divides by.
+    """Return out [B, R, D], and in float32 [B, H, R] the logarithms, base 2, of the sums that the softmax divides by.
 
-    `q` is [B, R, D], or [B, S, 3D] where `kv_BT2D` is None. The biases are in them already and are not read.
+    `q` is [B, R, D], or [B, S, 3D] if `kv_BT2D` is None. The biases are in `q` and `kv_BT2D` already and are not read.
     """
     q = rows_contiguous(q)
     packed = kv_BT2D is None
@@ -221,8 +225,9 @@ def _decoder_attention_backward(
     heads: int,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> gradients shaped as `q`, and as `kv_BT2D` with its layout; the second is empty where that is None. Then the
-    sums of those of q, k and v over B and rows, [3D] in `bias_dtype`, empty where that is None.
+    """Return the gradients of `q`, of `kv_BT2D` with its strides (empty if it is None), and of the biases.
+
+    The last is the sum of the gradients of q, k and v over B and rows, [3D] in `bias_dtype`; empty if that is None.
     """  # fmt: skip
     q, grad_BRD = rows_contiguous(q), rows_contiguous(grad_BRD)
     packed = kv_BT2D is None
@@ -297,7 +302,7 @@ decoder_attention_op = KernelOp(
 
 
 def decoder_attention_refusal(queries: int, keys: int, head_size: int) -> str | None:
-    """Why these sizes are past the limits of `decoder_attention`, in words; None where they are not."""
+    """Say why these sizes are past the limits of `decoder_attention`; None if they are within."""
     if not 1 <= queries <= MOST_QUERIES:
         return f"it holds 1 to {MOST_QUERIES} queries, not {queries}"
     if not 1 <= keys <= MOST_KEYS:
@@ -308,14 +313,16 @@ def decoder_attention_refusal(queries: int, keys: int, head_size: int) -> str | 
 def decoder_attention(
     q: Tensor, kv_BT2D: Tensor | None, heads: int, bias: Tensor | None = None, kv_bias_2D: Tensor | None = None
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of every head -> [B, R, D], in the dtype of `q`.
+    """Compute softmax(q k^T / sqrt(d)) v of every head -> [B, R, D], in the dtype of `q`.
 
-    q         [B, R, D], or queries, keys and values [B, S, 3D] where `kv_BT2D` is None
-    kv_BT2D   keys, then values, along the last axis; other strides are free, and its gradient has them too
-    bias      [3D], what is in queries, keys and values already, detached there, so that its gradient is made here. Or
-              that of the queries alone, [D], with the other in `kv_bias_2D`. The values are not added again.
+    q           [B, R, D], or queries, keys and values [B, S, 3D] if `kv_BT2D` is None
+    kv_BT2D     keys, then values, along the last axis; other strides are free, and its gradient has them too
+    bias        [3D], the bias of queries, keys and values; or [D], the bias of the queries alone, beside `kv_bias_2D`
+    kv_bias_2D  the bias of keys and values
 
-    Statistics and sums are float32; the weights are rounded to the dtype before they meet v. Differentiable in all.
+    The biases are in the buffers already, detached there, and are not added again. They are given so that they get
+    their gradients here. Statistics and sums are float32; the weights are rounded to the dtype before they meet v.
+    Differentiable in all.
     Raises: ValueError for wrong shapes, dtypes, devices and for sizes past the limits.
     """
     check_float("q", q)

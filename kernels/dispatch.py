@@ -1,4 +1,4 @@
-"""Which implementation an op runs, decided by where its tensors are; printed by the engine at start.
+"""Decide by the device of an op's tensors which implementation runs. The engine prints it at start.
 
 | tensors | implementation |
 |---|---|
@@ -34,7 +34,7 @@ _assumed_gpu = False
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Ops take the way of a GPU, whatever the device of their tensors: for fake tensors, which launch nothing."""
+    """Let ops take the way of a GPU, whatever the device of their tensors: for fake tensors, which launch nothing."""
     global _assumed_gpu
     before, _assumed_gpu = _assumed_gpu, True
     try:
@@ -44,13 +44,13 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 def uses_triton(tensor: Tensor) -> bool:
-    """True when an op on `tensor` is to launch its Triton kernel. float64 is for the reference only."""
+    """Say whether an op on `tensor` is to launch its Triton kernel. float64 is for the reference only."""
     on_gpu = INTERPRETED or _assumed_gpu or (tensor.is_cuda and HAS_TRITON)
     return on_gpu and tensor.dtype != torch.float64
 
 
 def describe_dispatch(device: torch.device | str | None = None) -> dict[str, str]:
-    """Op name -> implementation for tensors on `device` (default: the GPU if there is one)."""
+    """Return op name -> implementation for tensors on `device` (default: the GPU if there is one)."""
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     if INTERPRETED:
         chosen = f"triton {TRITON_VERSION} interpreted on {kind} (slow, for tests)"

@@ -1,15 +1,15 @@
-"""One AdamW step over flat buffers in one pass: gradient in, fp32 weights and both moments updated, weights out.
+"""Take an AdamW step over flat buffers in one pass: gradient in, fp32 weights and both moments updated, weights out.
 
 Letters: N values of one parameter group that this rank owns. Clipping, the average over ranks and the check for values
 that are not finite are part of the pass: it reads the norm of the gradient on the device, scales each value by it, and
-writes nothing at all where the norm is not finite.
+writes nothing at all if the norm is not finite.
 
 Bytes at least, of each value: gradient 2, weight and moments 3 * 4 read; weight and moments 3 * 4, compute weight 2
-written, so 28. The norm before it reads the gradient once more. Separate passes (to float32, norm, clipping, AdamW, to
-bfloat16) move 44, with clipping 52.
+written, so 28. The norm is computed before this pass and reads the gradient once more. Separate passes (to float32,
+norm, clipping, AdamW, to bfloat16) move 44, with clipping 52.
 
-The steps of the formula are those of torch.optim.AdamW (Loshchilov and Hutter, 2019), in float32; coefficients are
-formed in float64 on the host, where torch's fused kernel forms some in float32.
+The steps of the formula are those of torch.optim.AdamW (Loshchilov and Hutter, 2019), in float32. The coefficients are
+formed in float64 on the host; torch's fused kernel forms some in float32.
 """
 
 import math
@@ -31,10 +31,11 @@ TILE, WARPS = 1024, 8
 
 @dataclass(frozen=True, kw_only=True)
 class Coefficients:
-    """The numbers of one step of one parameter group, formed in float64.
+    """These are the numbers of one step of one parameter group, formed in float64.
 
-    decay: factor of the weight; step_size: learning rate over the first bias correction; correction: root of the
-    second. average: one over the ranks whose gradients were added up. clip: largest norm, 0 for none.
+    decay: factor of the weight. step_size: learning rate over the first bias correction. correction: root of the
+    second bias correction. average: one over the number of ranks whose gradients were added up. clip: largest norm, 0
+    for none.
     """
 
     decay: float
@@ -51,7 +52,7 @@ class Coefficients:
         cls, step: int, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
         average: float = 1.0, clip: float = 0.0,
     ) -> "Coefficients":  # fmt: skip
-        """Those of AdamW's ``step``-th step, counted from 1."""
+        """Form the numbers of AdamW's ``step``-th step, counted from 1."""
         return cls(
             decay=1 - lr * weight_decay, beta1=betas[0], beta2=betas[1], step_size=lr / (1 - betas[0] ** step),
             correction=math.sqrt(1 - betas[1] ** step), eps=eps, average=average, clip=clip,
@@ -74,7 +75,7 @@ def flat_adamw_reference(
 
 
 def _scale(norm: Tensor, numbers: Coefficients) -> Tensor | float:
-    """What gradients are multiplied by: DeepSpeed's clipping, and the average over ranks."""
+    """Return the factor of the gradients: DeepSpeed's clipping times the average over ranks."""
     if numbers.clip == 0:
         return numbers.average
     return numbers.average / ((norm + 1e-6) / numbers.clip).clamp(min=1.0)
@@ -101,7 +102,7 @@ def _flat_adamw_kernel(
     exp_avg_sq = exp_avg_sq * beta2 + grad * rest2 * grad
     denominator = tl.sqrt_rn(exp_avg_sq) / correction + eps
     master = master * decay - exp_avg * step_size / denominator
-    # NaN and infinity less themselves are NaN: then nothing is written. As a vector, for the interpreter.
+    # NaN and infinity less themselves are NaN: then nothing is written. The interpreter needs the test as a vector.
     mask = mask & (tl.zeros((TILE,), tl.float32) + (norm - norm) == 0.0)
     tl.store(master_ptr + offset, master, mask=mask)
     tl.store(exp_avg_ptr + offset, exp_avg, mask=mask)
@@ -132,10 +133,11 @@ def flat_adamw(
 ) -> None:  # fmt: skip
     """Take one AdamW step in place: ``master_N`` and both moments are updated, ``weight_N`` is ``master_N`` rounded.
 
-    Where ``norm`` is NaN or infinite nothing is written. No gradient is recorded.
+    If ``norm`` is NaN or infinite, nothing is written. No gradient is recorded.
 
     grad_N: sum of the ranks' gradients, any float dtype. master_N, exp_avg_N, exp_avg_sq_N: float32. weight_N: any
     float dtype. All [N] and contiguous. norm: float32 [], the norm of the averaged gradient of all groups and ranks.
+    With a float64 ``grad_N``, which is for the reference only, moments, master and norm are float64.
     Example: one step from zero moments, lr 0.1 and no decay moves a weight by 0.1 against the sign of its gradient.
     Raises: ValueError for wrong shapes, dtypes, devices, or a buffer with gaps.
     Source: "Decoupled Weight Decay Regularization", Loshchilov and Hutter, 2019, algorithm 2.
@@ -148,7 +150,7 @@ def flat_adamw(
         check_shape(name, buffer, (grad_N.numel(),), "[N]")
         if not buffer.is_contiguous():
             raise ValueError(f"{name} has stride {buffer.stride(0)}; a flat buffer has no gaps: use contiguous()")
-    exact = grad_N.dtype == torch.float64  # of the reference
+    exact = grad_N.dtype == torch.float64  # only the reference computes in it
     for name, buffer in {**state, "norm": norm}.items():
         if buffer.dtype != (torch.float64 if exact else torch.float32):
             raise ValueError(f"{name} has dtype {buffer.dtype}; float32 is needed")

@@ -1,9 +1,10 @@
-"""Normalised pixels of the kept patches: one read of a quarter of the image, nothing else materialised.
+"""Normalise the pixels of the kept patches: they are read once, and nothing else is materialised.
 
 Letters: B batch, H W image, C channels, P patch side, N patches row by row, K kept ones, Q = P*P*C pixels of a patch in
 (p, q, c) order.
 
-Bytes at least: B*K*Q pixels read (1 each for uint8) and written (2 each for bfloat16); B = 256, 224 px: 29 MB.
+Bytes at least: B*K*Q pixels read (1 each for uint8) and written (2 each for bfloat16); B = 256, 224 px, a quarter of
+the patches: 29 MB.
 """
 
 from collections.abc import Sequence
@@ -104,7 +105,7 @@ def gather_patches(
     layout: str = "BHWC",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Kept patches as rows of normalised pixels, [B, K, Q] in `dtype`. Not differentiable with respect to the images.
+    """Return kept patches as rows of normalised pixels, [B, K, Q] in `dtype`. Not differentiable in the images.
 
     images       uint8 (0..255), normalised here as (value / 255 - mean[c]) / std[c]; or float, taken as they are
                  (mean and std None). [B, H, W, C] or, with layout="BCHW", [B, C, H, W]; any strides.

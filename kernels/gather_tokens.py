@@ -1,11 +1,11 @@
-"""Tokens chosen by patch number, and the encoder's input put together: class token, patches, positions.
+"""Choose tokens by patch number, and put the encoder's input together: class token, patches, positions.
 
 Letters: B batch, N patches, K chosen ones, D width.
 
-Bytes at least, forward: K rows read and written a sample. Backward of gather_tokens: K rows read, N written (zeros
-at the others); each program finds for its rows of dx which chosen token they belong to, so every row is written once
-and nothing is added atomically. Where x goes on beside its chosen rows, the gradient of what went on is added in the
-same pass: N rows read besides.
+Bytes at least, forward: K rows read and written a sample. Backward of gather_tokens: K rows read, N written (the rows
+that were not chosen are zeros). Each program finds for its rows of dx which chosen token they belong to, so every row
+is written once and nothing is added atomically. If x itself is used further (gather_tokens_passing_on), the gradient
+of that use is added in the same pass: N more rows read.
 """
 
 import torch
@@ -27,7 +27,7 @@ from mirl.kernels.triton_import import tl, triton
 
 
 def gather_tokens_reference(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
-    """index_select on flat rows: on a CPU 1.7 times as fast forward and backward as gather with an expanded index."""
+    """Use index_select on flat rows: on a CPU 1.7 times as fast, both ways, as gather with an expanded index."""
     batch, patches, width = x_BND.shape
     first_row_B1 = torch.arange(batch, device=ids_BK.device)[:, None] * patches
     rows = (ids_BK + first_row_B1).flatten()
@@ -81,7 +81,7 @@ def _assemble_kernel(
     x_ptr, ids_ptr, pos_ptr, cls_ptr, out_ptr, rows, kept, stride_b, stride_k, D,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # rows of the output: 1 + K a sample
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of the output, which has 1 + K rows a sample
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     batch = (row // (1 + kept)).to(tl.int64)
     k = row % (1 + kept) - 1  # -1: the class token
@@ -98,7 +98,7 @@ def _assemble_kernel(
 
 
 def _tile(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and tile of a kernel over `rows` rows of `width` elements."""
+    """Choose grid and tile of a kernel over `rows` rows of `width` elements."""
     columns = column_block(width)
     tile_rows = row_block(columns)
     grid = ceil_div(rows, tile_rows), ceil_div(width, columns)
@@ -118,7 +118,7 @@ def _gather_tokens(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
 
 
 def _gather_tokens_backward(grad_BKD: Tensor, ids_BK: Tensor, patches: int, passed_BND: Tensor | None) -> Tensor:
-    """-> [B, N, D]: the rows of the gradient at their places, zeros or those of `passed` elsewhere, added."""
+    """Return [B, N, D]: the gradient's rows at their places, zeros elsewhere, and `passed`, if given, added to all."""
     grad_BKD = rows_contiguous(grad_BKD)
     batch, chosen, width = grad_BKD.shape
     out_BND = torch.empty(batch, patches, width, device=grad_BKD.device, dtype=grad_BKD.dtype)
@@ -156,7 +156,7 @@ gather_tokens_op = KernelOp(
 
 
 class _GatherPassingOn(torch.autograd.Function):
-    """(x, ids) -> x, rows: x goes on through it, so that both gradients are added where the rows are put in place."""
+    """Map (x, ids) to x and its chosen rows. Both gradients of x arrive here and are added in one pass."""
 
     @staticmethod
     def forward(ctx, x_BND, ids_BK):
@@ -193,7 +193,7 @@ def _assemble_setup(ctx, inputs, output):
 
 
 def _assemble_backward(ctx, grad_B1KD):
-    """dx is a view of the incoming gradient; the sums over B are of one row a sample, or of a learned position."""
+    """Return dx as a view of the incoming gradient. The class token's and the positions' gradients are sums over B."""
     (ids_BK,) = ctx.saved_tensors
     grad_BKD, grad_pos, grad_cls = grad_B1KD[:, 1:], None, None
     if ctx.needs_input_grad[2]:
@@ -221,7 +221,7 @@ def _check_gather(x_BND: Tensor, ids_BK: Tensor) -> None:
 
 
 def gather_tokens(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
-    """out[b, k] = x[b, ids[b, k]]: [B, K, D] in the dtype of x. Differentiable; the ids of a sample must be distinct.
+    """Choose out[b, k] = x[b, ids[b, k]], [B, K, D] in the dtype of x. Differentiable; a sample's ids are distinct.
 
     Example: x = [[[1], [2], [3]]], ids = [[0, 2]] gives [[[1], [3]]]; a gradient [[[5], [6]]] gives dx [[[5], [0],
     [6]]].
@@ -232,7 +232,7 @@ def gather_tokens(x_BND: Tensor, ids_BK: Tensor) -> Tensor:
 
 
 def gather_tokens_passing_on(x_BND: Tensor, ids_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """(x, gather_tokens(x, ids)), for an x that is used further: both gradients are added in one pass.
+    """Return (x, gather_tokens(x, ids)), for an x that is used further: both gradients are added in one pass.
 
     Example: x = [[[1], [2], [3]]], ids = [[0, 2]] gives x and [[[1], [3]]]; gradients [[[1], [1], [1]]] and [[[5],
     [6]]] give dx [[[6], [1], [7]]].
@@ -245,9 +245,10 @@ def gather_tokens_passing_on(x_BND: Tensor, ids_BK: Tensor) -> tuple[Tensor, Ten
 
 
 def assemble_tokens(x_BKD: Tensor, ids_BK: Tensor, pos_ND: Tensor, cls_token_D: Tensor) -> Tensor:
-    """Encoder input [B, 1+K, D] in the dtype of x (Eq. 1): row 0 the class token, row 1+k = x[k] + pos[ids[k]].
+    """Return the encoder's input [B, 1+K, D] in the dtype of x (Eq. 1).
 
-    The sum is formed in float32 at least and rounded once. Differentiable in x, cls_token_D and, where it asks, pos_ND.
+    Row 0 is the class token; row 1+k = x[k] + pos[ids[k]]. The sum is formed in float32 at least and rounded once.
+    Differentiable in x, cls_token_D and, if it requires a gradient, pos_ND.
     Example: x = [[[1]]], ids = [[2]], pos = [[0], [10], [20]], cls = [7] gives [[[7], [21]]].
     Raises: ValueError for wrong shapes, dtypes, devices; with set_debug(True) for ids out of range or repeated.
     """

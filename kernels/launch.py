@@ -1,4 +1,4 @@
-"""Launch configurations: fixed by shape and device, the same on every rank and in every run, never autotuned.
+"""Fix launch configurations by shape and device: every rank and every run has the same, and none is autotuned.
 
 A bandwidth-bound program needs enough independent loads in flight: 4096 elements for 4 warps are 32 a thread, four
 16-byte loads in bfloat16. Wider tiles spill, narrower ones leave the memory idle.
@@ -21,17 +21,17 @@ def next_power_of_two(n: int) -> int:
 
 
 def column_block(width: int) -> int:
-    """Columns of a tile when rows may be split: the largest power of two that divides the width, so that no lane idles.
+    """Return the columns of a tile whose rows may be split: the largest power of two that divides the width.
 
-    384 -> 128, 512 -> 512, 768 -> 256, 1024 -> 1024; widths with no such divisor of at least 64 are padded (588 ->
-    1024).
+    So no lane idles. 384 -> 128, 512 -> 512, 768 -> 256, 1024 -> 1024, which is the most. Widths with no such divisor
+    of at least 64 are padded (588 -> 1024).
     """
     divisor = width & -width
     return min(1024, divisor if divisor >= 64 else next_power_of_two(width))
 
 
 def row_block(columns: int, elements: int = TILE_ELEMENTS) -> int:
-    """Rows of a tile of `columns` columns holding about `elements` elements."""
+    """Return the rows of a tile of `columns` columns that holds about `elements` elements."""
     return max(1, elements // columns)
 
 
@@ -41,14 +41,17 @@ def ceil_div(a: int, b: int) -> int:
 
 @lru_cache(maxsize=16)
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of the GPU; 2 under the interpreter, so that persistent loops turn more than once in tests."""
+    """Count the GPU's multiprocessors; 2 under the interpreter, so that tests turn persistent loops more than once."""
     if INTERPRETED or device.type == "cpu":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def on_device_of(tensor: Tensor):
-    """Context in which Triton launches on the tensor's GPU, free where that is the current one, and in a trace."""
+    """Return a context in which Triton launches on the tensor's GPU.
+
+    It does nothing, and costs nothing, if that is the current GPU, and in a trace.
+    """
     if (
         tensor.is_cuda
         and type(tensor) in (Tensor, torch.nn.Parameter)
@@ -59,5 +62,5 @@ def on_device_of(tensor: Tensor):
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor itself when the elements of its last axis are neighbours, else a contiguous copy."""
+    """Return the tensor itself if the elements of its last axis are neighbours, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

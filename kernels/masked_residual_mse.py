@@ -1,17 +1,17 @@
-"""Mean squared error of main + residual predictions against masked patches, all pairs in one pass (Eq. 6, 7).
+"""Compute the mean squared error of main + residual predictions on masked patches, all pairs in one pass (Eq. 6, 7).
 
 Letters: B batch, C channels, P patch side, N patches, M masked ones, Q = P*P*C pixels of a patch, G pairs.
 
     t = pixels of the patch, or (t - mean) / sqrt(var + 1e-6) over its Q pixels, var unbiased (norm_pix)
     L_g = mean over B, M, Q of (main_g + residual_g - t)^2          loss = sum_g weight_g * L_g
 
-main_g and residual_g have the same gradient, 2 weight_g / (B M Q) * (main_g + residual_g - t): one tensor a pair,
-written in the forward pass and handed to both. Backward multiplies it in place by the incoming gradient, and moves no
-byte where that is 1. In float16 that gradient (order 1e-8) would vanish before the loss scale comes in, so the
-difference itself is stored there and all factors are applied at once in backward.
+main_g and residual_g have the same gradient, 2 weight_g / (B M Q) * (main_g + residual_g - t). It is one tensor a pair,
+written in the forward pass and handed to both. The backward pass multiplies it in place by the incoming gradient, and
+moves no byte if the incoming gradient is 1. In float16 the gradient (order 1e-8) would vanish before the loss scale
+comes in. So there the difference itself is stored, and the backward pass applies all factors at once.
 
 Bytes at least, 16-bit predictions, uint8 images: G pairs * 3 * 2BMQ + BMQ, B = 256, 224 px, three pairs: 549 MB.
-Deterministic: a program writes the sum of its own patch, a second stage adds these in a fixed order.
+The result is deterministic: a program writes the sum of its own patch, and a second stage adds these in a fixed order.
 
 The plain-torch form is in masked_residual_mse_cpu.py, the Triton form in masked_residual_mse_triton.py.
 """
@@ -99,16 +99,16 @@ def masked_residual_mse(
     norm_pix: bool = True,
     weights: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss [], terms [G]) in float32 (float64 for float64 predictions): loss = sum_g weights[g] * terms[g].
+    """Return (loss [], terms [G]) in float32 (float64 for float64 predictions): loss = sum_g weights[g] * terms[g].
 
-    main, residual  G predictions each of the masked patches, [B, M, Q]; residual may be empty (MAE, multi-decoder)
+    main, residual  G predictions each, of the masked patches, [B, M, Q]; residual may be empty (MAE, multi-decoder)
     images          uint8 0..255 with mean and std, or float taken as normalised; [B, H, W, C] or, with layout="BCHW",
                     [B, C, H, W]; any strides
-    ids_masked_BM   int64 numbers of the masked patches, row m belongs to prediction row m
+    ids_masked_BM   int64 numbers of the masked patches; entry m belongs to prediction row m
     weights         lambda_g; default 1 / G each (the paper's 2 / G over G / 2 pairs)
 
-    Only the loss is differentiable, once: its gradient is handed out in place, so a second backward through the same
-    graph raises autograd's RuntimeError on a GPU. The terms are for logging.
+    Only the loss is differentiable; the terms are for logging. On a GPU a second backward through the same graph raises
+    autograd's RuntimeError, because the first one scales the stored gradient in place.
     Example: one 1-pixel patch, raw target 3, main 1, residual 4: loss (1 + 4 - 3)^2 = 4, both gradients 2 * 2 = 4.
     Raises: ValueError for wrong shapes, dtypes, devices, numbers of predictions; no masked patch.
     """
@@ -128,5 +128,5 @@ def masked_residual_mse_full(
     norm_pix: bool = True,
     weights: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """masked_residual_mse of predictions of every patch, [B, N, Q]; visible ones do not count, their gradient is 0."""
+    """Compute masked_residual_mse of predictions of every patch, [B, N, Q]; those of visible patches get gradient 0."""
     return _loss(main, residual, images, ids_masked_BM, patch_size, mean, std, layout, norm_pix, weights, full=True)

@@ -1,4 +1,4 @@
-"""masked_residual_mse in plain torch: the reference, and the path of CPU tensors."""
+"""Compute masked_residual_mse in plain torch: the reference, and the path of CPU tensors."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def patch_target(
     norm_pix: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The target t [B, M, Q] in `dtype` (float32 or float64).
+    """Return the target t [B, M, Q] in `dtype` (float32 or float64).
 
     (t - mean) / sqrt(var + eps) with var unbiased is a LayerNorm with eps and gain corrected by (Q - 1) / Q.
     """
@@ -37,9 +37,10 @@ def patch_target(
 
 
 class SharedGradient(torch.autograd.Function):
-    """(target, weights, *main, *residual) -> (loss, terms, *differences); a difference is the gradient of both.
+    """Map (target, weights, *main, *residual) to (loss, terms, *differences).
 
-    The differences stay in the target's dtype (float32 or float64) until backward scales and rounds them once.
+    A pair's difference, times a factor, is the gradient of its main and of its residual prediction. It stays in the
+    target's dtype (float32 or float64) until backward scales and rounds it once.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""masked_residual_mse in Triton: kernels, launches, registered ops. Letters as in masked_residual_mse.py.
+"""Compute masked_residual_mse in Triton: kernels, launches, registered ops. Letters as in masked_residual_mse.py.
 
-One program a masked patch: normalise its pixels once, then for every pair read the predictions, write the gradient and
-the sum of squares. A second stage adds the sums of all programs in a fixed order.
+A program has one patch: it normalises the pixels once, then reads the predictions of every pair and writes their
+gradient and the sum of squares. A second stage adds the sums of all programs in a fixed order.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def _loss_kernel(
         patch = tl.load(ids_ptr + batch * rows + row)
         wanted = inside
     source = batch * stride_b + row * stride_r + offset
-    # The first pair's loads come before the reductions of the pixels, which hold up what follows them.
+    # The first pair's loads come before the reductions of the pixels, because those hold up whatever follows them.
     first = tl.load(main_ptrs[0] + source, mask=wanted, other=0.0)
     if RESIDUAL:
         first_residual = tl.load(residual_ptrs[0] + source, mask=wanted, other=0.0)
@@ -68,7 +68,7 @@ def _loss_kernel(
                 difference += tl.load(residual_ptrs[pair] + source, mask=wanted, other=0.0).to(tl.float32)
         difference -= target
         tl.store(partial_ptr + pair * programs.to(tl.int64) + program, tl.sum(difference * difference, axis=0))
-        if KEEP:  # zeros in the rows of visible patches
+        if KEEP:  # the rows of visible patches get zeros
             kept = (difference * tl.load(unit_ptr + pair)).to(difference_ptrs[pair].dtype.element_ty)
             tl.store(difference_ptrs[pair] + program.to(tl.int64) * Q + offset, kept, mask=inside)
 
@@ -103,14 +103,17 @@ def _scale_kernel(
 
 
 def _units(dtype: torch.dtype, weights: Sequence[float], count: int) -> tuple[list[float], list[float]]:
-    """What forward multiplies the difference by, and what backward still has to, a pair each."""
+    """Return two factors a pair: one by which forward multiplies the difference, and one that is left to backward."""
     factors = [2 * weight / count for weight in weights]
     ones = [1.0] * len(factors)
     return (ones, factors) if dtype == torch.float16 else (factors, ones)
 
 
 def _row_strided(predictions: list[Tensor]) -> list[Tensor]:
-    """As they are when all share strides and pixels are neighbours (a slice without the class token), else copies."""
+    """Return the predictions as they are if they can be read through one set of strides, else contiguous copies.
+
+    They can if all have the same strides and pixels are neighbours, as in a slice without the class token.
+    """
     strides = {prediction.stride() for prediction in predictions}
     if len(strides) == 1 and predictions[0].stride(-1) == 1:
         return predictions
@@ -131,7 +134,7 @@ def _masked_residual_mse(
     full: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """-> loss [], terms [G] (float32), differences: G tensors shaped as main, or none where `keep` is False."""
+    """Return loss [], terms [G] (float32) and differences: G tensors shaped as main, or none if `keep` is False."""
     geometry = image_geometry(images, patch_size, layout)
     pairs, device = len(main), images.device
     predictions = _row_strided([*main, *residual])
@@ -154,7 +157,8 @@ def _masked_residual_mse(
             PAIRS=pairs, RESIDUAL=len(residual) > 0, FULL=full, KEEP=keep, NORM_PIX=norm_pix, P=patch_size,
             C=geometry.channels, PIXEL_ROWS=geometry.pixel_rows, NORMALISE=len(scale) > 0, PIXELS=block,
             MASKED=next_power_of_two(masked) if full else 1,
-            # One warp a patch: its sums need no barrier, and twenty such programs fit a multiprocessor.
+            # A patch of up to 1024 values gets one warp: its sums need no barrier, and twenty such programs fit a
+            # multiprocessor.
             num_warps=max(1, min(8, block // 1024)),
         )  # fmt: skip
         _finish_kernel[(1,)](
@@ -179,7 +183,7 @@ def _launch_scale(differences: list[Tensor], out: list[Tensor], grad: Tensor, fa
 
 
 def _scale_differences(differences: list[Tensor], grad: Tensor, factors: list[float]) -> list[Tensor]:
-    """-> differences[g] * grad * factors[g], new tensors: for traced graphs, which must not write to saved ones."""
+    """Return differences[g] * grad * factors[g] as new tensors, because a traced graph must not write to saved ones."""
     out = [torch.empty_like(difference) for difference in differences]
     _launch_scale(differences, out, grad, factors)
     return out
@@ -194,9 +198,9 @@ def _setup(ctx, inputs, output):
     main, residual, _, ids_BM, _, scale, shift, *_, weights, _, _ = inputs
     _, terms, differences = output
     ctx.mark_non_differentiable(terms, *differences)
-    ctx.set_materialize_grads(False)  # zeros as large as the predictions, for nobody
+    ctx.set_materialize_grads(False)  # else autograd makes zeros as large as the predictions, and nobody reads them
     ctx.residuals = len(residual)
-    # Of normalised images these lists are empty, and torch.library takes an empty list for one of tensors.
+    # These lists are empty for normalised images, and torch.library takes an empty list for a list of tensors.
     ctx.scale_shift = [None if values else [] for values in (scale, shift)]
     ctx.count = ids_BM.numel() * main[0].shape[-1]
     ctx.weights, ctx.dtype = weights, main[0].dtype

@@ -1,4 +1,4 @@
-"""Pixels of chosen patches, read through the strides of the images: for gather_patches and masked_residual_mse.
+"""Read the pixels of chosen patches through the strides of the images: for gather_patches and masked_residual_mse.
 
 Letters: B batch, H W image, C channels, P patch side, N = (H/P) * (W/P) patches row by row, K chosen ones,
 Q = P*P*C pixels of a patch in (p, q, c) order: patch row, patch column, channel (fastest).
@@ -19,7 +19,7 @@ LAYOUTS = ("BHWC", "BCHW")
 
 
 class ImageGeometry(NamedTuple):
-    """Sizes and element strides of an image batch, whatever its layout in memory."""
+    """An image batch has these sizes and element strides, whatever its layout in memory."""
 
     batch: int
     channels: int
@@ -36,7 +36,7 @@ class ImageGeometry(NamedTuple):
 
     @property
     def pixel_rows(self) -> bool:
-        """True when the P*C values of one row of a patch are neighbours in memory and already in (q, c) order."""
+        """Say whether the P*C values of one row of a patch are neighbours in memory and in (q, c) order."""
         return self.stride_c == 1 and self.stride_w == self.channels
 
 
@@ -70,7 +70,7 @@ def image_geometry(images: Tensor, patch_size: int, layout: str) -> ImageGeometr
 def pixel_scale_shift(
     images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
 ) -> tuple[list[float], list[float]]:
-    """normalised = pixel * scale[c] + shift[c]; two empty lists mean "as they are" (float images).
+    """Return scale and shift: normalised = pixel * scale[c] + shift[c]. Two empty lists mean "as they are" (float).
 
     (value / 255 - mean) / std = value * (1 / (255 std)) - mean / std for uint8. Float images were normalised before.
     Raises: ValueError when mean and std are missing for uint8, given for floats, or not C positive numbers.
@@ -92,7 +92,7 @@ def pixel_scale_shift(
 
 @lru_cache(maxsize=64)
 def device_floats(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A small constant on the device, copied there once a process: no host-to-device copy in a training step.
+    """Return a small constant on the device, copied there once a process: a training step copies nothing to it.
 
     inference_mode(False) because a tensor cached from inside inference mode could not be used by autograd later.
     """
@@ -101,18 +101,18 @@ def device_floats(values: tuple[float, ...], device: torch.device, dtype: torch.
 
 
 def row_table(values: Sequence[float], patch_size: int, device: torch.device) -> Tensor:
-    """One value a channel -> [P*C], one a pixel of a patch row: `load_pixels` reads four of its neighbours at once."""
+    """Repeat one value a channel to [P*C], one a pixel of a patch row: `load_pixels` reads four neighbours at once."""
     return device_floats(tuple(values) * patch_size, device)
 
 
 def gather_patch_pixels(images: Tensor, ids_BK: Tensor, patch_size: int, layout: str) -> Tensor:
-    """[B, K, P, P*C] in the dtype of `images`: a copy of the chosen patches only, in (p, q, c) order. Plain torch."""
+    """Copy the chosen patches in plain torch -> [B, K, P, P*C] in the dtype of `images`, in (p, q, c) order."""
     geometry = image_geometry(images, patch_size, layout)
     row_BK = torch.div(ids_BK, geometry.grid_width, rounding_mode="floor")
     column_BK = ids_BK - row_BK * geometry.grid_width
     batch = torch.arange(geometry.batch, device=images.device)
     if images.is_contiguous() and layout == "BHWC":
-        # The P*C values of a patch row are neighbours: one index_select of such rows, three times as fast as indexing.
+        # The P*C values of a patch row are neighbours: index_select of such rows is three times as fast as indexing.
         height = geometry.grid_height * patch_size
         line_BKP = (batch[:, None] * height + row_BK * patch_size)[..., None] + torch.arange(
             patch_size, device=images.device
@@ -130,7 +130,7 @@ def gather_patch_pixels(images: Tensor, ids_BK: Tensor, patch_size: int, layout:
 def normalise_pixels(
     pixels_BKPX: Tensor, scale: Sequence[float], shift: Sequence[float], patch_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """[B, K, P, P*C] -> `dtype` (float32 or float64), scaled and shifted per channel where a scale is given.
+    """Cast [B, K, P, P*C] to `dtype` (float32 or float64); scale and shift it per channel if a scale is given.
 
     The constants are repeated to a patch row, because torch vectorises over the last axis: C alone would be too short.
     """
@@ -146,7 +146,7 @@ def load_pixels(
     images_ptr, base, offset, mask, scale_ptr, shift_ptr, stride_h, stride_w, stride_c,
     P: tl.constexpr, C: tl.constexpr, PIXEL_ROWS: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
-    """float32 pixels at `offset` (0..Q-1 in (p, q, c) order) of the patch whose first element is at `base` (int64).
+    """Load as float32 the pixels at `offset` (0..Q-1 in (p, q, c) order) of the patch that begins at `base` (int64).
 
     scale, shift: a `row_table` each. With PIXEL_ROWS the compiler sees that P*C neighbouring offsets are neighbours in
     memory, and loads 16 bytes at once.
@@ -164,7 +164,7 @@ def load_pixels(
 
 @triton.jit
 def patch_base(patch, batch, grid_width, stride_b, stride_h, stride_w, P: tl.constexpr):
-    """Element offset (int64) of the first pixel of patch number `patch` (int64) of image number `batch`."""
+    """Return the element offset (int64) of the first pixel of patch number `patch` (int64) of image number `batch`."""
     row = patch // grid_width
     column = patch - row * grid_width
     return batch.to(tl.int64) * stride_b + row * P * stride_h + column * P * stride_w

@@ -1,12 +1,12 @@
-"""A Triton launch as a torch.library op with fake and autograd, at low cost in eager mode.
+"""Register a Triton launch as a torch.library op with fake and autograd, at low cost in eager mode.
 
-The library op is what torch.compile keeps in its graph. Its dispatcher costs tens of microseconds a call in eager
-mode, which hundreds of calls a step would pay, so plain tensors outside a trace go to an autograd.Function made of
-the same three functions instead. Both ways run the same launch, setup_context and backward.
+torch.compile keeps the library op in its graph. The op's dispatcher costs tens of microseconds a call in eager mode,
+and a step has hundreds of calls. So plain tensors outside a trace go to an autograd.Function made of the same three
+functions instead. Both ways run the same launch, setup_context and backward.
 
-After `set_inlined` the ops that allow it are taken apart when a graph is lowered: Inductor then launches their kernels
-itself, without a dispatcher in between, and plans the memory that they write to. Such an op is a second one,
-NAME_inlined, made when it is first wanted: torch loads its compiler for it.
+After `set_inlined(True)` the ops that allow it are taken apart when a graph is lowered: Inductor then launches their
+kernels itself, without a dispatcher in between, and plans the memory that they write to. The op that is taken apart is
+a second one, NAME_inlined. It is made when it is first wanted, because torch loads its compiler for it.
 """
 
 import functools
@@ -25,21 +25,21 @@ _taken_apart = threading.local()
 
 
 def traced(tensor: Tensor) -> bool:
-    """True while torch.compile, export or a fake-tensor mode looks on: then only registered ops may run."""
+    """Say whether torch.compile, export or a fake-tensor mode looks on: then only registered ops may run."""
     return torch.compiler.is_compiling() or type(tensor) not in _PLAIN
 
 
 def wrap_triton(kernel: Any) -> Any:
-    """The kernel for a launch in an inlined op: itself, but while the op is taken apart what torch puts into the graph.
+    """Return the kernel itself, or, while its op is taken apart, the wrapper that torch puts into the graph.
 
-    torch's own function of this name costs a millisecond a launch in eager mode. torch looks for calls of this name to
-    know which kernels an op has.
+    Every launch in an op that may be inlined calls this. torch's own function of this name costs a millisecond a launch
+    in eager mode. The name has to be the same: torch looks for calls of it to know which kernels an op has.
     """
     return torch.library.wrap_triton(kernel) if getattr(_taken_apart, "now", False) else kernel
 
 
 class KernelOp:
-    """`op(*args)` launches; `op.overload` is the registered torch.ops entry (for opcheck and graph inspection).
+    """Calling `op(*args)` launches; `op.overload` is the registered torch.ops entry (for opcheck and graph inspection).
 
     launch         allocates the outputs and launches; its annotations are the op's schema, its name the op's name
     fake           shapes and dtypes of the outputs from those of the inputs
@@ -86,7 +86,7 @@ class KernelOp:
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def inline(self, on: bool) -> None:
-        """See `set_inlined`."""
+        """Take the op apart in graphs that are traced from now on, or no longer (`set_inlined`)."""
         if on and self._inlined is None:
             launch = _taking_apart(self._launch)
             self._inlined = self._register(self._name + INLINED, torch.library.triton_op, launch)
@@ -97,9 +97,9 @@ _INLINABLE: list[KernelOp] = []
 
 
 def set_inlined(on: bool) -> bool:
-    """Whether graphs that are traced from now on take ops apart that allow it; returns whether they do.
+    """Let graphs that are traced from now on take the ops apart that allow it, or not. Returns whether they do.
 
-    Without Triton, and under its interpreter, whose kernels are Python, no graph can hold a kernel.
+    They never do without Triton or under its interpreter, whose kernels are Python: there no graph can hold a kernel.
     """
     on = on and HAS_TRITON and not INTERPRETED
     for op in _INLINABLE:

@@ -1,15 +1,16 @@
-"""Residual add and the LayerNorm after it in one pass: total = x + delta, normed = LN(total).
+"""Add the residual and take the LayerNorm after it in one pass: total = x + delta, normed = LN(total).
 
-delta may come without the bias of the Linear that made it: total = x + (delta + bias), and the backward pass, which
-writes the gradient of delta, sums that of the bias on the way. The product's own sum would read it all once more.
+delta may come without the bias of the Linear that made it: total = x + (delta + bias). The backward pass writes the
+gradient of delta and sums it to the gradient of the bias on the way. The Linear's own backward pass would read all of
+it once more for that sum.
 
-Letters: R rows (all leading axes), D width. Statistics are float32 and those of the rounded total, as when add and
-norm are two operations.
+Letters: R rows (all leading axes), D width. Statistics are float32. They are taken of the rounded total, as when add
+and norm are two operations.
 
 Bytes at least, 16-bit tokens: forward 4 * 2RD (x, delta, total, normed), backward 4 * 2RD (total, both gradients,
 dx); dx is the gradient of x and of delta, written once. Backward programs are persistent: each walks over many tiles
-of rows, keeps its share of the weight and bias gradients in registers and writes it once, so the partial sums (2
-programs a multiprocessor) stay under a twentieth of the tokens' bytes; a second stage adds them in a fixed order. The
+of rows, keeps its share of the weight and bias gradients in registers and writes it once. So the partial sums (2
+programs a multiprocessor) stay under a twentieth of the tokens' bytes. A second stage adds them in a fixed order. The
 next tile is on its way to shared memory while one is reduced.
 """
 
@@ -28,7 +29,7 @@ from mirl.kernels.triton_import import tl, triton
 def residual_layer_norm_reference(
     x: Tensor, delta: Tensor | None, weight_D: Tensor, bias_D: Tensor, eps: float, delta_bias_D: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """delta + bias is rounded to the dtype of delta, as the Linear would give it."""
+    """Round delta + bias to the dtype of delta, as the Linear would give it."""
     if delta is not None and delta_bias_D is not None:
         delta = (delta + delta_bias_D.to(torch.promote_types(delta.dtype, torch.float32))).to(delta.dtype)
     total = x if delta is None else x + delta
@@ -82,7 +83,7 @@ def _backward_kernel(
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         mask = (row[:, None] < rows) & (column[None, :] < D)
         offset = row[:, None] * D + column[None, :]
-        # All loads before the first use: the reductions below hold up everything that comes after them.
+        # All loads come before the first use, because the reductions below hold up everything after them.
         total = tl.load(total_ptr + offset, mask=mask, other=0.0)
         grad = tl.load(grad_normed_ptr + offset, mask=mask, other=0.0)
         if HAS_GRAD_TOTAL:
@@ -117,12 +118,12 @@ def _tile(width: int) -> dict[str, int]:
 def _residual_layer_norm(
     x: Tensor, delta: Tensor, delta_bias_D: Tensor | None, weight_D: Tensor, bias_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> total, normed (shaped as x), mean [R], rstd [R] (float32)."""
+    """Return total, normed (shaped as x), mean [R] and rstd [R] (float32)."""
     return _launch_forward(x.contiguous(), delta.contiguous(), delta_bias_D, weight_D, bias_D, eps)
 
 
 def _layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """-> normed (shaped as x), mean [R], rstd [R] (float32)."""
+    """Return normed (shaped as x), mean [R] and rstd [R] (float32)."""
     return _launch_forward(x.contiguous(), None, None, weight_D, bias_D, eps)[1:]
 
 
@@ -146,7 +147,10 @@ def _residual_layer_norm_backward(
     total: Tensor, mean_R: Tensor, rstd_R: Tensor, weight_D: Tensor, grad_normed: Tensor, grad_total: Tensor | None,
     sum_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """-> grad_x (shaped as total), gradients of weight and bias [2, D]; with `sum_grad` [3, D], grad_x summed last."""
+    """Return grad_x (shaped as total) and [2, D], the gradients of weight and bias.
+
+    With `sum_grad` it is [3, D]: the last row is the sum of grad_x.
+    """
     total, grad_normed = total.contiguous(), grad_normed.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     width, rows = total.shape[-1], mean_R.numel()
@@ -175,7 +179,7 @@ residual_layer_norm_backward_op = KernelOp(
 
 
 def _input_gradients(ctx, grad_total, grad_normed, sum_grad=False):
-    """-> grad_x (also of delta), grad_weight, grad_bias, sum of grad_x; an output nobody used costs nothing."""
+    """Return grad_x (also of delta), grad_weight, grad_bias, sum of grad_x. An unused output costs nothing."""
     if grad_normed is None:
         return grad_total, None, None, grad_total.flatten(0, -2).sum(0, dtype=torch.float32) if sum_grad else None
     total, mean_R, rstd_R, weight_D = ctx.saved_tensors
@@ -211,7 +215,7 @@ def _norm_backward(ctx, grad_normed, *_):
 
 
 class _NormPassingOn(torch.autograd.Function):
-    """(x, weight, bias, eps) -> x, LN(x): x goes on through it, so that its gradients meet in the norm's kernel."""
+    """Map (x, weight, bias, eps) to x and LN(x). Both gradients of x arrive here, and the norm's kernel adds them."""
 
     @staticmethod
     def forward(ctx, x, weight_D, bias_D, eps):
@@ -249,11 +253,11 @@ def residual_layer_norm(
     x: Tensor, delta: Tensor | None, weight_D: Tensor, bias_D: Tensor, eps: float = 1e-6,
     delta_bias_D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(total, normed) = (x + delta, LayerNorm(x + delta)), both in the dtype of x; any leading axes, any width D.
+    """Return (x + delta, LayerNorm(x + delta)), both in the dtype of x; any leading axes, any width D.
 
-    `delta` None: total is x itself and only the norm is computed. `delta_bias_D`: is added to delta, for the Linear
-    that made it. The weight and the biases may have another dtype (float32 parameters with 16-bit tokens).
-    Differentiable in everything.
+    If `delta` is None, total is x itself and only the norm is computed. `delta_bias_D` is added to delta in place of
+    the Linear that made delta. The weight and the biases may have another dtype (float32 parameters with 16-bit
+    tokens). Differentiable in everything.
     Example: x = [1, 3], delta = [1, 1], weight 1, bias 0: total = [2, 4], normed = [-1, 1].
     Raises: ValueError for wrong shapes, dtypes, devices.
     """

@@ -1,11 +1,11 @@
-"""The decoder's input: encoder tokens put back at their places, the mask token elsewhere, positions added (Eq. 2).
+"""Make the decoder's input: put encoder tokens at their places, the mask token elsewhere, and add positions (Eq. 2).
 
 Letters: B batch, N patches, K visible ones, E decoder width; row 0 is the class token. R = 1 + N rows a sample.
 
 Bytes at least, forward: (1+K) rows read, 1+N written a sample; backward: 1+N read, 1+K written. B = 256, 224 px, E =
-512, bfloat16: 65 MB each way. The backward reads the gradient once: a program walks over samples with its rows
-fixed, writes the rows of visible patches to their slots and adds up those of masked ones in registers, for a second
-stage to sum.
+512, bfloat16: 65 MB each way. The backward reads the gradient once: a program keeps its rows and walks over samples,
+writes the rows of visible patches to their slots and adds up those of masked patches in registers. A second stage sums
+the programs' results.
 """
 
 import torch
@@ -28,14 +28,14 @@ from mirl.kernels.triton_import import tl, triton
 
 
 def scatter_tokens_reference(x_B1KE: Tensor, ids_restore_BN: Tensor, fill: Tensor, pos_1NE: Tensor | None) -> Tensor:
-    """One table of tokens and fill rows, one index_select: on a CPU four times as fast as torch.where or scatter.
+    """Make one table of tokens and fill rows and select from it: on a CPU four times as fast as torch.where or scatter.
 
-    A table in at least float32, because index_select's backward adds up the fill gradient in the table's dtype.
+    The table is in float32 at least, because index_select's backward adds up the fill gradient in the table's dtype.
     """
     batch, rows, width = x_B1KE.shape
     compute = torch.promote_types(x_B1KE.dtype, torch.float32)
     batch_B1 = torch.arange(batch, device=x_B1KE.device)[:, None]
-    if fill.dim() == 1:  # one copy a sample: the gradient sums over M, then over B, instead of over B * M in one chain
+    if fill.dim() == 1:  # a copy a sample: the gradient is summed over M, then over B, not over B * M in one chain
         fill_rows, fill_row_BN = fill.expand(batch, width), batch_B1
     else:
         fill_rows, fill_row_BN = fill, torch.arange(fill.shape[0], device=x_B1KE.device)[None, :]
@@ -82,7 +82,7 @@ def _scatter_backward_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row[:, None] < 1 + patches) & (column[None, :] < E)
     fill_sum = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    # The next sample's rows are on their way to shared memory while one's are written.
+    # The rows of the next sample are on their way to shared memory while those of one are written.
     for sample in tl.range(group, batches, groups, num_stages=2):
         batch = tl.zeros((ROWS,), dtype=tl.int64) + sample
         is_patch = (row >= 1) & (row <= patches)
@@ -121,7 +121,7 @@ def _scatter_tokens(x_B1KE: Tensor, ids_restore_BN: Tensor, fill: Tensor, pos_1N
 def _scatter_tokens_backward(
     grad_B1NE: Tensor, ids_restore_BN: Tensor, kept: int, per_patch: bool, fill_dtype: torch.dtype, fill_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """-> grad_x [B, 1+K, E], grad_fill [E] or [N, E] (empty when `fill_grad` is False)."""
+    """Return grad_x [B, 1+K, E] and grad_fill [E] or [N, E] (empty if `fill_grad` is False)."""
     grad_B1NE = rows_contiguous(grad_B1NE)
     batch, rows, width = grad_B1NE.shape
     columns = column_block(width)
@@ -178,17 +178,18 @@ scatter_tokens_op = KernelOp(
 def scatter_tokens(
     x_B1KE: Tensor, ids_keep_BK: Tensor, ids_restore_BN: Tensor, fill: Tensor, pos_1NE: Tensor | None = None
 ) -> Tensor:
-    """Decoder input [B, 1+N, E] in the dtype of x: the tokens at their places, the fill elsewhere, plus positions.
+    """Return the decoder's input [B, 1+N, E] in the dtype of x: tokens at their places, the fill elsewhere, positions.
 
-    Row 0 = x[0]; row 1+n = x[1+k] where patch n is the k-th visible one, else the fill; pos is added to every row. The
+    Row 0 = x[0]; row 1+n = x[1+k] if patch n is the k-th visible one, else the fill; pos is added to every row. The
     sum is formed in float32 at least and rounded once.
 
-    ids_keep_BK     int64 numbers of the visible patches
+    ids_keep_BK     int64 numbers of the visible patches; only the checks read them
     ids_restore_BN  int64; [b, n] is the row of patch n in concat(visible, masked), so below K means visible
     fill            the mask token [E], or a row for each patch [N, E] (a table, say after a projection)
     pos_1NE         positions [1+N, E] or None
 
-    Differentiable in x, fill and, where it asks, pos. The gradient of fill is summed in float32 in a fixed order.
+    Differentiable in x, fill and, if it requires a gradient, pos. The gradient of fill is summed in float32 in a fixed
+    order.
     Example: x = [[[1], [2]]], ids_keep = [[1]], ids_restore = [[1, 0]], fill = [9] gives [[[1], [9], [2]]].
     Raises: ValueError for wrong shapes, dtypes, devices; with set_debug(True) for ids out of range, repeated, at odds.
     """

@@ -1,12 +1,14 @@
-"""Self-attention of at most 64 tokens, with queries, keys and values packed as their matrix product left them.
+"""Compute self-attention of at most 64 tokens; queries, keys and values are packed as their matrix product left them.
 
 Letters: B batch, S tokens, H heads, d head size, D = H d. A program holds one head of one image: q, k and v, the S x S
 weights, and in the backward pass all three gradients. So nothing is read twice, no softmax statistics go through
 memory, and neither a concatenation nor a float32 gradient of q is written.
 
 Bytes at least, forward: 3 D read and D written a token; backward: 4 D read, 3 D written. B = 256, S = 50, D = 768,
-bfloat16: 79 and 138 MB. The gradient of the bias of that product, which is the sum of the packed gradient over all
-tokens, comes with the backward pass: 3 D float32 values an image, added up by a second stage.
+bfloat16: 79 and 138 MB.
+
+The gradient of the product's bias is the sum of the packed gradient over all tokens. It comes with the backward pass:
+3 D float32 values an image, added up by a second stage.
 """
 
 import torch
@@ -26,7 +28,7 @@ _WARPS = 4
 
 
 def short_attention_reference(qkv_BS3D: Tensor, bias_3D: Tensor | None, heads: int) -> Tensor:
-    """Two products with a softmax between them; the bias gets its gradient by a zero that is added in float32."""
+    """Compute two products with a softmax between them. The bias gets its gradient by a zero added in float32."""
     if bias_3D is not None:
         compute = torch.promote_types(qkv_BS3D.dtype, torch.float32)
         zero_3D = (bias_3D - bias_3D.detach()).to(compute)
@@ -58,7 +60,7 @@ def _short_attention_kernel(
 
 @triton.jit
 def _store_gradient(target, gradient, inside, sum_target, BIAS: tl.constexpr):
-    """Write the gradient, and the sum over all rows of what was written."""
+    """Write the gradient, and the sum of the rounded values over all rows."""
     rounded = gradient.to(target.dtype.element_ty)
     tl.store(target, rounded, mask=inside)
     if BIAS:
@@ -104,7 +106,7 @@ def _layout(qkv_BS3D: Tensor, heads: int) -> dict[str, int]:
 
 
 def _short_attention(qkv_BS3D: Tensor, bias_3D: Tensor | None, heads: int) -> Tensor:
-    """-> [B, S, D]. The bias is in `qkv_BS3D` already and is not read."""
+    """Return [B, S, D]. The bias is in `qkv_BS3D` already and is not read."""
     qkv_BS3D = rows_contiguous(qkv_BS3D)
     batch, tokens, width = qkv_BS3D.shape
     out_BSD = torch.empty(batch, tokens, width // 3, device=qkv_BS3D.device, dtype=qkv_BS3D.dtype)
@@ -119,7 +121,7 @@ def _short_attention(qkv_BS3D: Tensor, bias_3D: Tensor | None, heads: int) -> Te
 def _short_attention_backward(
     qkv_BS3D: Tensor, grad_BSD: Tensor, heads: int, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """-> gradient of qkv [B, S, 3D]; its sum over B and S, [3D] in `bias_dtype`, empty where that is None."""
+    """Return the gradient of qkv [B, S, 3D] and its sum over B and S, [3D] in `bias_dtype` (empty if that is None)."""
     qkv_BS3D, grad_BSD = rows_contiguous(qkv_BS3D), rows_contiguous(grad_BSD)
     batch, tokens, width = qkv_BS3D.shape
     grad_qkv_BS3D = torch.empty(batch, tokens, width, device=qkv_BS3D.device, dtype=qkv_BS3D.dtype)
@@ -167,7 +169,7 @@ short_attention_op = KernelOp(
 
 
 def short_attention_refusal(tokens: int, head_size: int) -> str | None:
-    """Why these sizes are past the limits of `short_attention`, in words; None where they are not."""
+    """Say why these sizes are past the limits of `short_attention`; None if they are within."""
     if not 1 <= tokens <= MOST_TOKENS:
         return f"it holds 1 to {MOST_TOKENS} tokens, not {tokens}"
     if head_size not in HEAD_SIZES:
@@ -176,11 +178,13 @@ def short_attention_refusal(tokens: int, head_size: int) -> str | None:
 
 
 def short_attention(qkv_BS3D: Tensor, heads: int, bias_3D: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of every head -> [B, S, D], in the dtype of `qkv_BS3D`, which holds q, k and v in
-    this order. Statistics and sums are float32; the weights are rounded to the dtype before they meet v.
+    """Compute softmax(q k^T / sqrt(d)) v of every head -> [B, S, D], in the dtype of `qkv_BS3D`.
 
-    `bias_3D` is the bias of the product that made `qkv_BS3D`, given so that its gradient is made here: that product has
-    to have it detached. The value is not added again. Differentiable in `qkv_BS3D` and the bias.
+    `qkv_BS3D` holds q, k and v in this order. Statistics and sums are float32; the weights are rounded to the dtype
+    before they meet v.
+
+    `bias_3D` is the bias of the product that made `qkv_BS3D`. It is given so that its gradient is made here: the
+    product has to have it detached. The value is not added again. Differentiable in `qkv_BS3D` and the bias.
     Raises: ValueError for wrong shapes, dtypes, devices and for sizes past the limits.
     """
     check_float("qkv_BS3D", qkv_BS3D)

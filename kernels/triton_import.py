@@ -1,4 +1,4 @@
-"""The one place where Triton is imported, so that `import kernels` also works where it is not installed.
+"""Import Triton in this one place, so that `import mirl.kernels` also works if Triton is not installed.
 
 `triton` and `tl` are the real modules, or stand-ins under which the kernel files still import: a kernel decorated by
 the stand-in raises a UserError that names the pip line when it is launched, never before.
@@ -32,7 +32,7 @@ except ImportError:
     triton = SimpleNamespace(jit=_MissingKernel)
     tl = SimpleNamespace(constexpr=int)
 
-# Triton reads the variable when a kernel is decorated, so it has to be set before `kernels` is imported.
+# Triton reads the variable when a kernel is decorated, so it has to be set before `mirl.kernels` is imported.
 INTERPRETED: bool = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 __all__ = ["HAS_TRITON", "INTERPRETED", "TRITON_VERSION", "tl", "triton"]

@@ -1,4 +1,4 @@
-"""Masked Image Residual Learning: the Python face of the engine.
+"""This is the Python face of the engine: Masked Image Residual Learning (MIRL).
 
     import mirl
 
@@ -6,7 +6,8 @@
     run = mirl.pretrain(config)
     encoder = mirl.load_frozen_encoder(run)
 
-Importing this package costs no torch: a name is imported when it is first used. `docs/python.md` shows them at work.
+Importing this package costs no torch: a name is imported when it is first used. `docs/python.md` shows the names at
+work.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from mirl.engine.version import __version__
     from mirl.errors import UserError
 
-# Where each name of the face is defined.
+# The module that defines each name of the face.
 _HOMES = {
     "build_eval_loader": "dataloaders",
     "build_train_loader": "dataloaders",

@@ -1,4 +1,4 @@
-"""The one error that a user can mend, and the one that may mend itself. Every room may raise them."""
+"""Define the error that a user can mend and the error that may mend itself. Every room may raise them."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ class UserError(ValueError):
 
 
 class StorageLost(RuntimeError):
-    """No image can be read, for longer than a moment: the fault is the file system's, and may be over later."""
+    """No image can be read for longer than a moment. The fault is the file system's and may be over later."""

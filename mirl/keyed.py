@@ -1,9 +1,10 @@
-"""Random numbers that are a pure function of a key: no state to save, the same on every rank, machine and version.
+"""Make random numbers that are a pure function of a key: no state is saved, and every rank and machine has the same.
 
 A generator object would have to be advanced, and saved, in step with the data. Here number k of the sample at
-(seed, epoch, position) is a hash of those four integers, so any rank can compute it for any sample at any time.
-The hash is the finaliser of SplitMix64 (Steele, Lea, Flood, 2014) applied after each word of the key; the arithmetic is
-plain 64-bit integer arithmetic, so unlike numpy's Generator methods it cannot change with a library.
+(seed, epoch, position) is a hash of those four integers and the number of its stream, so any rank can compute it for
+any sample at any time. The hash is the finaliser of SplitMix64 (Steele, Lea, Flood, 2014) applied after each word of
+the key. The arithmetic is plain 64-bit integer arithmetic, so unlike numpy's Generator methods it cannot change with a
+library's version.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 def fold_seed(seed: int) -> int:
-    """``seed`` itself where it fits into 64 signed bits; of any other whole number a hash in [0, 2**63).
+    """Return ``seed`` itself if it fits into 64 signed bits, else a hash of it in [0, 2**63).
 
-    Clocks and the numbers of jobs are longer than the generators take.
+    Clocks and the numbers of jobs can be longer than the generators take.
     """
     if -(2**63) <= seed < 2**63:
         return seed
@@ -37,8 +38,9 @@ def fold_seed(seed: int) -> int:
 
 
 def keyed_u64(*words: int | np.ndarray) -> np.ndarray:
-    """Hash of integer words that broadcast against each other, uint64; negative words wrap, and an int that does not
-    fit into 64 bits is folded.
+    """Hash integer words that broadcast against each other, into uint64.
+
+    Negative words wrap. An int that does not fit into 64 bits is folded (`fold_seed`).
 
     >>> keyed_u64(0, 1, np.arange(3)).shape
     (3,)
@@ -53,5 +55,5 @@ def keyed_u64(*words: int | np.ndarray) -> np.ndarray:
 
 
 def keyed_uniform(*words: int | np.ndarray) -> np.ndarray:
-    """Uniform float64 in [0, 1) from the top 53 bits of `keyed_u64`; same shapes."""
+    """Return uniform float64 in [0, 1) from the top 53 bits of `keyed_u64`, in the same shape."""
     return (keyed_u64(*words) >> _S11).astype(np.float64) * 2.0**-53

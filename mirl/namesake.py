@@ -8,7 +8,7 @@ import sys
 
 
 def give_way(name: str) -> None:
-    """Let ``import name`` give the installed package called ``name``, where there is one.
+    """Let ``import name`` give the installed package called ``name``, if one is installed.
 
     A folder of the checkout calls this when it was imported by its bare name. Python looks into the folder that it was
     started in before it looks at what is installed, and so finds kernels/ here in place of Hugging Face's `kernels`.

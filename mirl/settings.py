@@ -1,6 +1,6 @@
-"""What every section of settings is checked for, whichever room it is of: its numbers are numbers.
+"""Check the numbers of a section of settings: each is finite and not too large. Sections of every room use this.
 
-A comparison with nan is false, so that no check of the form ``value < 0`` sees one.
+A comparison with nan is false, so no check of the form ``value < 0`` would find a nan.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from mirl.errors import UserError
 
-LARGEST = 3.4e38  # what float32, in which everything is computed, can hold
+LARGEST = 3.4e38  # float32, in which everything is computed, can hold no more
 LARGEST_INTEGER = 2**63 - 1
 
 
@@ -18,7 +18,7 @@ def require_finite(name: str, value: Any) -> None:
     """Refuse a float, or a tuple or list with one, that is nan, infinite or too large for float32.
 
     Raises:
-        UserError: it names the setting, its value and the flag.
+        UserError: a number is one of these. The message names the setting, its value and the flag.
     """
     for part in value if isinstance(value, tuple | list) else (value,):
         if isinstance(part, float) and not abs(part) <= LARGEST:
@@ -31,13 +31,14 @@ def _shown(value: Any) -> str:
 
 
 class Section:
-    """A frozen dataclass of settings. When one is made all of its numbers are finite, then `check` looks at the rest.
+    """A section is a frozen dataclass of settings. It checks its numbers when it is made, then calls `check`.
 
-    A subclass has a `check` in place of ``__post_init__``, so that none can leave the first part out. The metadata
-    ``any_size`` of a field allows integers that do not fit into 64 bits.
+    A subclass has a `check` in place of ``__post_init__``, so that no subclass can leave the numbers unchecked. The
+    metadata ``any_size`` of a field allows integers that do not fit into 64 bits.
 
     Raises:
-        UserError: a number is none; further what `check` raises.
+        TypeError: a subclass defines ``__post_init__``.
+        UserError: a number is not finite or too large. `check` may raise it too.
     """
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -56,4 +57,4 @@ class Section:
         self.check()
 
     def check(self) -> None:
-        """Raise UserError where the settings do not fit together."""
+        """Raise UserError if the settings do not fit together."""

@@ -1,1 +1,1 @@
-"""From the bytes of an image to a crop of pixels."""
+"""Turn the bytes of an image into a crop of pixels."""

@@ -1,7 +1,8 @@
-"""Images that are arrays rather than pictures: .npy files and 16-bit or many-channel TIFF, for any channel count C.
+"""Read images that are arrays rather than pictures: .npy files and 16-bit or many-channel TIFF, any channel count C.
 
-Stored as [H, W, C], [H, W] (C = 1) or, if only that fits, [C, H, W]. uint8 stays uint8; uint16 is divided by 65535 and
-float32 / float16 taken as it is when the batch is normalised. All images of a data set have one type of number.
+They are stored as [H, W, C], [H, W] (C = 1) or, if only that fits, [C, H, W]. uint8 stays uint8. When the batch is
+normalised, uint16 is divided by 65535 first, and float32 / float16 is taken as it is. All images of a data set have one
+type of number.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ _KINDS = {"uint8": np.uint8, "uint16": np.uint16, "float32": np.float32, "float1
 
 @dataclass(frozen=True)
 class ArrayFormat:
-    """What every image of an array data set must be: C channels of `dtype` (uint8, uint16 or float32)."""
+    """Every image of an array data set must have this format: C channels of `dtype` (uint8, uint16 or float32)."""
 
     channels: int
     dtype: np.dtype
 
     def read(self, data: bytes) -> np.ndarray:
-        """[H, W, C] of dtype; ImageError with the reason if the file is something else or holds NaN or infinity."""
+        """Read [H, W, C] of dtype. ImageError, with the reason, if the file has another format, NaN or infinity."""
         array = self.arrange(_load(data, self.check))
         if array.dtype == np.float32 and not np.isfinite(array).all():
             count = array.size - int(np.count_nonzero(np.isfinite(array)))
@@ -37,7 +38,7 @@ class ArrayFormat:
         return array
 
     def check(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        """ImageError unless an array of this shape and type of number is an image of the data set."""
+        """Raise ImageError unless an array of this shape and type of number is an image of the data set."""
         if _KINDS.get(dtype.name) != self.dtype:
             raise ImageError(f"its numbers are {dtype.name}, those of the data set {self.dtype.name}")
         if len(shape) == 2:
@@ -48,7 +49,7 @@ class ArrayFormat:
             raise ImageError(f"its shape is {shape}")
 
     def arrange(self, array: np.ndarray) -> np.ndarray:
-        """[H, W, C] of dtype from an array that passes `check`."""
+        """Check an array and bring it to [H, W, C] of dtype. Raises what `check` raises."""
         self.check(array.shape, array.dtype)
         if array.ndim == 2:
             array = array[:, :, None]
@@ -58,11 +59,14 @@ class ArrayFormat:
 
 
 def detect_array_format(data: bytes, path: str, channels: int) -> ArrayFormat | None:
-    """The format of a data set from its first file: None for pictures that DALI or Pillow decodes.
+    """Tell the format of a data set from its first file: None for pictures that DALI or Pillow decodes.
 
-    .npy is always an array; TIFF is one if its numbers are not 8 bits or 1 bit, or `channels` is not 1 or 3; of TIFF
-    that is told by its tags, so that Pillow may read what tifffile cannot unpack. UserError if the channels asked for
-    cannot come from this kind of file.
+    A .npy file is always an array. A TIFF is an array if its numbers have neither 8 bits nor 1 bit, or if `channels` is
+    not 1 or 3. The tags of a TIFF tell its kind of number, so that Pillow may read what tifffile cannot unpack.
+
+    Raises:
+        UserError: the channels asked for cannot come from this kind of file, or its numbers are of another type.
+        ImageError: the file is damaged.
     """
     is_npy, is_tiff = data.startswith(_NPY_START), data.startswith(TIFF_STARTS)
     if not is_npy and not is_tiff:
@@ -87,12 +91,12 @@ def detect_array_format(data: bytes, path: str, channels: int) -> ArrayFormat | 
 
 
 def as_resizable(pixels_HWC: np.ndarray) -> np.ndarray:
-    """uint8 as it is, uint16 as float32 in 0..1, float32 as it is: the types that a resize takes."""
+    """Bring pixels to a type that a resize takes: uint16 to float32 in 0..1; uint8 and float32 stay as they are."""
     return pixels_HWC.astype(np.float32) / np.float32(65535) if pixels_HWC.dtype == np.uint16 else pixels_HWC
 
 
 def check_statistics(channels: int, mean_C: Sequence[float] | None, std_C: Sequence[float] | None) -> None:
-    """UserError unless mean and std are both absent or have one number per channel, std above 0."""
+    """Raise UserError unless mean, if given, and std, if given, have one number per channel, std above 0."""
     for name, values in (("mean", mean_C), ("std", std_C)):
         if values is not None and len(values) != channels:
             raise UserError(f"{name} has {len(values)} numbers, channels is {channels}; give one per channel")
@@ -101,20 +105,20 @@ def check_statistics(channels: int, mean_C: Sequence[float] | None, std_C: Seque
 
 
 def normalise(x_BHWC: torch.Tensor, mean_C: Sequence[float] | None, std_C: Sequence[float] | None) -> torch.Tensor:
-    """Contiguous float32 [B, C, H, W]: (x - mean) / std per channel; mean 0 and std 1 where they are None."""
+    """Return (x - mean) / std per channel, contiguous float32 [B, C, H, W]. If None, mean is 0 and std is 1."""
     mean = torch.tensor(mean_C if mean_C is not None else [0.0], dtype=torch.float32)
     std = torch.tensor(std_C if std_C is not None else [1.0], dtype=torch.float32)
     return ((x_BHWC - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 def _load(data: bytes, check: Callable[[tuple[int, ...], np.dtype], None] | None = None) -> np.ndarray:
-    """The array of a file. check: called with shape and type of a TIFF before it is unpacked; raises ImageError."""
+    """Load the array of a file. check: called with a TIFF's shape and type before it is unpacked; raises ImageError."""
     if data.startswith(TIFF_STARTS):
         return load_tiff(data, check)
     if not data.startswith(_NPY_START):
         raise ImageError("neither a .npy nor a TIFF file" if data else "the file is empty")
     try:
-        # Never a pickle: loading one runs what it says.
+        # A pickle is never loaded: loading one runs its code.
         return np.load(io.BytesIO(data), allow_pickle=False)
-    except Exception as error:  # of many types on damaged files
+    except Exception as error:  # numpy raises many types on damaged files
         raise ImageError(one_line(error)) from error

@@ -1,6 +1,6 @@
-"""Loaders that are still open when the interpreter ends are closed then.
+"""Close loaders that are still open when the interpreter ends.
 
-A thread that is inside DALI while the process is taken down ends it by an abort, about once in ten times.
+If a thread is inside DALI while the process is taken down, the process aborts about once in ten times.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Protocol
 
 
 class Closing(Protocol):
-    """What has threads, and can end them more than once."""
+    """An object of this type has threads. It may be closed more than once."""
 
     def close(self) -> None:
-        """Ends all threads."""
+        """End all threads."""
 
 
 _open: weakref.WeakValueDictionary[int, Closing] = weakref.WeakValueDictionary()
@@ -24,12 +24,12 @@ _numbers = itertools.count()
 
 
 def close_at_exit(opened: Closing) -> None:
-    """Has ``opened`` closed at the end of the process, if it lives until then; what was opened last is closed first."""
+    """Close ``opened`` at the end of the process, if it lives until then. The object opened last is closed first."""
     _open[next(_numbers)] = opened
 
 
 @atexit.register
 def _close_all() -> None:
     for _, opened in sorted(_open.items(), reverse=True):
-        with contextlib.suppress(Exception):  # the process ends whatever it finds
+        with contextlib.suppress(Exception):  # the process ends whether this works or not
             opened.close()

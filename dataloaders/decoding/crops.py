@@ -1,8 +1,8 @@
-"""The augmentation, defined once: which window of an image is taken, whether it is mirrored, where evaluation looks.
+"""Decide which window of an image is taken, whether it is mirrored, and which part evaluation sees.
 
-Everything that is random is decided here, on the host, from the keyed numbers of a sample; decoders and resizers only
-carry it out. Sizes are those of the upright image, after its EXIF orientation (see dataloaders/decoding/headers.py).
-B batch; a window is (top, left, height, width) in pixels.
+Windows and mirroring are drawn here, on the host, from the keyed numbers of a sample. Decoders and resizers only carry
+them out. An image with a label image is augmented in pair_crops.py. Sizes are those of the upright image, after its
+EXIF orientation (see headers.py). B batch; a window is (top, left, height, width) in pixels.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ ATTEMPTS = 10
 _CROP_STREAM = 2
 _CENTRE_STREAM = 4
 _LONGEST_WHOLE = 16  # an image up to this many times as long as wide is resized as a whole
-_SPARE_SQUARES = 2  # two source pixels are what the kernel needs when it enlarges, two output pixels when it shrinks
+_SPARE_SQUARES = 2  # the kernel reaches two source pixels when it enlarges, two output pixels when it shrinks
 _TOP, _LEFT, _FLIP = 2 * ATTEMPTS, 2 * ATTEMPTS + 1, 2 * ATTEMPTS + 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """RandomResizedCrop and horizontal flip, with the semantics of torchvision's transforms of those names.
+    """The augmentation is RandomResizedCrop and horizontal flip, as torchvision's transforms of those names do them.
 
     image_size: output (height, width) in pixels. scale: range of the crop's share of the image's area. ratio: range of
-    its width / height, drawn uniformly in the logarithm. flip: mirror half of the images. centred: share of the samples
-    that are neither cropped at random nor mirrored, but shown as in evaluation: `centre_windows`.
+    the crop's width / height, drawn uniformly in the logarithm. flip: mirror half of the images. centred: share of the
+    samples that are neither cropped at random nor mirrored, but shown as in evaluation (`centre_windows`).
     """
 
     image_size: tuple[int, int]
@@ -50,7 +50,7 @@ class Augmentation:
     def windows(
         self, sizes_B2: np.ndarray, seed: int, epoch: int, positions_B: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(windows int32 [B, 4], mirrored bool [B]) of the samples at `positions_B` of an epoch.
+        """Return (windows int32 [B, 4], mirrored bool [B]) of the samples at `positions_B` of an epoch.
 
         sizes_B2: (height, width) of each upright image.
         """
@@ -65,10 +65,10 @@ class Augmentation:
 
 
 def centre_windows(sizes_B2: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """What `evaluation_crop` leaves of each image, as windows of whole source pixels: int32 [B, 4]."""
+    """Return the part of each image that `evaluation_crop` leaves, as windows of whole source pixels, int32 [B, 4]."""
     crop = evaluation_crop(image_size)
     height_B, width_B = sizes_B2[:, 0].astype(np.float64), sizes_B2[:, 1].astype(np.float64)
-    # Output pixels per source pixel once the image just covers what evaluation resizes it to.
+    # Output pixels per source pixel, if the image is resized until it just covers crop.resized.
     scale_B = np.maximum(crop.resized[0] / height_B, crop.resized[1] / width_B)
     h_B = np.clip(np.rint(image_size[0] / scale_B), 1, height_B)
     w_B = np.clip(np.rint(image_size[1] / scale_B), 1, width_B)
@@ -78,11 +78,11 @@ def centre_windows(sizes_B2: np.ndarray, image_size: tuple[int, int]) -> np.ndar
 def random_windows(
     sizes_B2: np.ndarray, u_BK: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> np.ndarray:
-    """RandomResizedCrop's window from uniform numbers: int32 [B, 4].
+    """Compute RandomResizedCrop's windows from uniform numbers: int32 [B, 4].
 
-    Ten attempts: area share from `scale`, aspect ratio log-uniform in `ratio`, sides rounded half to even; the first
-    that fits is placed uniformly. If none fits, the largest centred window whose aspect ratio lies within `ratio`.
-    u_BK holds areas in columns 0-9, ratios in 10-19, then top and left.
+    There are ten attempts: area share from `scale`, aspect ratio log-uniform in `ratio`, sides rounded half to even.
+    The first that fits is placed uniformly. If none fits, the window is the largest centred one whose aspect ratio lies
+    within `ratio`. u_BK holds areas in columns 0-9, ratios in 10-19, then top and left.
     """
     height_B1, width_B1 = sizes_B2[:, :1].astype(np.float64), sizes_B2[:, 1:].astype(np.float64)
     area_BA = height_B1 * width_B1 * (scale[0] + (scale[1] - scale[0]) * u_BK[:, :ATTEMPTS])
@@ -112,10 +112,10 @@ def random_windows(
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationCrop:
-    """What evaluation sees of an image, the same here and in the configurations of exported models.
+    """Evaluation sees this part of an image, both here and by the configurations of exported models.
 
-    The image is resized, its proportions kept, until it just covers ``resized`` (height, width) pixels, and its centre
-    of ``image_size`` is taken. share: of each side of ``resized`` that is taken; timm's crop_pct.
+    The image is resized, its proportions kept, until it just covers ``resized`` (height, width) pixels. Then its centre
+    of ``image_size`` is taken. share: the part of each side of ``resized`` that is taken; timm's crop_pct.
     """
 
     image_size: tuple[int, int]
@@ -133,10 +133,10 @@ class EvaluationCrop:
 
 
 def evaluation_crop(image_size: tuple[int, int]) -> EvaluationCrop:
-    """The convention: 224 of 256 pixels of the shorter side, rounded to whole pixels."""
+    """Return the conventional crop: 224 of 256 pixels of the shorter side, rounded to whole pixels."""
     shorter = min(image_size)
     short, share = round(shorter * 256 / 224), 224 / 256
-    if int(shorter / share) != short:  # timm rounds down: a share that gives it the same whole pixels
+    if int(shorter / share) != short:  # timm rounds down: take a share that gives timm the same whole pixels
         share = shorter / (short + 0.5)
     height, width = image_size
     return EvaluationCrop(image_size=image_size, resized=(int(height / share), int(width / share)), share=share)
@@ -145,16 +145,16 @@ def evaluation_crop(image_size: tuple[int, int]) -> EvaluationCrop:
 def evaluation_windows(
     sizes_B2: np.ndarray, resize_short: int, image_size: tuple[int, int], cover: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The image, then Resize(short side) and CenterCrop as torchvision does them.
+    """Plan Resize(short side) and CenterCrop as torchvision does them.
 
     Returns windows int32 [B, 4], mirrored (never) bool [B], resized sizes int32 [B, 2], (top, left) of the crop in
     the resized image int32 [B, 2]. The long side is floor(resize_short * long / short); offsets are rounded half to
-    even. Where the resized image would not cover ``cover`` (height, width; default: the crop) the short side grows
-    until it does: torchvision would pad a wide crop of a tall image with black.
+    even. If the resized image would not cover ``cover`` (height, width; default: the crop), the short side grows until
+    it does. torchvision would pad a wide crop of a tall image with black.
 
-    The window is the whole image, except of strips: resized as a whole, one of 60000 x 1 pixels would take gigabytes
-    for a crop of its centre. Of an image more than 16 times as long as wide only the squares (of its short side) around
-    the crop are taken, with more to spare than the bicubic kernel reaches.
+    The window is the whole image, except for strips: an image of 60000 x 1 pixels, resized as a whole, would take
+    gigabytes for a crop of its centre. From an image more than 16 times as long as wide only the squares (of its short
+    side) around the crop are taken, with more to spare than the bicubic kernel reaches.
     """
     height_B, width_B = sizes_B2[:, 0].astype(np.int64), sizes_B2[:, 1].astype(np.int64)
     lesser_B, greater_B = np.minimum(height_B, width_B), np.maximum(height_B, width_B)

@@ -1,7 +1,8 @@
-"""The one module that uses NVIDIA DALI: a decoder of batches that is fed by us and tells us which sample it refused.
+"""Decode batches with NVIDIA DALI, which this module alone uses, and find out which sample DALI refused.
 
-One graph for both machines. Inputs of a sample: the encoded file, the window (start and shape, upright pixels), and
-where the graph finishes the image, the resized size, the offset of the final crop and the mirror flag.
+GPU and CPU have one graph. Its inputs for a sample are the encoded file and the window (start and shape, upright
+pixels). If the graph finishes the image, they are also the resized size, the offset of the final crop and the mirror
+flag.
 
     encoded -> decoders.image_slice (window only) -> [finish: resize bicubic antialiased -> slice -> flip] -> output
 
@@ -9,9 +10,9 @@ device_id n: device="mixed" decoding (nvJPEG, hardware decoder) and finish, outp
 device_id None: CPU operators; without finish the output is the decoded windows, which dataloaders/decoding/resize.py
 resizes faster than DALI's CPU operator does; with finish it is uint8 [B, H, W, C] in host memory.
 
-DALI raises for a whole batch when one file is bad and the pipeline is then unusable, and there is no switch to skip. So
-this class keeps the inputs of all batches in flight; on an error it finds the refused samples one by one in a pipeline
-of batch 1, lets the caller exchange them, rebuilds and feeds everything again.
+When one file is bad, DALI raises for the whole batch and the pipeline is then unusable; no switch makes it skip the
+file. So `DaliDecoder` keeps the inputs of all batches in flight. On an error it finds the refused samples one by one in
+a pipeline of batch 1, lets the caller exchange them, rebuilds and feeds everything again.
 """
 
 from __future__ import annotations
@@ -42,16 +43,17 @@ _ON_GPU = {
     "jpeg_fancy_upsampling": True,
 }
 _INSTALL = "pip install nvidia-dali-cuda130 (or nvidia-dali-cuda120 with a CUDA 12 driver)"
-# A pixmap of 2 x 2 grey pixels: what fills the pipeline when it is built.
+# A pixmap of 2 x 2 grey pixels, which fills the pipeline when it is built.
 _BLANK = np.frombuffer(b"P6 2 2 255\n" + bytes([128]) * 12, np.uint8)
 
 
 @dataclass(slots=True)
 class DecodeJob:
-    """One batch: encoded files (uint8 vectors), windows int32 [B, 4] as (top, left, height, width), mirrored bool [B].
+    """A job is one batch to decode.
 
-    encoded may hold arrays [H, W, C] instead, which are cut and not decoded. sizes, offsets: int32 [B, 2] of evaluation
-    (resize to sizes, cut at offsets), or None: resize to the output size.
+    encoded: files as uint8 vectors, or arrays [H, W, C], which are cut and not decoded. windows: int32 [B, 4] as (top,
+    left, height, width). mirrored: bool [B]. sizes, offsets: int32 [B, 2] for evaluation (resize to sizes, cut at
+    offsets), or None: resize to the output size.
     """
 
     encoded: list[np.ndarray]
@@ -61,21 +63,21 @@ class DecodeJob:
     offsets: np.ndarray | None = None
 
     def one(self, i: int) -> DecodeJob:
-        """Sample i as a batch of its own."""
+        """Return sample i as a batch of its own."""
         take = slice(i, i + 1)
         sizes = None if self.sizes is None else self.sizes[take]
         offsets = None if self.offsets is None else self.offsets[take]
         return DecodeJob(self.encoded[take], self.windows[take], self.mirrored[take], sizes, offsets)
 
     def cut(self) -> list[np.ndarray]:
-        """The windows of arrays that stand in the place of encoded files: [h, w, C] each, contiguous."""
+        """Cut the windows from arrays that stand in the place of encoded files: [h, w, C] each, contiguous."""
         return [
             np.ascontiguousarray(pixels_HWC[top : top + height, left : left + width])
             for pixels_HWC, (top, left, height, width) in zip(self.encoded, self.windows.tolist(), strict=True)
         ]
 
     def put(self, i: int, other: DecodeJob) -> None:
-        """Sample i becomes the only sample of `other`."""
+        """Replace sample i by the only sample of `other`."""
         self.encoded[i], self.windows[i], self.mirrored[i] = other.encoded[0], other.windows[0], other.mirrored[0]
         if self.sizes is not None and self.offsets is not None:
             assert other.sizes is not None and other.offsets is not None
@@ -86,7 +88,7 @@ Exchange = Callable[[int], DecodeJob]
 
 
 class DaliDecoder:
-    """Decodes jobs in the order in which they are submitted; at most `depth` are in flight."""
+    """The decoder decodes jobs in the order in which they are submitted; at most `depth` are in flight."""
 
     def __init__(
         self,
@@ -100,8 +102,9 @@ class DaliDecoder:
         finish: bool | None = None,
         hw_decoder_load: float = 0.65,
     ) -> None:
-        """channels: 3 (RGB) or 1 (grey). threads: DALI's worker threads. finish: resize in the graph; default: on GPUs.
+        """Build the pipeline.
 
+        channels: 3 (RGB) or 1 (grey). threads: DALI's worker threads. finish: resize in the graph; default: on GPUs.
         hw_decoder_load: share of the JPEG files that the hardware decoder of an A100, H100 or newer takes.
         UserError with the pip line if DALI is missing.
         """
@@ -121,10 +124,10 @@ class DaliDecoder:
         close_at_exit(self)
 
     def submit(self, job: DecodeJob, exchange: Exchange) -> None:
-        """Starts to decode; call `collect` first when `depth` jobs are in flight.
+        """Start to decode a job. Call `collect` first when `depth` jobs are in flight.
 
-        exchange(i) is called, from `collect`, if DALI refuses sample i, and returns a job of one image to decode in its
-        place; if that is refused too, it is called again.
+        `collect` calls exchange(i) if DALI refuses sample i. It returns a job of one image to decode in the sample's
+        place. If DALI refuses that image too, exchange(i) is called again.
         """
         if len(self._in_flight) >= self.depth:
             raise RuntimeError(f"{self.depth} jobs are in flight; collect one first")
@@ -135,7 +138,7 @@ class DaliDecoder:
             self._failure = error
 
     def collect(self) -> list[np.ndarray] | torch.Tensor:
-        """The oldest job's output: a uint8 [B, H, W, C] tensor, or without finish a list of uint8 [h, w, C] windows."""
+        """Return the oldest job's output: uint8 [B, H, W, C], or without finish a list of uint8 [h, w, C] windows."""
         for _ in range(_MAX_EXCHANGES):
             try:
                 if self._failure is not None:
@@ -153,7 +156,7 @@ class DaliDecoder:
         raise RuntimeError(f"DALI failed {_MAX_EXCHANGES} times on one batch")
 
     def drain(self) -> None:
-        """Throws away what is in flight, so that the next job is the first."""
+        """Throw away the jobs in flight, so that the next job is the first."""
         while self._in_flight:
             try:
                 if self._failure is not None:
@@ -168,13 +171,13 @@ class DaliDecoder:
             self._in_flight.popleft()
 
     def close(self) -> None:
-        """Drops the pipelines; their threads end with them."""
+        """Drop the pipelines; their threads end with them."""
         self._in_flight.clear()
         self._pipe = self._probe = None
 
     def _take(self, output):
         if not self.finish:
-            # Views keep their DALI tensor alive, and with the dynamic executor the memory with it.
+            # A view keeps its DALI tensor alive, and with the dynamic executor the tensor keeps its memory.
             return [np.asarray(output[i]) for i in range(len(output))]
         if self.device_id is None:
             return torch.from_numpy(np.array(output.as_tensor()))
@@ -187,7 +190,7 @@ class DaliDecoder:
         return images_BHWC
 
     def _recover(self, error: RuntimeError) -> None:
-        """Exchanges the refused samples of the first job that has any and starts all jobs in flight again."""
+        """Exchange the refused samples of the first job that has any, and start all jobs in flight again."""
         for job, exchange in self._in_flight:
             refused = [i for i in range(len(job.encoded)) if not self._accepts(job.one(i))]
             for i in refused:
@@ -245,7 +248,7 @@ class DaliDecoder:
         pipe.feed_input("mirror", job.mirrored.astype(np.int32))
 
     def _build(self, batch_size: int, threads: int, depth: int):
-        """A pipeline that is built, warm, and empty: DALI's first run takes `depth` batches at once, blanks here."""
+        """Build a pipeline and empty it: DALI's first run takes `depth` batches at once, which are blanks here."""
         raise_file_limit()
         try:
             from nvidia.dali import Pipeline, fn, types

@@ -1,13 +1,14 @@
-"""Size of an encoded image from its first bytes, and a check that it is whole; nothing is decoded.
+"""Read the size of an encoded image from its first bytes, and check that it is whole. A whole image is not decoded.
 
-EXIF: one choice for every path of this package. The orientation tag is applied: an image is what a viewer shows, and
-sizes and crop windows are in upright pixels. DALI's decoders do the same, Pillow does through ImageOps.exif_transpose.
-(torchvision's ImageFolder ignores the tag; ImageNet has few files where this matters.)
+The EXIF orientation is applied on every path of this package: an image is as a viewer shows it, and sizes and crop
+windows are in upright pixels. DALI's decoders do the same, Pillow does through ImageOps.exif_transpose. (torchvision's
+ImageFolder ignores the tag; few files of ImageNet have one that matters.)
 
 JPEG, PNG and plain WEBP headers are parsed here, in about 10 us, since every image that is trained on passes through.
-All other formats are rare and are decoded by Pillow: DALI knows some of them, but of a damaged TIFF it may decode one
-window and refuse another, and it knows neither GIF nor extended WEBP. What this parser does not understand (stray bytes
-between the segments of a JPEG, as some cameras write them) is Pillow's too: an image is broken if no decoder reads it.
+Images of all other formats are rare and are decoded by Pillow. DALI knows some of these formats, but it may decode one
+window of a damaged TIFF and refuse another, and it knows neither GIF nor extended WEBP. Pillow also gets the files that
+this parser does not understand (some cameras write stray bytes between the segments of a JPEG): an image is broken only
+if no decoder reads it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _TAIL = 4096
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Format name, upright height and width in pixels, and whether DALI decodes this kind of file itself."""
+    """A header says format name, upright height and width in pixels, and whether DALI decodes this kind of file."""
 
     format: str
     height: int
@@ -45,11 +46,11 @@ class Header:
 
 @lru_cache(maxsize=1)
 def max_pixels() -> int:
-    """Returns how many pixels an image may have, against decompression bombs: by default where Pillow itself raises.
+    """Return how many pixels an image may have, against decompression bombs: by default the number where Pillow raises.
 
-    MIRL_MAX_IMAGE_PIXELS in the environment sets it, for Pillow too. UserError if that is no number above 0.
+    MIRL_MAX_IMAGE_PIXELS in the environment sets another, for Pillow too. UserError if its value is no number above 0.
     """
-    # Pillow warns at its number and raises at twice that.
+    # Pillow warns at MAX_IMAGE_PIXELS and raises at twice that number.
     default = 2 * (Image.MAX_IMAGE_PIXELS or 2**29)
     text = os.environ.get(LIMIT_VARIABLE, "").replace("_", "")
     if not text:
@@ -64,7 +65,7 @@ def max_pixels() -> int:
 
 
 def check_pixels(height: int, width: int) -> None:
-    """ImageError unless an image of this size may be decoded; it names the limit and what moves it."""
+    """Raise ImageError unless an image of this size may be decoded. The error names the limit and how to move it."""
     if height < 1 or width < 1:
         raise ImageError(f"its header says {height} x {width} pixels")
     if height * width > max_pixels():
@@ -75,7 +76,10 @@ def check_pixels(height: int, width: int) -> None:
 
 
 def read_header(data: bytes) -> Header:
-    """Header of an encoded image; ImageError with the reason if it is not one, or is visibly cut short."""
+    """Read the header of an encoded image. ImageError, with the reason, if it is not an image or is cut short.
+
+    A file that looks cut short is decoded, because whether an image is broken must not depend on the window.
+    """
     if not data:
         raise ImageError("the file is empty")
     max_pixels()  # raises Pillow's own limit before Pillow opens anything
@@ -90,13 +94,13 @@ def read_header(data: bytes) -> Header:
         header, whole = _read_with_pillow(data), True
     check_pixels(header.height, header.width)
     if not whole:
-        # Decoding a window near the top of a cut file can succeed; whether an image is broken must not depend on that.
+        # Decoding a window near the top of a cut file can succeed, so the whole image is tried.
         decode_with_pillow(data)
     return header
 
 
 def decode_with_pillow(data: bytes, channels: int = 3) -> np.ndarray:
-    """Whole upright image, uint8 [H, W, channels] (1 or 3); ImageError if Pillow cannot decode all of it."""
+    """Decode the whole upright image: uint8 [H, W, channels] (1 or 3). ImageError if Pillow cannot decode all of it."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
@@ -108,7 +112,7 @@ def decode_with_pillow(data: bytes, channels: int = 3) -> np.ndarray:
                     raise ImageError(f"its values are {grey_HW.min()} to {grey_HW.max()}, a picture's are 0 to 65535")
                 upright = Image.fromarray((grey_HW // 257).astype(np.uint8))
             elif upright.mode == "F":
-                # Pillow would clip: values in 0..1 to black.
+                # Pillow would clip floats to whole numbers: values in 0..1 would be black.
                 raise ImageError("its numbers are floats, those of the data set 8-bit pictures")
             pixels = np.asarray(upright.convert("RGB" if channels == 3 else "L"))
     except ImageError:
@@ -119,7 +123,7 @@ def decode_with_pillow(data: bytes, channels: int = 3) -> np.ndarray:
 
 
 def as_portable_pixmap(pixels_HWC: np.ndarray) -> bytes:
-    """Uncompressed PPM (C = 3) or PGM (C = 1) file of uint8 pixels: how decoded images are handed to DALI."""
+    """Write uint8 pixels as an uncompressed PPM (C = 3) or PGM (C = 1) file: so DALI gets decoded images."""
     height, width, channels = pixels_HWC.shape
     return b"P%d %d %d 255\n" % (6 if channels == 3 else 5, width, height) + pixels_HWC.tobytes()
 
@@ -129,7 +133,7 @@ def _ends_with_marker(data: bytes, marker: bytes) -> bool:
 
 
 def _parsed(parse: Callable[[bytes], Header], data: bytes) -> Header:
-    """The header by our own parser, or where that gives up by Pillow, which then also decodes the image."""
+    """Read the header by our own parser. If it gives up, Pillow reads it, and then also decodes the image."""
     try:
         return parse(data)
     except ImageError as error:
@@ -190,7 +194,7 @@ def _read_webp_lossy(data: bytes) -> Header:
 def _read_with_pillow(data: bytes) -> Header:
     try:
         with Image.open(io.BytesIO(data)) as image:
-            # Of a TIFF Pillow gives the upright size before it has decoded anything.
+            # For a TIFF, Pillow gives the upright size before it has decoded anything.
             orientation = 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
             return _upright(image.format or "?", image.height, image.width, orientation, native=False)
     except Image.DecompressionBombError as error:
@@ -203,7 +207,7 @@ def _read_with_pillow(data: bytes) -> Header:
 
 
 def _exif_orientation(data: bytes, start: int) -> int:
-    """Tag 0x0112 of the first directory of an EXIF block (a TIFF header) at `start`; 1 (upright) where it has none."""
+    """Read tag 0x0112 from the first directory of the EXIF block (a TIFF header) at `start`; 1 (upright) if absent."""
     order = {b"II": "<", b"MM": ">"}.get(data[start : start + 2])
     if order is None or start + 8 > len(data):
         return 1

@@ -1,4 +1,4 @@
-"""Label images: one whole number a pixel, read as it is stored. Sizes of images from their headers."""
+"""Read label images, one whole number a pixel as it is stored, and the sizes of images from their headers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MODES = ("1", "L", "P", "I;16", "I;16B", "I;16L", "I", "F")
 
 
 def read_label_image(data: bytes) -> np.ndarray:
-    """Raw values, [H, W] of uint8 or a wider unsigned type, upright; a palette image gives its indices.
+    """Read raw values, [H, W] of uint8 or uint16, upright; a palette image gives its indices.
 
     ImageError for a file that cannot be read, one with several numbers a pixel, and one whose format loses values.
     """
@@ -44,7 +44,7 @@ def read_label_image(data: bytes) -> np.ndarray:
 
 
 def upright_size(path: str) -> tuple[int, int]:
-    """(height, width) of an image file as viewers show it; nothing is decoded. ImageError if it is no image."""
+    """Return (height, width) of an image file as viewers show it. Nothing is decoded. ImageError if it is no image."""
     max_pixels()
     try:
         with Image.open(path) as image:

@@ -1,7 +1,7 @@
-"""One augmentation for an image and its label image: scale, crop, mirror, and the colours of the image alone.
+"""Augment an image and its label image alike: scale, crop and mirror both, and change the colours of the image alone.
 
-As mmsegmentation's RandomResize, RandomCrop with cat_max_ratio, RandomFlip and PhotoMetricDistortion; every number is a
-function of (seed, epoch, position). H W the crop, h w the image, C channels.
+The steps are mmsegmentation's RandomResize, RandomCrop with cat_max_ratio, RandomFlip and PhotoMetricDistortion. Every
+random number is a function of (seed, epoch, position). H W the crop, h w the image, C channels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image
 from mirl.dataloaders.sources.label_map import IGNORED
 from mirl.keyed import keyed_uniform
 
-_PAIR_STREAM = 5  # first word of a key; others are in dataloaders/order.py, decoding/crops.py and decoding/samples.py
+_PAIR_STREAM = 5  # first word of a key; dataloaders/order.py, decoding/crops.py and decoding/samples.py have others
 ATTEMPTS = 10
 LONGEST = 4  # the longer side, in shorter sides of the crop: 2048 x 512 in mmsegmentation
 _SCALE, _MIRROR, _COLOUR, _PLACES = 0, 1, 2, 12
@@ -24,9 +24,12 @@ _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 32.0, 0.5, 0.5, 18 / 180
 
 @dataclass(frozen=True, kw_only=True)
 class PairAugmentation:
-    """size: (H, W) of the crop. scale: the shorter side of the image becomes that of the crop times a number drawn
-    between these. cat_max_ratio: a crop of which one class has a greater share is drawn again. mean: of each channel in
-    [0, 1], what stands beside an image that is smaller than the crop.
+    """These are the settings of the augmentation; calling it augments an image and its label image.
+
+    size: (H, W) of the crop. scale: the image is resized until its shorter side is the crop's shorter side times a
+    number drawn between these two. cat_max_ratio: a crop is drawn again if one class has at least this share of its
+    labelled pixels. flip: mirror half of the images. photometric: change the colours (`distort`). mean: a value in
+    [0, 1] for each channel, which fills the crop beside a smaller image.
     """
 
     size: tuple[int, int]
@@ -39,7 +42,7 @@ class PairAugmentation:
     def __call__(
         self, image_hwC: np.ndarray, labels_hw: np.ndarray, seed: int, epoch: int, position: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [h, w, C] and int16 [h, w] -> uint8 [H, W, C] and int16 [H, W], IGNORED beside the image."""
+        """Map uint8 [h, w, C] and int16 [h, w] to uint8 [H, W, C] and int16 [H, W], IGNORED beside the image."""
         u = keyed_uniform(_PAIR_STREAM, seed, epoch, position, np.arange(_PLACES + 2 * ATTEMPTS))
         factor = self._factor(labels_hw.shape, u[_SCALE])
         places = u[_PLACES:].reshape(ATTEMPTS, 2)
@@ -59,8 +62,9 @@ class PairAugmentation:
     def _crop(
         self, labels_hw: np.ndarray, factor: float, places: np.ndarray
     ) -> tuple[tuple[int, int, int, int], np.ndarray]:
-        """Window (top, left, height, width) of the resized image, and its labels: the first drawn that has several
-        classes, none of them too large, else the last.
+        """Return a window (top, left, height, width) of the resized image, and its labels.
+
+        It is the first one drawn that has several classes, none of them with too large a share, else the last one.
         """
         rows, columns = (_nearest(side, factor) for side in labels_hw.shape)
         height, width = min(self.size[0], len(rows)), min(self.size[1], len(columns))
@@ -87,19 +91,19 @@ class PairAugmentation:
 
 
 def _nearest(side: int, factor: float) -> np.ndarray:
-    """The source index of each place of a side that is resized by ``factor``, by the centres of pixels."""
+    """Return the nearest source index, by the centres of pixels, for each place of a side resized by ``factor``."""
     count = max(1, round(side * factor))
     return np.minimum(((np.arange(count) + 0.5) * (side / count)).astype(np.int64), side - 1)
 
 
 def _is_varied(labels: np.ndarray, most: float) -> bool:
-    counts = np.bincount(labels.ravel().astype(np.int64) - IGNORED)[1:]  # without what is ignored
+    counts = np.bincount(labels.ravel().astype(np.int64) - IGNORED)[1:]  # without the ignored pixels
     counts = counts[counts > 0]
     return len(counts) > 1 and counts.max() < most * counts.sum()
 
 
 def _resized_window(image_hwC: np.ndarray, factor: float, window: tuple[int, int, int, int]) -> np.ndarray:
-    """That window of the resized image, without the rest of it: bilinear, smoothed where it gets smaller."""
+    """Resize ``window`` of the resized image alone, without the rest: bilinear, smoothed if it gets smaller."""
     top, left, height, width = window
     down, across = (side / max(1, round(side * factor)) for side in image_hwC.shape[:2])
     box = (left * across, top * down, (left + width) * across, (top + height) * down)
@@ -112,9 +116,10 @@ def _resized_window(image_hwC: np.ndarray, factor: float, window: tuple[int, int
 
 
 def distort(image: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """Brightness, contrast, saturation and hue, each in half of the images, contrast before or after the two others.
+    """Change brightness, contrast, saturation and hue, each in half of the images.
 
-    u: 10 uniform numbers. Saturation and hue only where there are three channels.
+    Brightness comes first; contrast comes before or after saturation and hue. Only images of three channels get
+    saturation and hue. u: 10 uniform numbers.
     """
     bright, contrast, saturate, hue = u[0] < 0.5, u[2] < 0.5, u[4] < 0.5, u[6] < 0.5
     first = u[8] < 0.5

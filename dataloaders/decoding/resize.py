@@ -1,7 +1,8 @@
-"""Cut, resize and mirror on the CPU, with torch's antialiased bicubic resize of uint8 images.
+"""Resize, cut and mirror on the CPU, with torch's antialiased bicubic resize of uint8 images.
 
 DALI's CPU resize takes 3.4 ms for a crop of a 500 x 375 photograph, torch's 0.3 ms with the arithmetic of Pillow (they
-differ by at most a level or two), so on a machine without a GPU DALI decodes and this resizes. On a GPU DALI does both.
+differ by at most a level or two). So on a machine without a GPU DALI decodes and this module resizes. On a GPU DALI
+does both.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _CHUNK = 4
 
 
 def resize_bicubic(pixels_HWC: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
-    """[h, w, C] of the same type (uint8 or float32), bicubic (a = -0.5), antialiased when shrinking."""
+    """Resize to [*size, C] of the same type (uint8 or float32), bicubic (a = -0.5), antialiased when shrinking."""
     if pixels_HWC.shape[:2] == tuple(size):
         return torch.from_numpy(pixels_HWC)
     # Permuting after the batch axis is added marks the tensor as channels-last, which selects the vectorised kernel.
@@ -26,7 +27,7 @@ def resize_bicubic(pixels_HWC: np.ndarray, size: tuple[int, int]) -> torch.Tenso
 
 
 class CpuResizer:
-    """Fills a batch from decoded crops, several images at a time in threads (torch releases the interpreter lock)."""
+    """The resizer fills a batch from decoded crops, several at a time in threads; torch frees the interpreter lock."""
 
     def __init__(self, image_size: tuple[int, int], threads: int) -> None:
         self.image_size = image_size
@@ -39,7 +40,7 @@ class CpuResizer:
         sizes_B2: np.ndarray | None = None,
         offsets_B2: np.ndarray | None = None,
     ) -> torch.Tensor:
-        """[B, H, W, C] of the crops' type.
+        """Return [B, H, W, C] of the crops' type.
 
         sizes_B2, offsets_B2: resize crop i to sizes[i], then cut the output at (top, left) = offsets[i]; default:
         resize straight to the output size.

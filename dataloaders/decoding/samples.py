@@ -1,7 +1,7 @@
-"""From a number in the data set to something a decoder takes, with a stand-in where an image is broken.
+"""Read the image of a number in the data set for a decoder, or a stand-in if the image is broken.
 
 A broken image must not change how many images a batch has, so it is replaced at once by another, on the rank that met
-it. Which one is a hash of (seed, epoch, position, attempt): the same for any world size and after any resume.
+it. A hash of (seed, epoch, position, attempt) chooses the stand-in: the same for any world size and after any resume.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _CHUNK = 8  # samples a thread reads per task: a task costs about 20 us, a sampl
 
 
 def replacement(num_images: int, seed: int, epoch: int, position: int, attempt: int) -> int:
-    """The number of stand-in ``attempt`` for a broken image at a position of an epoch."""
+    """Return the number of stand-in ``attempt`` for a broken image at a position of an epoch."""
     return int(keyed_u64(_REPLACEMENT_STREAM, seed, epoch, position, attempt)[0]) % num_images
 
 
 @dataclass(slots=True)
 class Sample:
-    """One image on its way into a batch.
+    """A sample is one image on its way into a batch.
 
     wanted, index: the item that the order names, and the item that is shown (another if `wanted` is broken).
-    reason: why `wanted` is broken; empty if it is not, or is known to be.
+    reason: why `wanted` is broken; empty if it is not broken, or if the manifest calls it broken already.
     data: the encoded file, uint8 [bytes], or, of an array data set, pixels [H, W, C]. height, width: upright pixels.
     """
 
@@ -54,7 +54,7 @@ class Sample:
 
 
 class SampleReader:
-    """Reads samples of a source in parallel threads."""
+    """A reader reads samples of a source in parallel threads."""
 
     def __init__(
         self,
@@ -73,16 +73,16 @@ class SampleReader:
         self._lock = threading.Lock()
 
     def start(self, indices: Sequence[int] | np.ndarray, epoch: int, positions: Sequence[int] | np.ndarray) -> list:
-        """Begins to read a batch; returns futures for `finish`."""
+        """Begin to read a batch. Returns futures for `finish`."""
         triples = [(int(i), epoch, int(p)) for i, p in zip(indices, positions, strict=True)]
         return [self._pool.submit(self._read_chunk, triples[at : at + _CHUNK]) for at in range(0, len(triples), _CHUNK)]
 
     def finish(self, futures: list) -> list[Sample]:
-        """The samples of a started batch, in order."""
+        """Return the samples of a started batch, in order."""
         return [sample for future in futures for sample in future.result()]
 
     def read(self, index: int, epoch: int, position: int) -> Sample:
-        """One sample, or its first readable stand-in."""
+        """Read one sample, or its first readable stand-in."""
         try:
             return self._load(Sample(index, index, epoch, position, _NO_DATA, 0, 0))
         except ImageError as error:
@@ -92,7 +92,7 @@ class SampleReader:
             return shown
 
     def replace(self, sample: Sample, reason: str) -> Sample:
-        """The next stand-in for a sample whose current image failed; the reason of the first failure is kept."""
+        """Read the next stand-in for a sample whose current image failed. The reason of the first failure is kept."""
         first_reason = sample.reason or reason
         for attempt in range(sample.attempt, MAX_REPLACEMENTS):
             index = replacement(self.source.num_images, self.seed, sample.epoch, sample.position, attempt)
@@ -118,7 +118,7 @@ class SampleReader:
         )
 
     def largest_number(self, index: int) -> float:
-        """The largest absolute value in an array; infinity if it cannot be read, 0 of pictures."""
+        """Return the largest absolute value in an array; infinity if it cannot be read, 0 for pictures."""
         if self.array_format is None:
             return 0.0
         try:
@@ -127,16 +127,16 @@ class SampleReader:
             return float("inf")
 
     def decode_here(self, sample: Sample) -> Sample:
-        """The same sample, decoded by Pillow and wrapped as a pixmap, which DALI takes; ImageError if Pillow cannot."""
+        """Decode the sample by Pillow and wrap it as a pixmap, which DALI takes. ImageError if Pillow cannot."""
         pixels_HWC = decode_with_pillow(sample.data.tobytes(), self.channels)
         sample.data = np.frombuffer(as_portable_pixmap(pixels_HWC), np.uint8)
         sample.height, sample.width = pixels_HWC.shape[:2]
         return sample
 
     def after_refusal(self, sample: Sample) -> Sample:
-        """What to show for a sample that DALI refused: Pillow's decoding of it, or a stand-in.
+        """Decode a sample that DALI refused by Pillow, or return a stand-in.
 
-        The file is remembered and no longer offered to DALI, which loses a whole batch on it.
+        The file is remembered and no longer offered to DALI, which would lose a whole batch on it.
         """
         with self._lock:
             self._refused_by_dali.add(sample.index)
@@ -146,7 +146,7 @@ class SampleReader:
             return self.replace(sample, str(error))
 
     def bad_image(self, sample: Sample) -> BadImage:
-        """The record of a sample that stands in for a broken image."""
+        """Return the record of a sample that stands in for a broken image."""
         return BadImage(
             path=self.source.path(sample.wanted),
             reason=sample.reason,

@@ -1,7 +1,7 @@
-"""TIFF files: what their tags say, and their numbers, by tifffile or, where it lacks the compression, by Pillow.
+"""Read the tags and the numbers of TIFF files, by tifffile or, if it lacks the compression, by Pillow.
 
 tifffile reads every type of number and any count of channels, but LZW, JPEG and fax compression only with a further
-package; Pillow reads all of these, but not all types of number.
+package. Pillow reads all of these compressions, but not all types of number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PICTURE_MODES = frozenset(["1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "CMYK", 
 
 
 def is_picture_tiff(data: bytes) -> bool:
-    """Whether a TIFF holds 8 bits or 1 bit a number by its tags; nothing is unpacked. ImageError if it is no TIFF."""
+    """Say whether a TIFF's tags promise 8 bits or 1 bit a number. Nothing is unpacked. ImageError if it is no TIFF."""
     try:
         _, dtype = _describe(data)
         return dtype.name in ("uint8", "bool")
@@ -34,7 +34,7 @@ def is_picture_tiff(data: bytes) -> bool:
 
 
 def load_tiff(data: bytes, check: Callable[[tuple[int, ...], np.dtype], None] | None = None) -> np.ndarray:
-    """Returns the array of a file. check: called with shape and type before anything is unpacked; raises ImageError.
+    """Return the array of a file. check: called with shape and type before anything is unpacked; raises ImageError.
 
     ImageError if the file is damaged, has too many pixels, or neither library can unpack it.
     """
@@ -45,7 +45,7 @@ def load_tiff(data: bytes, check: Callable[[tuple[int, ...], np.dtype], None] | 
     check_pixels(*(sorted(shape)[-2:] if len(shape) > 1 else (1, *shape)))
     try:
         return tifffile.imread(io.BytesIO(data))
-    except Exception as error:  # of many types on damaged files
+    except Exception as error:  # tifffile raises many types on damaged files
         array = _load_with_pillow(data)
         if array is None or array.shape != shape or array.dtype != dtype:
             raise ImageError(one_line(error)) from error
@@ -53,7 +53,7 @@ def load_tiff(data: bytes, check: Callable[[tuple[int, ...], np.dtype], None] | 
 
 
 def _describe(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of the first series, in the byte order of this machine."""
+    """Return shape and type of the first series, in the byte order of this machine."""
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             series = file.series[0]
@@ -62,7 +62,7 @@ def _describe(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
             return tuple(series.shape), np.dtype(series.dtype).newbyteorder("=")
     except ImageError:
         raise
-    except Exception as error:  # of many types on damaged files
+    except Exception as error:  # tifffile raises many types on damaged files
         raise ImageError(one_line(error)) from error
 
 

@@ -1,1 +1,1 @@
-"""Where images come from: folders, text lists and tar shards, each as a list of names, labels and bytes."""
+"""Sources give images as lists of names, labels and bytes: from folders, text lists, tar shards and other files."""

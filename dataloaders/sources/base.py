@@ -1,4 +1,4 @@
-"""A data set as a numbered list of encoded images: `Source`, and its forms for loose files and for several parts.
+"""Define `Source`, a data set as a numbered list of encoded images, and its forms for loose files, parts and subsets.
 
 A source knows names, labels and bytes, nothing of pixels. `open_source` in dataloaders/sources/opening.py makes one
 from what the user names; tar shards are in dataloaders/sources/tar_source.py.
@@ -21,30 +21,30 @@ from mirl.dataloaders.sources.patience import patiently
 
 
 class Source(Protocol):
-    """num_images items numbered from 0, in one order on every machine; reading is safe from many threads."""
+    """A source has num_images items numbered from 0, in one order on every machine. Many threads may read it."""
 
     num_images: int
     classes: list[str] | None
     ledger: Ledger
 
     def path(self, index: int) -> str:
-        """Where the image is, for messages: a file path, or shard.tar::member."""
+        """Return the place of the image, for messages: a file path, or shard.tar::member."""
 
     def read(self, index: int) -> bytes:
-        """The encoded image; ImageError (without the path) if it cannot be had."""
+        """Read the encoded image. ImageError (without the path) if it cannot be had."""
 
     def label(self, index: int) -> int:
-        """Class number; ValueError if the source was opened without labels."""
+        """Return the class number. ValueError if the source was opened without labels."""
 
     def fingerprint(self) -> str:
-        """Hex digest of all names in order."""
+        """Return a hex digest of all names in order."""
 
     def close(self) -> None:
-        """Releases file handles."""
+        """Release file handles."""
 
 
 class FileSource:
-    """Loose files below one root (or with absolute names)."""
+    """This source has loose files below one root (or with absolute names)."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class FileSource:
         classes: list[str] | None = None,
         ledger: Ledger | None = None,
     ) -> None:
-        """ledger: what else was there; default: nothing. Its count of images is set here."""
+        """Keep the paths. ledger: counts what else was found; default: nothing. Its count of images is set here."""
         self.paths, self.classes = paths, classes
         self.ledger = ledger or Ledger()
         self.num_images = self.ledger.images = len(paths)
@@ -75,11 +75,11 @@ class FileSource:
         return self.paths.digest()
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no file is held open."""
 
 
 class JoinedSource:
-    """Several sources as one, numbered one after the other; classes are the sorted union of theirs."""
+    """This source joins several, numbered one after the other. Its classes are the sorted union of theirs."""
 
     def __init__(self, parts: Sequence[Source]) -> None:
         self.parts = list(parts)
@@ -120,7 +120,7 @@ class JoinedSource:
 
 
 def read_whole_file(path: str) -> bytes:
-    """The bytes of a file in as few system calls as possible; ImageError names the cause.
+    """Read the bytes of a file in as few system calls as possible. ImageError names the cause.
 
     A file system that fails for a moment is tried again.
     """
@@ -147,7 +147,7 @@ def _read_once(path: str) -> bytes:
 
 
 class SubsetSource:
-    """Some items of another source, numbered anew in the order of ``indices``."""
+    """This source has some items of another source, numbered anew in the order of ``indices``."""
 
     def __init__(self, source: Source, indices: Sequence[int]) -> None:
         self.source, self.indices = source, list(indices)

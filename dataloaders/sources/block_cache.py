@@ -1,4 +1,4 @@
-"""What was read last of large files, kept whole: row groups, volumes. One budget of bytes for the whole process."""
+"""Keep the blocks of large files that were read last: row groups, volumes. The process has one budget of bytes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ BUDGET_BYTES = 2**29
 
 
 class BlockCache:
-    """Keeps blocks up to a budget, the one that was used longest ago goes first; safe from many threads.
+    """The cache keeps blocks up to a budget; the block used longest ago goes first. Many threads may use it.
 
-    A block that several threads want at once is made by one of them. One that is larger than the budget is kept until
-    the next is made.
+    A block that several threads want at once is made by one of them. A block that is larger than the budget is kept
+    until the next is made.
     """
 
     def __init__(self, budget: int = BUDGET_BYTES) -> None:
@@ -27,7 +27,7 @@ class BlockCache:
         return len(self._blocks)
 
     def get(self, key: Hashable, make: Callable[[], tuple[Any, int]]) -> Any:
-        """The block of ``key``, which ``make`` returns with its bytes. Where `make` raises, nothing is kept."""
+        """Return the block of ``key``; ``make`` makes it and counts its bytes. If `make` raises, nothing is kept."""
         with self._lock:
             if (known := self._blocks.get(key)) is not None:
                 self._blocks.move_to_end(key)
@@ -50,7 +50,7 @@ class BlockCache:
                     self._making.pop(key, None)
 
     def forget(self, belongs: Callable[[Any], bool]) -> None:
-        """Drops the blocks whose key ``belongs`` says yes to."""
+        """Drop the blocks for whose key ``belongs`` says yes."""
         with self._lock:
             for key in [key for key in self._blocks if belongs(key)]:
                 self.bytes -= self._blocks.pop(key)[1]

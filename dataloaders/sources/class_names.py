@@ -1,7 +1,7 @@
-"""Class names beside tar shards, whose `cls` parts hold numbers alone: line n names class n.
+"""Read and write class names beside tar shards, whose `cls` parts hold numbers alone: line n names class n.
 
-Two sets that were numbered apart give one class two numbers. With names on both sides that is seen, and joined sets are
-numbered by name.
+Two sets that were numbered apart may give one class two numbers. If both have names, the difference is seen, and joined
+sets are numbered by name.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ CLASS_NAMES = "mirl-classes.txt"
 
 
 def write_class_names(folder: Path, classes: Sequence[str]) -> None:
-    """Writes the names of classes 0, 1, 2 ... into a folder of shards, atomically."""
+    """Write the names of classes 0, 1, 2 ... into a folder of shards, atomically."""
     with atomic_writer(folder / CLASS_NAMES) as file:
         file.writelines(f"{escape(name)}\n" for name in classes)
 
 
 def class_names_beside(shards: Iterable[Path]) -> list[str] | None:
-    """The class names that lie in the folders of the shards, None where none does.
+    """Read the class names that lie in the folders of the shards; None if the folders have none.
 
     UserError if the folders name different classes: one number would then stand for two of them.
     """

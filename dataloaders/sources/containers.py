@@ -1,8 +1,8 @@
-"""Files that hold several images each, told by name: which they are, what reads them, and what package that needs.
+"""Know the files that hold several images each: their kind, the code that reads them, and the package that it needs.
 
-Beside pictures or tar shards such a file is no image of the data set, as a table of features is none: it is left out
-and counted. Where a folder holds nothing else, or one is named by itself, its members are the images. What follows the
-last colon of a place that does not exist itself chooses among what the file holds: FILE:KEY.
+Beside pictures or tar shards such a file is left out and counted: it may be a table of features, which is no image of
+the data set. If a folder holds only such files, or one is named by itself, its members are the images. In a place
+FILE:KEY that does not exist itself, KEY chooses among the images that the file holds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mirl.dataloaders.sources.paths import chosen_in, shown
 from mirl.errors import UserError
 
 PARQUET, HDF5, NIFTI = "parquet", "HDF5", "NIfTI"
-AXES = ("sagittal", "coronal", "axial")  # to the right, anterior, superior
+AXES = ("sagittal", "coronal", "axial")  # slices along the axes right, anterior, superior
 _SUFFIXES = {
     PARQUET: (".parquet",),
     HDF5: (".h5", ".hdf5"),
@@ -39,7 +39,7 @@ _UNITS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user chose among what a file holds: the images and the labels by name; "" where nothing is chosen.
+    """A choice says what the user wants of a file: the images and the labels by name; "" if nothing is chosen.
 
     window: centre and width. axis: of `AXES`, along which a volume is cut.
     """
@@ -51,7 +51,7 @@ class Choice:
 
     @classmethod
     def parse(cls, text: str) -> Choice:
-        """Reads IMAGES, LABELS, window=CENTRE/WIDTH and axis=AXIS, with commas between them; UserError names a flaw."""
+        """Read IMAGES, LABELS, window=CENTRE/WIDTH and axis=AXIS, with commas between them. UserError names a flaw."""
         words = [word.strip() for word in text.split(",")] if text else []
         names = [word for word in words if "=" not in word]
         options = dict(word.split("=", 1) for word in words if "=" in word)
@@ -64,10 +64,10 @@ class Choice:
 
 
 class Container(Protocol):
-    """One file's images, its members, numbered from 0; reading is safe from many threads.
+    """A container is one file; its members, numbered from 0, are images. Many threads may read it.
 
-    names: of the members, each once. left_out: (member, reason) of what is no image. classes: by class number, None
-    where labels are not asked for or are numbers alone. has_labels: whether `label` can be asked.
+    names: of the members, each once. left_out: (member, reason) for members that are no image. classes: names by class
+    number; None if labels are not asked for or are numbers alone. has_labels: whether `label` may be called.
     """
 
     names: Sequence[str]
@@ -76,17 +76,17 @@ class Container(Protocol):
     has_labels: bool
 
     def read(self, number: int) -> bytes:
-        """The encoded image; ImageError, without the path, if it cannot be had."""
+        """Read the encoded image. ImageError, without the path, if it cannot be had."""
         ...
 
     def label(self, number: int) -> int:
-        """Class number; ImageError if it is none."""
+        """Return the class number. ImageError if the file has another value in its place."""
         ...
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How files of one kind are opened: with labels or not, and what the user wrote to choose among what they hold."""
+    """A reading says how files of one kind are opened: with labels or not. key: the text of the user's `Choice`."""
 
     labels: bool = False
     key: str = ""
@@ -107,7 +107,7 @@ def _window(text: str) -> tuple[float, float]:
 
 
 def with_window(places: Sequence[Path], window: Sequence[float] | None) -> list[Path]:
-    """The places with the window that a flag gives, where they have none of their own."""
+    """Return the places, with the window that a flag gives added to those that have none of their own."""
     if not window:
         return list(places)
     option = "window=" + "/".join(f"{number:g}" for number in window)
@@ -119,7 +119,7 @@ def with_window(places: Sequence[Path], window: Sequence[float] | None) -> list[
 
 
 def container_of(path: str | os.PathLike[str]) -> str | None:
-    """As `container_kind`; a file whose suffix says nothing is looked into, since DICOM files often have none."""
+    """Do as `container_kind`, but look into a file whose suffix says nothing: DICOM files often have no suffix."""
     name = os.path.basename(os.fspath(path))
     if (kind := container_kind(name)) is not None or kind_by_name(name) is not None or not os.path.isfile(path):
         return kind
@@ -127,20 +127,20 @@ def container_of(path: str | os.PathLike[str]) -> str | None:
 
 
 def suffix_of(name: str) -> str:
-    """The suffix that tells the kind, for the ledger."""
+    """Return the suffix that tells the kind, for the ledger; "DICOM" without one."""
     lower = name.lower()
     known = (suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
     return next((suffix for suffix in known if lower.endswith(suffix)), DICOM)
 
 
 def container_kind(name: str) -> str | None:
-    """The kind of a file of several images, by its suffix in any case; None for any other file."""
+    """Tell the kind of a file of several images by its suffix, in upper or lower case; None for any other file."""
     lower = name.lower()
     return next((kind for kind, suffixes in _SUFFIXES.items() if lower.endswith(suffixes)), None)
 
 
 def container_opener(kind: str) -> Callable[[Path, Reading], Container]:
-    """What opens files of this kind; UserError with the line that installs the package, where it is missing."""
+    """Return the function that opens files of this kind. It raises UserError if the package for it is missing."""
     home, name = {
         PARQUET: ("parquet", "open_parquet"),
         HDF5: ("hdf5", "open_hdf5"),
@@ -151,15 +151,15 @@ def container_opener(kind: str) -> Callable[[Path, Reading], Container]:
 
 
 def unit_of(kind: str, files: int) -> str:
-    """What is counted, for the ledger: "rows of 2 parquet files"."""
+    """Name the unit that the ledger counts: "rows of 2 parquet files"."""
     members, file = _UNITS[kind]
     return f"{members} of {files} {file}{'s' if files > 1 else ''}"
 
 
 def needed(module: str, extra: str, files: str, package: str | None = None) -> ModuleType:
-    """The package that reads some files; UserError with the line that installs it.
+    """Import the package that reads some files. If it is missing, UserError gives the line that installs it.
 
-    files: what needs it, in the plural: "parquet files". package: its name for pip, if that is another.
+    files: the files that need it, in the plural: "parquet files". package: its name for pip, if pip has another.
     """
     try:
         return importlib.import_module(module)
@@ -171,5 +171,5 @@ def needed(module: str, extra: str, files: str, package: str | None = None) -> M
 
 
 def no_choice(place: Path, key: str) -> UserError:
-    """The error for FILE:KEY where the file holds nothing to choose among."""
+    """Return the error for FILE:KEY if the file holds nothing to choose among."""
     return UserError(f"{shown(place)} has nothing that {shown(key)!r} could choose: leave out the colon and the rest")

@@ -1,8 +1,9 @@
-"""DICOM files: every frame an image, grey ones as float32 in 0..1, coloured ones as RGB of the integers that they hold.
+"""Read DICOM files: every frame is an image, grey ones as float32 in 0..1, coloured ones as RGB of their integers.
 
-Grey numbers are rescaled (slope and intercept), then put into a window: the one that the user gives, or the first that
-the file has, or, where it has none, the whole range that its stored bits can show. MONOCHROME1, where small numbers are
-bright, is inverted, so that large is bright in every image.
+Grey numbers are rescaled (slope and intercept, or a lookup table), then put into a window: the user's, or else the
+first that the file has. Without a window the whole range that the stored bits can show becomes 0..1 (after a lookup
+table: the range of the frame's values). In MONOCHROME1 small numbers are bright: such frames are inverted, so that
+large is bright in every image.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ _PALETTES = [
 
 
 def open_dicom(path: Path, reading: Reading) -> DicomFile:
-    """The frames of one file. One that cannot be read has one image, which is broken."""
+    """Open the frames of one file. A file that cannot be read counts as one image, which is broken."""
     needed("pydicom", "medical", "DICOM files")
     return DicomFile(path, reading)
 
 
 class DicomFile:
-    """The frames of one file; see `Container`."""
+    """The members of a DICOM file are its frames; see `Container`."""
 
     classes = None
     has_labels = False
@@ -54,7 +55,7 @@ class DicomFile:
                 self.names, self.left_out = [], [("", "DICOM without pixels")]
                 return
             self._frames = int(header.get("NumberOfFrames") or 1)
-        except Exception as error:  # pydicom's are of many types; reading the image says what it is
+        except Exception as error:  # pydicom raises many types; reading the image will raise again
             if isinstance(error, OSError) and is_of_a_moment(error):
                 raise
             return
@@ -68,7 +69,7 @@ class DicomFile:
             raise ImageError("the file no longer exists") from None
         except ImageError:
             raise
-        except Exception as error:  # pydicom's are of many types
+        except Exception as error:  # pydicom raises many types
             raise ImageError(one_line(error)) from error
 
     def label(self, number: int) -> int:
@@ -80,7 +81,7 @@ class DicomFile:
         return pydicom.dcmread(self.path, stop_before_pixels=True, specific_tags=_FRAMES)
 
     def _frame(self, number: int) -> np.ndarray:
-        """float32 [H, W] in 0..1, or [H, W, 3] of the integers of a coloured file."""
+        """Read a frame: float32 [H, W] in 0..1, or [H, W, 3] of the integers of a coloured file."""
         from pydicom import pixels
         from pydicom.dataset import Dataset
 
@@ -118,20 +119,20 @@ class DicomFile:
 
 @lru_cache(maxsize=1)
 def _tags() -> list[int]:
-    """What is read of a file beside its pixels; `pixel_array` does not know keywords."""
+    """Return the tags that are read beside the pixels; `pixel_array` does not know keywords."""
     from pydicom.tag import Tag
 
     return [Tag(keyword) for keyword in _GREY + _PALETTES]
 
 
 def _stored_range(header: Any) -> tuple[float, float]:
-    """Least and greatest number that the stored bits can show."""
+    """Return the least and the greatest number that the stored bits can show."""
     bits = int(header.get("BitsStored") or header.get("BitsAllocated") or 16)
     return (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1) if header.get("PixelRepresentation") else (0.0, 2.0**bits - 1)
 
 
 def _of_frame(header: Any, number: int, sequence: str, keyword: str) -> Any:
-    """An attribute of the file, or, as enhanced files have it, of this frame or shared by all frames."""
+    """Find an attribute of the file, or, as enhanced files have it, of this frame or shared by all frames."""
     if (value := header.get(keyword)) not in (None, ""):
         return value
     groups = list(header.get("PerFrameFunctionalGroupsSequence") or [])[number : number + 1]
@@ -144,7 +145,7 @@ def _of_frame(header: Any, number: int, sequence: str, keyword: str) -> Any:
 
 
 def _first(value: Any, default: float) -> float:
-    """The number, the first where there are several."""
+    """Return the number, or the first of several, as a float."""
     if value is None:
         return default
     values = value if isinstance(value, list | tuple) or hasattr(value, "__iter__") else [value]

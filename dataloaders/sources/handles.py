@@ -1,4 +1,4 @@
-"""Open files of the whole process under one budget: any number of shards and sources share it."""
+"""Keep the open files of the whole process under one budget, which any number of shards and sources share."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class _Lent:
 
 
 class HandlePool:
-    """Keeps the files that were read last open, at most `budget` of them, and lends their handles to many threads."""
+    """The pool keeps the files that were read last open, at most `budget` of them. It lends handles to many threads."""
 
     def __init__(self, budget: int | None = None) -> None:
-        """budget: open files; default: a quarter of the process's limit, found out when the first file is opened."""
+        """Begin empty. budget: open files; default: a quarter of the process's limit when the first file is opened."""
         self._budget = budget
         self._files: OrderedDict[str, _Lent] = OrderedDict()
         self._lock = threading.Lock()
@@ -36,7 +36,7 @@ class HandlePool:
 
     @contextmanager
     def lend(self, path: str) -> Iterator[int]:
-        """A handle open for reading; it stays open until the block ends. OSError if the file cannot be opened."""
+        """Lend a handle for reading; it stays open until the block ends. OSError if the file cannot be opened."""
         lent = self._take(path)
         try:
             yield lent.handle
@@ -48,7 +48,7 @@ class HandlePool:
                 self._shrink(self._limit())
 
     def drop(self, path: str) -> None:
-        """Closes the file as soon as nobody reads it."""
+        """Close the file as soon as nobody reads it."""
         with self._lock:
             lent = self._files.pop(path, None)
             if lent is not None:
@@ -85,7 +85,7 @@ class HandlePool:
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def _shrink(self, count: int) -> None:
-        """Closes what nobody reads, oldest first, until `count` are open; the caller holds the lock."""
+        """Close files that nobody reads, oldest first, until `count` are open. The caller holds the lock."""
         if len(self._files) <= count:
             return
         for path, lent in list(self._files.items()):
@@ -102,7 +102,7 @@ class HandlePool:
 
 
 def raise_file_limit() -> int:
-    """Raises this process's soft limit of open files to its hard limit (at most 65536) and returns the limit."""
+    """Raise this process's soft limit of open files to its hard limit (at most 65536). Returns the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return _MOST
@@ -117,7 +117,7 @@ def raise_file_limit() -> int:
 
 
 def mend_of_too_many() -> str:
-    """What to do where no more files can be opened, although `raise_file_limit` has done what it could."""
+    """Say what the user can do if no more files can be opened, although `raise_file_limit` has raised the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= _MOST:
         return "close other programs, or the system's limit is to be raised (sysctl fs.file-max)"

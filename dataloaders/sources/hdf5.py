@@ -1,8 +1,8 @@
-"""HDF5 files: the images of one dataset of numbers, [N, H, W], [N, H, W, C], or one image [H, W] or [H, W, C].
+"""Read HDF5 files: the images of one dataset of numbers, [N, H, W], [N, H, W, C], or one image [H, W] or [H, W, C].
 
-Of three axes the last is taken for channels if it is 1, 3 or 4, and the dataset is then one image. uint8, uint16,
-float16 and float32 are taken as they are, other real numbers as float32; a window, if one is given, makes 0..1 of them.
-An image is called FILE::KEY/NUMBER, or FILE::KEY.
+A dataset with three axes is one image, with channels last, if its last axis is 1, 3 or 4. uint8, uint16, float16 and
+float32 are taken as they are, other real numbers as float32; a window, if one is given, makes 0..1 of them. An image is
+called FILE::KEY/NUMBER, or FILE::KEY.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CHANNELS = (1, 3, 4)
 
 
 def open_hdf5(path: Path, reading: Reading) -> Hdf5File:
-    """The images of one dataset; UserError if the file has none, or several and none is chosen."""
+    """Open the images of one dataset. UserError if the file has none, or several and none is chosen."""
     h5py = needed("h5py", "medical", "HDF5 files")
     try:
         with h5py.File(path, "r", locking=False) as file:
@@ -40,7 +40,7 @@ def open_hdf5(path: Path, reading: Reading) -> Hdf5File:
 
 
 class Hdf5File:
-    """The images of one dataset of one file; see `Container`."""
+    """The members of an HDF5 file are the images of one of its datasets; see `Container`."""
 
     classes = None
     left_out = ()
@@ -63,7 +63,7 @@ class Hdf5File:
             raise ImageError("the file no longer exists") from None
         except ImageError:
             raise
-        except Exception as error:  # h5py's are of many types
+        except Exception as error:  # h5py raises many types
             raise ImageError(one_line(error)) from error
 
     def label(self, number: int) -> int:
@@ -82,7 +82,7 @@ class Hdf5File:
 
 
 def _datasets(file: Any) -> dict[str, Any]:
-    """Every dataset of real numbers by its key, in the order of their names."""
+    """Find every dataset of real numbers by its key, in the order of the keys."""
     import h5py
 
     found: dict[str, Any] = {}

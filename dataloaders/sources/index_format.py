@@ -1,12 +1,13 @@
-"""The text of an index file: that of DALI's wds2idx, version 1.2, with names that may hold any byte.
+"""Read and write the text of an index file: DALI's wds2idx, version 1.2, with names that may hold any byte.
 
     v1.2 NUMBER_OF_SAMPLES mirl {"left_out": [...], "image_part": null}
     jpg 1536 68853 n01/im0.jpg cls 71168 1 n01/im0.cls
 
-One line per sample: for each part its extension, the offset of its first byte, its size and its name. After the word
-`mirl` stands what DALI passes over: the members that are in no sample, and the choice of the image part; in such a file
-white space, control characters and % are written as %XX in names and extensions. Files without that word, by DALI or by
-earlier versions, have names as they are; where a name with spaces cannot be told from several parts, they are refused.
+A sample has one line: for each part its extension, the offset of its first byte, its size and its name. DALI passes
+over the rest of the first line, from the word `mirl` on. It names the members that are in no sample and the choice of
+the image part. In a file with this word, white space, control characters and % are written as %XX in names and
+extensions. Files without it, by DALI or by earlier versions, have names as they are; they are refused if a name with
+spaces cannot be told from several parts.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _NUMBERS = re.compile(rb" (\d+) (\d+) ")
 _BLOCK = 512
 
 
-class Part(NamedTuple):  # made by the million
-    """One member of a sample: extension, offset of the data in the tar, bytes, member name."""
+class Part(NamedTuple):  # cheap to make: there are millions
+    """A part is one member of a sample: extension, offset of the data in the tar, bytes, member name."""
 
     extension: str
     offset: int
@@ -40,7 +41,7 @@ class Part(NamedTuple):  # made by the million
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The samples of a shard; left_out: (member, reason) of what is in no sample; image_part: see `make_index`."""
+    """An index holds the samples of a shard. left_out: (member, reason) for the rest. image_part: see `make_index`."""
 
     samples: list[list[Part]]
     left_out: list[tuple[str, str]] = field(default_factory=list)
@@ -48,16 +49,16 @@ class ShardIndex:
 
 
 class DamagedIndex(Exception):
-    """The file is no index, or not a whole one; the message says where, without the path."""
+    """The file is no index, or not a whole one. The message says where, without the path."""
 
 
 def to_bytes(name: str) -> bytes:
-    """A member's name as it stands in the tar."""
+    """Return a member's name as it stands in the tar."""
     return name.encode("utf-8", "surrogateescape")
 
 
 def write_index_text(file: IO[bytes], index: ShardIndex) -> None:
-    """Writes the index."""
+    """Write the index."""
     extra = json.dumps({"left_out": index.left_out, "image_part": index.image_part})
     file.write(b"%s %d %s %s\n" % (_VERSION, len(index.samples), _MARK, extra.encode("ascii")))
     for parts in index.samples:
@@ -66,7 +67,7 @@ def write_index_text(file: IO[bytes], index: ShardIndex) -> None:
 
 
 def parse_index_text(data: bytes) -> ShardIndex:
-    """The index in `data`; DamagedIndex if it is none."""
+    """Parse an index. DamagedIndex if `data` is none."""
     head, *lines = data.removesuffix(b"\n").split(b"\n")
     version, count, mark, extra = (*head.split(b" ", 3), b"", b"", b"", b"")[:4]
     if not version.startswith(b"v1.") or not count.isdigit() or int(count) != len(lines):
@@ -109,7 +110,7 @@ def _plain_parts(line: bytes) -> list[Part]:
 
 
 def _split_at_spaces(fields: list[bytes]) -> list[Part] | None:
-    """The parts where no name has a space in it, as nearly always."""
+    """Return the parts if no name has a space in it, as nearly always; else None."""
     parts, common = [], None
     for at in range(0, len(fields), 4):
         extension, offset, size, name = fields[at : at + 4]
@@ -122,16 +123,16 @@ def _split_at_spaces(fields: list[bytes]) -> list[Part] | None:
 
 
 def _key(name: bytes, extension: bytes) -> bytes | None:
-    """The name up to its first dot, which all parts of a sample share, if what follows is the extension; else None."""
+    """Return the name up to its first dot, which all parts of a sample share; None if the rest is not the extension."""
     dot = name.find(b".", name.rfind(b"/") + 1)
     return name[:dot] if dot >= 0 and name[dot + 1 :].lower() == extension.lower() else None
 
 
 def _readings(line: bytes, after: int, common: bytes | None, limit: int) -> list[list[Part]]:
-    """The ways, at most `limit`, to take a line of names with spaces as the parts of one sample.
+    """Find the ways, at most `limit`, to take a line of names with spaces as the parts of one sample.
 
-    What keeps them few: data starts at a multiple of 512, behind the part before; a name ends with its extension and
-    begins as those of the other parts do.
+    They are few, because data starts at a multiple of 512, behind the part before; and a name ends with its extension
+    and begins as the names of the other parts do.
     """
     found: list[list[Part]] = []
     for match in _NUMBERS.finditer(line):

@@ -1,8 +1,8 @@
-"""What one file is: an image, a tar shard, or something else with the reason why it is left out.
+"""Tell what one file is: an image, a tar shard, or something else with the reason why it is left out.
 
-A known suffix, in any case, decides without opening the file, since a data set may hold a million of them on a network
-disk; whether such an image is whole is for its decoder to say. Any other file is judged by its first bytes, so a
-picture counts whatever it is called. What a folder is called says nothing: only files come here.
+A known suffix, in upper or lower case, decides without opening the file, since a data set may hold a million files on a
+network disk. Whether such an image is whole is for its decoder to say. Any other file is judged by its first bytes, so
+a picture counts whatever its name is. Only files come here, no folders.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DICOM = "DICOM"  # a reason to leave a file out, unless its frames are the image
 HEAD_BYTES = 512
 
 _IMAGES = frozenset(IMAGE_SUFFIXES + ARRAY_SUFFIXES)
-# Told by their suffix alone: annotations and the like lie beside images in millions, and are not worth an open().
+# These suffixes tell enough: annotations and the like lie beside images in millions, and are not worth an open().
 _OTHERS = """
     .txt .json .jsonl .xml .csv .tsv .md .rst .html .htm .py .sh .yaml .yml .toml .ini .cfg .idx .cls .lst .list .log
     .mat .h5 .hdf5 .npz .pkl .pickle .pyd .pt .pth .safetensors .parquet .arrow .db .sqlite .pdf .svg .mp4 .avi .mov
@@ -62,7 +62,7 @@ _BITMAP_HEADERS = frozenset([12, 40, 52, 56, 64, 108, 124])
 
 
 def kind_by_name(name: str) -> str | None:
-    """IMAGE, SHARD or the reason to leave the file out, as far as its suffix says; None: look at its first bytes."""
+    """Return IMAGE, SHARD or the reason to leave the file out if its suffix tells; None: look at its first bytes."""
     suffix = os.path.splitext(name)[1].lower()
     if suffix in _IMAGES:
         return IMAGE
@@ -74,8 +74,8 @@ def kind_by_name(name: str) -> str | None:
 
 
 def kind_by_content(head: bytes, name: str) -> str:
-    """IMAGE, SHARD or the reason to leave the file out, by its first HEAD_BYTES bytes."""
-    if head[128:132] == b"DICM":  # before it may stand the beginning of a TIFF
+    """Return IMAGE, SHARD or the reason to leave the file out, by its first HEAD_BYTES bytes."""
+    if head[128:132] == b"DICM":  # looked for first, because the bytes before it may begin as a TIFF does
         return DICOM
     if image_format(head) is not None:
         return IMAGE
@@ -92,9 +92,9 @@ def kind_by_content(head: bytes, name: str) -> str:
 
 
 def kind_of_file(path: str | os.PathLike[str], name: str) -> str:
-    """IMAGE, SHARD or the reason to leave the file out; the file is opened where its suffix does not tell.
+    """Return IMAGE, SHARD or the reason to leave the file out. The file is opened if its suffix does not tell.
 
-    OSError if the file system fails for a moment: that says nothing of the file.
+    OSError if the file system fails for a moment: such a failure says nothing of the file.
     """
     known = kind_by_name(name)
     if known is not None:
@@ -108,13 +108,13 @@ def kind_of_file(path: str | os.PathLike[str], name: str) -> str:
 
 
 def read_head(path: str | os.PathLike[str]) -> bytes:
-    """The first HEAD_BYTES bytes of a file."""
+    """Read the first HEAD_BYTES bytes of a file."""
     with open(path, "rb", buffering=0) as file:
         return file.read(HEAD_BYTES)
 
 
 def image_format(head: bytes) -> str | None:
-    """The usual suffix, without a dot, of the picture or array that begins like this; None if none is known."""
+    """Return the usual suffix, without a dot, of a picture or array that begins like this; None if none is known."""
     for magic, suffix in _MAGIC:
         if head.startswith(magic):
             return suffix if suffix != "jp2" or _pillow_has("jpg_2000") else None
@@ -128,12 +128,12 @@ def image_format(head: bytes) -> str | None:
 
 
 def image_extensions() -> frozenset[str]:
-    """Suffixes without a dot, in lower case, by which a member of a tar is an image."""
+    """Return the suffixes, without a dot and in lower case, by which a member of a tar is an image."""
     return frozenset([*(suffix[1:] for suffix in _IMAGES), "avif", "jp2"])
 
 
 def is_text(head: bytes) -> bool:
-    """Whether a file begins as text does: no control characters but white space."""
+    """Say whether a file begins as text does: no control characters but white space."""
     return not any(byte < 32 and byte not in b"\t\n\v\f\r" for byte in head)
 
 
@@ -151,6 +151,6 @@ def _undecoded_format(head: bytes) -> str | None:
 
 
 def _pillow_has(feature: str) -> bool:
-    from PIL import features  # only where such a file is met
+    from PIL import features  # imported only when such a file is met
 
     return bool(features.check(feature))

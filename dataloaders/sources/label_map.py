@@ -1,4 +1,4 @@
-"""What the numbers in label images mean: each raw value is one class, or is ignored. Needs no torch."""
+"""Map the numbers in label images: each raw value is one class, or is ignored. This module needs no torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import numpy as np
 from mirl.dataloaders.sources.paths import shown
 from mirl.errors import UserError
 
-IGNORED = -1  # of a pixel that belongs to no class: in no loss and in no count
+IGNORED = -1  # the class of a pixel that belongs to none: it is in no loss and in no count
 UNKNOWN = -2
-LARGEST = 65535  # raw value, of a 16-bit image
+LARGEST = 65535  # the largest raw value of a 16-bit image
 NAMED = ("ade20k", "cityscapes", "cityscapes_train_ids", "voc")
-FILE_NAMES = ("label-map.txt", "label-map.json")  # of a map that stands beside the images
+FILE_NAMES = ("label-map.txt", "label-map.json")  # names of a map's file beside the images
 _WORD = "ignore"
 _ADE_NAMES = "objectInfo150.txt"
 
@@ -35,7 +35,7 @@ _VOC = (
 
 @dataclass(frozen=True)
 class LabelMap:
-    """``values[i]``, a raw value, is class ``classes[i]``, or ignored where that is -1. ``names``: of the classes."""
+    """The raw value ``values[i]`` is class ``classes[i]``, or is ignored if that is -1. ``names``: of the classes."""
 
     values: tuple[int, ...]
     classes: tuple[int, ...]
@@ -43,8 +43,9 @@ class LabelMap:
 
     @classmethod
     def of(cls, meanings: Mapping[int, str | None]) -> LabelMap:
-        """From the name of each raw value, None for an ignored one. Values of one name are one class; classes are
-        numbered in the order in which they come.
+        """Make a map from the name of each raw value, None for an ignored value.
+
+        Values of one name are one class. Classes are numbered in the order in which they come.
         """
         names = list(dict.fromkeys(name for name in meanings.values() if name is not None))
         number = {name: index for index, name in enumerate(names)}
@@ -55,22 +56,22 @@ class LabelMap:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LabelMap:
-        """The inverse of ``dataclasses.asdict``."""
+        """Make a map from what ``dataclasses.asdict`` gave."""
         return cls(*(tuple(values[name]) for name in ("values", "classes", "names")))
 
     def meanings(self) -> dict[int, str | None]:
-        """The name of each raw value, None for an ignored one."""
+        """Return the name of each raw value, None for an ignored value."""
         return {
             value: None if index == IGNORED else self.names[index]
             for value, index in zip(self.values, self.classes, strict=True)
         }
 
     def with_ignored(self, values: Sequence[int]) -> LabelMap:
-        """The same with further raw values ignored; a class that nothing is left of is gone."""
+        """Return the same map with further raw values ignored. A class of which no value is left is gone."""
         return LabelMap.of(self.meanings() | dict.fromkeys(values))
 
     def table(self) -> np.ndarray:
-        """int16 [65536]: the class of each raw value, IGNORED or UNKNOWN."""
+        """Return int16 [65536]: the class of each raw value, IGNORED or UNKNOWN."""
         table = np.full(LARGEST + 1, UNKNOWN, np.int16)
         table[list(self.values)] = self.classes
         return table
@@ -82,7 +83,7 @@ class LabelMap:
 
 
 def named_map(name: str, root: Path | None = None) -> LabelMap:
-    """One of `NAMED`. root: the folder of the data, where ADE20K has a file with the names of its classes."""
+    """Return one of `NAMED`. root: the folder of the data; ADE20K has a file there with the names of its classes."""
     if name == "voc":
         return LabelMap.of(dict(enumerate(_VOC)) | {255: None})
     if name == "cityscapes":
@@ -96,7 +97,7 @@ def named_map(name: str, root: Path | None = None) -> LabelMap:
 
 
 def read_label_map(given: str, root: Path | None = None) -> LabelMap:
-    """The map of a file, or one of `NAMED`.
+    """Read the map of a file, or return one of `NAMED`.
 
     A file is text of lines ``VALUE NAME``, or JSON of one object {"VALUE": "NAME"}. The name ``ignore``, or null in
     JSON, ignores a value. UserError names the line or entry.
@@ -127,18 +128,18 @@ def read_label_map(given: str, root: Path | None = None) -> LabelMap:
 
 
 def map_beside(root: Path) -> Path | None:
-    """The file of a map in a folder of data, if it has one."""
+    """Return the file of a map in a folder of data, if the folder has one."""
     return next((root / name for name in FILE_NAMES if (root / name).is_file()), None)
 
 
 def map_of_values(values: Sequence[int], ignored: Sequence[int]) -> LabelMap:
-    """Each of the raw ``values`` that is not ignored is a class, called by its number."""
+    """Make each of the raw ``values`` that is not ignored a class, called by its number."""
     found: dict[int, str | None] = {value: str(value) for value in sorted(values)}
     return LabelMap.of(found | dict.fromkeys(ignored))
 
 
 def require_same_names(ours: LabelMap, theirs: LabelMap, *, train: str, val: str) -> None:
-    """UserError where one raw value has two meanings, or one set has a class that the other lacks."""
+    """Raise UserError if one raw value has two meanings, or one set has a class that the other lacks."""
     if ours == theirs:
         return
     for value, name in theirs.meanings().items():
@@ -180,7 +181,7 @@ def _json_pairs(text: str, path: Path) -> list[tuple[str, str, str | None]]:
 
 
 def _ade_names(path: Path) -> dict[int, str]:
-    """Index and first name of each line of ADE20K's objectInfo150.txt, whose columns are divided by tabs."""
+    """Read index and first name from each line of ADE20K's objectInfo150.txt, whose columns are divided by tabs."""
     found = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         cells = line.split("\t")

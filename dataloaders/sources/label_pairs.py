@@ -1,4 +1,4 @@
-"""Images and their label images: which files belong together, in the layouts that people have.
+"""Find the label image of each image, in the layouts that people have.
 
 | what is given                             | images                          | label images                          |
 |-------------------------------------------|---------------------------------|---------------------------------------|
@@ -33,8 +33,10 @@ _LABEL_FOLDERS = ("annotations", "labels", "masks")
 
 
 class PairSource(FileSource):
-    """A source of images, each with a label image. ``named_map``, ``map_file``: what its numbers mean, if that is known
-    by its layout or by a file beside it. ``root``: the folder given.
+    """This source has images, each with a label image.
+
+    ``named_map``: the label map of its layout, one of `label_map.NAMED`, or "". ``map_file``: a file with a label map
+    beside the data, or None. ``root``: the folder given.
     """
 
     def __init__(
@@ -46,15 +48,15 @@ class PairSource(FileSource):
         self.root, self.named_map, self.map_file = root, named_map, map_file
 
     def label_path(self, index: int) -> str:
-        """Where the label image is."""
+        """Return the path of the label image."""
         return self.label_paths[index]
 
     def read_label(self, index: int) -> bytes:
-        """The encoded label image; ImageError if it cannot be had."""
+        """Read the encoded label image. ImageError if it cannot be had."""
         return read_whole_file(self.label_paths[index])
 
     def fingerprint(self) -> str:
-        """Of the names of both, below the folder given."""
+        """Return a digest of the names of images and label images, below the folder given."""
         root = os.path.abspath(self.root)
         names = [
             os.path.relpath(os.path.abspath(table[index]), root)
@@ -66,7 +68,10 @@ class PairSource(FileSource):
 
 @dataclass(frozen=True)
 class _Folders:
-    """Two folders, how a name becomes what both sides share, and what else is known."""
+    """These are a folder of images, one of label images, and how a name of each becomes the key that both share.
+
+    named_map: the map of the layout, or "". only: the keys that are taken; None: all.
+    """
 
     images: Path
     labels: Path
@@ -77,7 +82,7 @@ class _Folders:
 
 
 def open_pairs(data: Sequence[str | Path], labels: Sequence[str | Path], *, split: str = "train") -> PairSource:
-    """The pairs that ``data`` names, in one order on every machine; ``labels``: folders of label images, or none.
+    """Open the pairs that ``data`` names, in one order on every machine; ``labels``: folders of label images, or none.
 
     split: "train" or "val", of a layout that has both. UserError for whatever leaves nothing to train on.
     """
@@ -107,7 +112,7 @@ def open_pairs(data: Sequence[str | Path], labels: Sequence[str | Path], *, spli
 
 
 def has_split(root: str | Path, split: str) -> bool:
-    """Whether a data set has images of ``split`` in its layout."""
+    """Say whether a data set has images of ``split`` in its layout."""
     root = Path(root).expanduser()
     if not root.is_dir():
         return False
@@ -180,7 +185,7 @@ def _cityscapes(root: Path, split: str) -> _Folders:
 
     def label_key(name: str) -> str | None:
         stem = _stem(name)
-        return stem.removesuffix(end) if stem.endswith(end) else None  # instances and colours lie beside them
+        return stem.removesuffix(end) if stem.endswith(end) else None  # files of instances and colours lie beside
 
     return _Folders(images, labels, image_key, label_key, "cityscapes_train_ids" if ready else "cityscapes")
 
@@ -232,7 +237,7 @@ def _match(root: Path, folders: _Folders, map_file: Path | None) -> PairSource:
 
 
 def _from_list(path: Path) -> PairSource:
-    """Lines image<TAB>label image; relative paths start at the folder of the list."""
+    """Read lines image<TAB>label image. Relative paths start at the folder of the list."""
     pairs: list[tuple[str, str]] = []
     for number, line in enumerate(path.read_text(errors="surrogateescape").splitlines(), 1):
         if not line.strip() or line.startswith("#"):

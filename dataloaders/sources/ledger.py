@@ -1,4 +1,4 @@
-"""The account of a data set: how many of the files that are there are images, and why each of the others is not."""
+"""Keep the account of a data set: how many of its files are images, and why each of the others is not."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _KINDS_SHOWN = 8
 
 
 class Ledger:
-    """Counts images and what is left out, by reason; images + left_out is all that is there.
+    """A ledger counts images, and left-out files by reason; images + left_out is all that was found.
 
-    unit: what is counted, "files" or "members of 2 tar shards". A reason follows its count: "3 .json", "2 hidden".
+    unit: the things counted, "files" or "members of 2 tar shards". A reason follows its count: "3 .json", "2 hidden".
     names: (path, reason) of everything left out, kept only with every_name: sidecar files may be millions.
-    notes: what else the reader should know, each a clause.
+    notes: further clauses for the reader.
     """
 
     def __init__(self, unit: str = "files", *, every_name: bool = False) -> None:
@@ -31,20 +31,20 @@ class Ledger:
         return self.images + self.left_out
 
     def leave_out(self, reason: str, path: str, member: str | None = None) -> None:
-        """Records one entry that is no image of this data set: a file, or the member of a shard."""
+        """Record one entry that is no image of this data set: a file, or the member of a shard."""
         self.reasons[reason] += 1
         if self.names is not None:
             self.names.append((path if member is None else f"{path}::{member}", reason))
 
     def forget(self, reason: str, count: int, paths: set[str]) -> None:
-        """Takes back `count` entries, those of `paths`, that are part of the data set after all."""
+        """Take back `count` entries, those of `paths`, that are part of the data set after all."""
         self.reasons[reason] -= min(count, self.reasons[reason])
         self.reasons = +self.reasons
         if self.names is not None:
             self.names = [(path, why) for path, why in self.names if path not in paths]
 
     def __str__(self) -> str:
-        """``N images from M files (K left out: ...)``."""
+        """Say ``N images from M files (K left out: ...)``."""
         unit = self.unit.removesuffix("s") if self.total == 1 and self.unit == "files" else self.unit
         text = f"{self.images} image{'s' if self.images != 1 else ''} from {self.total} {unit}"
         if self.reasons:
@@ -57,7 +57,7 @@ class Ledger:
 
 
 def join_ledgers(ledgers: Iterable[Ledger]) -> Ledger:
-    """One account of several parts."""
+    """Make one account of several parts."""
     parts = list(ledgers)
     units = list(dict.fromkeys(part.unit for part in parts))
     joined = Ledger(" and ".join(units), every_name=all(part.names is not None for part in parts))

@@ -1,8 +1,8 @@
-"""The one finder of what lies below a folder: images, tar shards and what is left out, for every layout.
+"""Find the images, the tar shards and the other files below a folder. Every layout uses this finder.
 
-What an entry is, is told by what it is, not by what it is called: a folder named like a file is a folder, a link is
-what it leads to, and files are judged by dataloaders/sources/kinds.py. Names come in one sorted order, the same on
-every machine and rank. UserError names the path and the mend.
+A name does not decide what an entry is: a folder named like a file is a folder, a link is what it leads to, and files
+are judged by dataloaders/sources/kinds.py. Names come in one sorted order, the same on every machine and rank.
+UserError names the path and the mend.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ LIST_SUFFIXES = (".txt", ".lst", ".list", ".csv", ".tsv")
 
 @dataclass(frozen=True)
 class Found:
-    """Names relative to root, sorted; the ledger counts everything else.
+    """These are the names found, relative to root and sorted; the ledger counts everything else.
 
-    containers: (name, reason to leave it out) of the files that hold several images, by kind. They are for the caller
-    to take or to leave out (`leave_out_containers`).
+    containers: (name, reason to leave it out) of the files that hold several images, by kind. The caller takes them or
+    leaves them out (`leave_out_containers`).
     """
 
     root: Path
@@ -38,21 +38,21 @@ class Found:
     containers: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
 
     def leave_out_containers(self, taken: str = "") -> None:
-        """Counts the files that hold several images, but those of the kind ``taken``, among what is left out."""
+        """Count the files that hold several images, except those of the kind ``taken``, as left out."""
         for kind, files in self.containers.items():
             for name, reason in files if kind != taken else ():
                 self.ledger.leave_out(reason, os.path.join(self.root, name))
 
 
 def find_files(root: Path, *, every_name: bool = False, containers: bool = False) -> Found:
-    """Everything below the folder `root`.
+    """Find everything below the folder `root`.
 
-    A file system that fails for a moment is asked again; StorageLost if it goes on. One file that goes on failing
-    where its folder can be read is left out. Links are followed, also out of `root`; a folder that is inside itself by
-    a link is entered once. Hidden entries (a leading dot, such as macOS's ._x.jpg companions) are left out; a hidden
+    A file system that fails for a moment is asked again; StorageLost if it goes on failing. A file that goes on failing
+    although its folder can be read is left out. Links are followed, also out of `root`; a folder that is inside itself
+    by a link is entered once. Hidden entries (a leading dot, such as macOS's ._x.jpg companions) are left out; a hidden
     folder counts as one entry.
-    every_name: the ledger keeps the path of all that is left out. containers: keep those for the caller to decide;
-    otherwise they are left out.
+    every_name: the ledger keeps the path of each entry that is left out. containers: keep the files that hold several
+    images for the caller to decide; otherwise they are left out.
     """
     if not root.exists():
         raise UserError(f"data folder {shown(root)} does not exist; check the path")
@@ -97,10 +97,10 @@ def find_files(root: Path, *, every_name: bool = False, containers: bool = False
 
 
 def _entries(folder: str) -> list[tuple[str, str, str | tuple[int, int]]]:
-    """(name, path, kind) of each entry of `folder`; see `_kind`."""
+    """Return (name, path, kind) of each entry of `folder`; see `_kind`."""
     try:
         return patiently(lambda: _scan(folder, patient=False), folder)
-    except StorageError:  # one file, or the whole file system?
+    except StorageError:  # looked at once more: a single bad file is left out, a lost file system is StorageLost
         return find_patiently(lambda: _scan(folder, patient=True), folder)
 
 
@@ -110,7 +110,7 @@ def _scan(folder: str, *, patient: bool) -> list[tuple[str, str, str | tuple[int
 
 
 def _kind(entry: os.DirEntry[str], patient: bool) -> str | tuple[int, int]:
-    """IMAGE, SHARD, the reason to leave the entry out, or the identity of a folder to enter.
+    """Return IMAGE, SHARD, the reason to leave the entry out, or the identity of a folder to enter.
 
     patient: the file system's moment has passed, so that a fault is the entry's own; otherwise it is raised.
     """
@@ -121,7 +121,7 @@ def _kind(entry: os.DirEntry[str], patient: bool) -> str | tuple[int, int]:
             return _identity(entry.path)
         if entry.is_file():
             return kind_of_file(entry.path, entry.name)
-    except OSError as error:  # a chain of links without end, a bad sector
+    except OSError as error:  # such as a chain of links without end, or a bad sector
         if is_of_a_moment(error) and not patient:
             raise
         return f"unreachable ({error.strerror})"
@@ -129,9 +129,9 @@ def _kind(entry: os.DirEntry[str], patient: bool) -> str | tuple[int, int]:
 
 
 def split_folder(root: Path, split: str = "train") -> Path:
-    """The folder of ``split``, "train" or "val", where root is a set with standard splits, train beside val or test.
+    """Return the folder of ``split``, "train" or "val", if root has standard splits, train beside val or test.
 
-    Of several that are there, val, valid, validation and test in this order are "val". Any other root is itself.
+    The first of val, valid, validation and test that root has is "val". Any other root is returned itself.
     """
     names = split_names(root)
     if not names:
@@ -140,7 +140,7 @@ def split_folder(root: Path, split: str = "train") -> Path:
 
 
 def split_names(root: Path) -> list[str]:
-    """Returns the splits that root holds, train first; none unless train stands beside val or test, in any case."""
+    """Return the splits that root holds, train first; none unless train has another beside it. Case does not matter."""
     try:
         with os.scandir(root) as entries:
             return ordered_splits({entry.name for entry in entries if entry.name.lower() in _SPLITS and entry.is_dir()})
@@ -149,15 +149,15 @@ def split_names(root: Path) -> list[str]:
 
 
 def ordered_splits(folders: set[str]) -> list[str]:
-    """Returns the splits among the names of ``folders``, as `split_names` does."""
+    """Return the splits among the names of ``folders``, as `split_names` does."""
     folders = {name for name in folders if name.lower() in _SPLITS}
-    there = {name.lower(): name for name in sorted(folders)}  # of Train/ beside train/ the latter, which sorts behind
+    there = {name.lower(): name for name in sorted(folders)}  # if Train/ is beside train/, train/ wins: it sorts last
     train, *others = [there[name] for name in _SPLITS if name in there] or [""]
     return [train, *others] if train.lower() == "train" and others else []
 
 
 def beside_split(root: Path, folder: Path) -> str:
-    """What lies in `root` beside the split `folder` and is not read, as a clause for the ledger."""
+    """Say in a clause for the ledger which folders and files in `root`, beside the split `folder`, are not read."""
     with os.scandir(root) as entries:
         others = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.name != folder.name)
     names = ", ".join(shown(name) for name in others[:5])
@@ -166,7 +166,7 @@ def beside_split(root: Path, folder: Path) -> str:
 
 
 def class_folders(names: list[str], root: Path) -> tuple[list[str], list[int]]:
-    """(class names, label of each file): the sorted first folder names below `root`, numbered from 0."""
+    """Return (class names, label of each file): the sorted first folder names below `root`, numbered from 0."""
     tops = [name.partition("/")[0] if "/" in name else "" for name in names]
     if "" in tops:
         loose = names[tops.index("")]
@@ -180,7 +180,7 @@ def class_folders(names: list[str], root: Path) -> tuple[list[str], list[int]]:
 
 
 def nothing_found(found: Found) -> UserError:
-    """The error for a folder without images, with what it holds instead."""
+    """Return the error for a folder without images, with what it holds instead."""
     with os.scandir(found.root) as entries:
         names = sorted(entry.name for entry in entries)
     some = ", ".join(map(shown, names[:3])) + (", ..." if len(names) > 3 else "")

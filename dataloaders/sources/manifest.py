@@ -1,13 +1,13 @@
-"""The manifest that `mirl validate-data` writes and training reads: one line per image, with the reason if it is bad.
+"""Write the manifest of `mirl validate-data` and read it for training: a line per image, with the reason if it is bad.
 
-A text file of tab-separated lines, so that it can be read, sorted and edited with any tool:
+It is a text file of tab-separated lines, so that it can be read, sorted and edited with any tool:
 
     # mirl-manifest 1<TAB>ROOT
     path<TAB>bytes<TAB>height<TAB>width<TAB>format<TAB>reason
 
-Paths are relative to ROOT, sizes are upright pixels, reason is empty for a good image; of a file that is no image of
-the data set it begins with "left out: ". A member of a tar shard is shard.tar::member. Backslash, tab and newline in a
-path are written as \\\\, \\t and \\n.
+Paths are relative to ROOT; sizes are upright pixels. The reason is empty for a good image, and begins with "left out: "
+for a file that is no image of the data set. A member of a tar shard is shard.tar::member. Backslash, tab, newline and
+carriage return in a path are written as \\\\, \\t, \\n and \\r.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _COLUMNS = "path\tbytes\theight\twidth\tformat\treason"
 
 @dataclass(frozen=True, slots=True)
 class ManifestRow:
-    """One image; height, width and format are 0 and "" where the header could not be read."""
+    """A row is one image. If its header could not be read, height and width are 0 and format is ""."""
 
     path: str
     bytes: int
@@ -45,7 +45,7 @@ class ManifestRow:
 
 @contextmanager
 def atomic_writer(target: Path, mode: str = "w") -> Iterator[IO]:
-    """A file beside `target` that takes its place when the block ends well and vanishes when it does not."""
+    """Open a file beside `target` that takes its place when the block ends well and vanishes when it does not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
     try:
@@ -64,7 +64,7 @@ def atomic_writer(target: Path, mode: str = "w") -> Iterator[IO]:
 
 
 def write_manifest(target: Path, root: str, rows: Iterable[ManifestRow]) -> None:
-    """Writes the manifest atomically."""
+    """Write the manifest atomically."""
     with atomic_writer(target) as file:
         file.write(f"{_MAGIC}\t{escape(root)}\n{_COLUMNS}\n")
         for row in rows:
@@ -73,13 +73,13 @@ def write_manifest(target: Path, root: str, rows: Iterable[ManifestRow]) -> None
 
 
 def is_manifest(path: Path) -> bool:
-    """Whether the file begins as a manifest does."""
+    """Say whether the file begins as a manifest does."""
     with open(path, "rb") as file:
         return file.read(len(_MAGIC)) == _MAGIC.encode()
 
 
 def read_manifest(path: Path) -> tuple[str, list[ManifestRow]]:
-    """(root, rows); UserError with the line where it is damaged."""
+    """Return (root, rows). UserError with the number of a damaged line."""
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         magic, _, root = file.readline().rstrip("\n").partition("\t")
         root = unescape(root)
@@ -97,7 +97,7 @@ def read_manifest(path: Path) -> tuple[str, list[ManifestRow]]:
 
 
 def manifest_command(path: Path, root: str) -> str:
-    """The command that writes the manifest `path` of the data set `root` again."""
+    """Return the command that writes the manifest `path` of the data set `root` again."""
     remote = url_of(root) is not None
     moved = not remote and (not root or not os.path.exists(root))
     words = ["mirl", "validate-data", os.fspath(path.parent if moved else root)]
@@ -107,12 +107,12 @@ def manifest_command(path: Path, root: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Returns the text without tabs and line ends, for a table of lines."""
+    """Return the text without tabs and line ends, for a table of lines."""
     return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
 
 
 def unescape(text: str) -> str:
-    """Returns what `escape` was given."""
+    """Return the text that `escape` was given."""
     if "\\" not in text:
         return text
     parts = text.split("\\\\")

@@ -1,4 +1,4 @@
-"""A manifest as a data set: the images that it calls good; and as a list of those that are to be left out."""
+"""Use a manifest as a data set, of the images that it calls good, or as a list of images to leave out."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from mirl.errors import UserError
 def open_manifest(
     manifest: Path, labels: bool, index_dir: Path | None, *, leave_out: bool = True, every_name: bool = False
 ) -> Source:
-    """The good images of a manifest: loose files, members of shards (which need their indexes), or both.
+    """Open the good images of a manifest: loose files, members of shards or of other files that hold several, or all.
 
-    leave_out: False takes those in too that the manifest calls broken.
+    Shards on this machine need their indexes. leave_out: False takes in the images too that the manifest calls broken.
     """
     root, rows = read_manifest(manifest)
     root = root if Path(root).is_dir() else str(manifest.parent)  # the data set was moved with its manifest
@@ -34,7 +34,7 @@ def open_manifest(
     remote = [path for path in good if url_of(path) is not None]
     good = [path for path in good if url_of(path) is None]
     members = {path: shard for path in good if (shard := shard_of(path, root)) is not None}
-    # Of DICOM files and the like some are one image, called as the file is.
+    # A DICOM file and the like may be a single image, whose name is the file's.
     members |= {path: path for path in good if path not in members and _holds_images(root, path)}
     kinds = {shard: _kind_and_key(root, shard) for shard in set(members.values())}
     parts: list[Source] = []
@@ -74,7 +74,7 @@ def _open_members(
 def _open_held(
     manifest: Path, root: str, kind: str, key: str, members: dict[str, str], labels: bool, every_name: bool
 ) -> Source:
-    """The members of files that hold several images each, in which ``key`` is chosen."""
+    """Open the members of files that hold several images each; ``key`` chooses among them."""
     end = len(key) + 1 if key else 0
     source = MemberSource(
         Path(root),
@@ -99,7 +99,7 @@ def _changed(manifest: Path, root: str, files: str, named: int, there: int) -> U
 
 
 def broken_names(root: Path, folder: Path) -> set[str]:
-    """Names relative to `folder` that a manifest in it, or in the folder `root` above its split, calls broken."""
+    """Return names, relative to `folder`, that a manifest in it, or in `root` above a split, calls broken."""
     broken: set[str] = set()
     for place in {root, folder}:
         manifest = place / MANIFEST_NAME
@@ -112,13 +112,13 @@ def broken_names(root: Path, folder: Path) -> set[str]:
 
 
 def _kind_and_key(root: str, file: str) -> tuple[str | None, str]:
-    """The kind of a file that holds several images, or None, and what is chosen in it."""
+    """Return the kind of a file that holds several images, or None, and the key that chooses in it."""
     place, key = chosen_in(os.path.join(root, file))
     return container_of(place), key
 
 
 def _holds_images(root: str, path: str) -> bool:
-    """Whether the image ``path`` is not what the bytes of a file of that name are."""
+    """Say whether ``path`` names a file that holds images, such as DICOM, and is no encoded image itself."""
     known = kind_by_name(path)
     return known != IMAGE and (container_kind(path) or _kind_and_key(root, path)[0]) is not None
 

@@ -1,7 +1,7 @@
-"""Images inside files that hold several each, in one order: the files by name, in each its members as it numbers them.
+"""Read images inside files that hold several each, in one order: files by name, members as the file numbers them.
 
-An image is called FILE::MEMBER, in messages, manifests and results, as a member of a tar shard is, or FILE:KEY::MEMBER
-where KEY chooses among what the file holds: the name says all that it takes to read the image again.
+An image is called FILE::MEMBER, in messages, manifests and results, as a member of a tar shard is. It is called
+FILE:KEY::MEMBER if KEY chooses among what the file holds, so that its name is enough to read it again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Passed = Callable[[str], str | None]
 
 
 class MemberSource:
-    """All images of some files of one kind. Labels are those in the files, else the class folders of the files.
+    """This source has all images of some files of one kind. Labels are in the files, or else are their class folders.
 
     arrays: the images are numbers, not pictures.
     """
@@ -43,7 +43,9 @@ class MemberSource:
         class_folders: Callable[[list[str], Path], tuple[list[str], list[int]]] | None = None,
         every_name: bool = False,
     ) -> None:
-        """files: names below root, sorted. passed_over: the reason why an image, by its name, is left out, or None.
+        """Open the files.
+
+        files: names below root, sorted. passed_over: the reason why an image, by its name, is left out, or None.
         class_folders: numbers the files by their folders; None: labels come from the files alone.
         UserError if a file cannot be used, if files name different classes, or if there is no image.
         """
@@ -81,11 +83,11 @@ class MemberSource:
             raise UserError(f"{shown(root / self.files[0])}{more} has no image: give other files; {self.ledger}")
 
     def name(self, index: int) -> str:
-        """FILE::MEMBER below the root; FILE where that holds a single image. What was chosen follows FILE: FILE:KEY."""
+        """Return FILE::MEMBER below the root, or FILE if it holds a single image. A choice follows FILE: FILE:KEY."""
         return self._called(self.files[self._file(index)], self._names.name(index))
 
     def plain_name(self, index: int) -> str:
-        """FILE/MEMBER, for a copy."""
+        """Return FILE/MEMBER, the name of a copy."""
         file, member = self.files[self._file(index)], self._names.name(index)
         return f"{file}/{member}" if member else file
 
@@ -117,7 +119,7 @@ class MemberSource:
         BLOCKS.forget(lambda key: key[0] in paths)
 
     def find(self, member_path: str) -> int | None:
-        """The number of the image of this name; None if there is none."""
+        """Return the number of the image of this name; None if no image has it."""
         return next((index for index in range(self.num_images) if self.name(index) == member_path), None)
 
     def _called(self, file: str, member: str) -> str:
@@ -129,7 +131,7 @@ class MemberSource:
     def _labelling(
         self, labels: bool, class_folders: Callable[[list[str], Path], tuple[list[str], list[int]]] | None
     ) -> tuple[list[str] | None, list[int] | None]:
-        """(class names, label of each file or None where the files have their own)."""
+        """Return (class names, label of each file); the second is None if the files have labels of their own."""
         if not labels:
             return None, None
         if not all(container.has_labels for container in self._containers):

@@ -1,7 +1,7 @@
-"""NIfTI volumes: every slice an image, float32 of the numbers as the header scales them, or 0..1 in a window.
+"""Read NIfTI volumes: every slice is an image, float32 of the numbers as the header scales them, or 0..1 in a window.
 
 A volume is turned, without resampling, to the axes right, anterior, superior that its header tells of, so that slices
-of differently stored volumes look alike. Slices are axial, or coronal or sagittal if that is chosen. The first row of a
+of differently stored volumes look alike. Slices are axial unless coronal or sagittal is chosen. The first row of a
 slice is anterior (axial) or superior, its first column left (axial, coronal) or posterior (sagittal).
 """
 
@@ -24,13 +24,13 @@ from mirl.errors import UserError
 
 
 def open_nifti(path: Path, reading: Reading) -> NiftiFile:
-    """The slices of one file, ZZ or, of several volumes, TT/ZZ; UserError if it is no volume of real numbers."""
+    """Open the slices of one file, called SLICE, or VOLUME/SLICE. UserError if it is no volume of real numbers."""
     needed("nibabel", "medical", "NIfTI files")
     return NiftiFile(path, reading)
 
 
 class NiftiFile:
-    """The slices of one file; see `Container`."""
+    """The members of a NIfTI file are its slices; see `Container`."""
 
     classes = None
     has_labels = False
@@ -41,7 +41,7 @@ class NiftiFile:
         self._axis = AXES.index(reading.choice.axis or AXES[-1])
         try:
             shape, kind = patiently(self._shape, self.path)
-        except Exception as error:  # nibabel's are of many types
+        except Exception as error:  # nibabel raises many types
             if isinstance(error, OSError) and (is_of_a_moment(error) or isinstance(error, PermissionError)):
                 raise
             raise UserError(f"NIfTI file {shown(path)} cannot be read ({one_line(error)}): check it") from None
@@ -70,7 +70,7 @@ class NiftiFile:
         return nibabel.load(self.path)
 
     def _shape(self) -> tuple[tuple[int, ...], np.dtype]:
-        """The shape in the order right, anterior, superior, and the stored type; only the header is read."""
+        """Return the shape in the order right, anterior, superior, and the stored type. Only the header is read."""
         import nibabel
 
         image = self._image()
@@ -84,12 +84,12 @@ class NiftiFile:
         return (*turned, *stored[3:]), image.get_data_dtype()
 
     def _volume(self, volume: int) -> tuple[np.ndarray, int]:
-        """One volume, float32 [X, Y, Z] to the right, anterior, superior, and its bytes."""
+        """Read one volume, float32 [X, Y, Z] along right, anterior, superior, and count its bytes."""
         try:
             array = patiently(partial(self._volume_once, volume), self.path)
         except FileNotFoundError:
             raise ImageError("the file no longer exists") from None
-        except Exception as error:  # nibabel's, zlib's
+        except Exception as error:  # nibabel and zlib raise many types
             if isinstance(error, ImageError):
                 raise
             raise ImageError(one_line(error)) from error

@@ -1,4 +1,4 @@
-"""From what the user names to a `Source`: folders, lists of paths, manifests, tar shards, or several of them."""
+"""Open the places that a user names as one `Source`: folders, lists of paths, manifests, tar shards, other files."""
 
 from __future__ import annotations
 
@@ -40,17 +40,18 @@ def open_source(
     split: str = "train",
     every_name: bool = False,
 ) -> Source:
-    """The data set that `data` names.
+    """Open the data set that `data` names.
 
-    data: a folder (images at any depth, .tar shards with their indexes, or parquet files), a text list of paths, a
-    manifest, one .tar or .parquet file, the address of shards (s3://, https://), or a sequence of these. FILE:KEY, or
-    FILE:KEY,LABELS, chooses among what a parquet file, or a folder of them, holds. A folder that holds train/ beside
-    val/ or test/ stands for its ``split``: "train", or "val". Images that a manifest in the folder (mirl-manifest.tsv)
-    calls broken are left out.
+    data: a folder (images at any depth, .tar shards with their indexes, or parquet, HDF5, DICOM or NIfTI files), a text
+    list of paths, a manifest, one file of images, the address of shards (s3://, https://), or a sequence of these.
+    PLACE:KEY chooses among the images that such a file, or a folder of them, holds (`Choice`). A folder that holds
+    train/ beside val/ or test/ stands for its ``split``: "train", or "val". Images that a manifest in the folder
+    (mirl-manifest.tsv) calls broken are left out.
     layout: "files" or "tar" decides for a folder that holds both; "auto" refuses it.
-    labels: class numbers, from the sorted names of the first folder level, the list's second column, or cls parts.
-    index_dir: where the .idx files are, if not beside the shards. use_manifest: leave out what a manifest calls broken.
-    every_name: the source's `ledger` keeps the path of each file that is left out, not only the counts by reason.
+    labels: class numbers, from the sorted names of the first folder level, the list's second column, cls parts, or the
+    files that hold the images.
+    index_dir: the folder of the .idx files; default: beside the shards. use_manifest: leave out what a manifest calls
+    broken. every_name: the source's `ledger` keeps the path of each file that is left out, not only counts by reason.
     UserError, one line with the mend, for everything that leaves nothing to train on.
     """
     if layout not in LAYOUTS:
@@ -91,7 +92,7 @@ def open_source(
 
 
 def _overlaps(roots: Sequence[Path]) -> list[str]:
-    """A clause for the ledger where images are seen twice, since one place is another or lies inside it."""
+    """Return clauses for the ledger if images are seen twice, because one place is another or lies inside it."""
     places = [os.path.realpath(root.expanduser()) for root in roots]
     known = {place: root for place, root in zip(places, roots, strict=True) if not os.path.isfile(place)}
     notes, met = [], set()
@@ -106,7 +107,7 @@ def _overlaps(roots: Sequence[Path]) -> list[str]:
 
 
 def _refuse_names_beside_numbers(roots: Sequence[Path], parts: Sequence[Source]) -> None:
-    """The numbers of a list cannot be told to mean the folders of another part, in whatever order those are."""
+    """Refuse class names in one part beside bare numbers in another: nothing says which names the numbers mean."""
     named = [root for root, part in zip(roots, parts, strict=True) if part.classes is not None]
     numbered = [root for root, part in zip(roots, parts, strict=True) if part.classes is None]
     if named and numbered:
@@ -144,7 +145,7 @@ def _open_one(
 
 
 def _kind_of_root(root: Path) -> str:
-    """SHARD, "manifest" or "list"; "" for a file that is no data set by itself."""
+    """Return SHARD, "manifest" or "list"; "" for a file that is no data set by itself."""
     try:
         if is_manifest(root):
             return "manifest"
@@ -234,7 +235,7 @@ def _open_shards(
     source = TarSource(shards, index_dir=index_dir, labels=labels, skip=skip, every_name=every_name)
     for name in found.images:
         found.ledger.leave_out("images (layout is tar)", os.path.join(found.root, name))
-    # The indexes of the shards are no files that somebody could miss.
+    # The indexes of the shards are not counted as left out: nobody misses them.
     found.ledger.images = 0
     indexes = [os.fspath(index_path(shard)) for shard in shards]
     found.ledger.forget(".idx", sum(map(os.path.exists, indexes)), set(indexes))

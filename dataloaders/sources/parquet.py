@@ -1,8 +1,8 @@
-"""Parquet files as Hugging Face's datasets writes them: a column of encoded images, perhaps one of class numbers.
+"""Read parquet files as Hugging Face's datasets writes them: a column of encoded images, perhaps one of class numbers.
 
 An image is a struct{bytes, path} or the bytes alone; the schema's metadata `huggingface` says which columns are images
 and names the classes. A row is read by reading its row group, which stays in memory for a while: the rest of the file
-is not touched. Rows are called ROW/NAME, or ROW where the image has no path.
+is not touched. Rows are called ROW/NAME, or ROW if the image has no path.
 https://huggingface.co/docs/datasets/main/en/about_dataset_features
 """
 
@@ -31,10 +31,10 @@ _LARGEST_LABEL = 10**9
 
 
 def of_split(files: Sequence[str], split: str) -> tuple[list[str], list[str]]:
-    """(files of ``split``, the names of the other splits): train-00000-of-00002.parquet beside validation-... .
+    """Return (files of ``split``, names of the other splits): train-00000-of-00002.parquet beside validation-... .
 
-    Of the splits beside train, val, valid, validation and test in this order is "val". Files that are not called so,
-    or train without another split, are all taken.
+    The first of val, valid, validation and test that is there is "val". If any file is called otherwise, or train has
+    no other split beside it, all files are taken.
     """
     found: dict[str, list[str]] = {}
     for file in files:
@@ -50,7 +50,7 @@ def of_split(files: Sequence[str], split: str) -> tuple[list[str], list[str]]:
 
 
 def open_parquet(path: Path, reading: Reading) -> ParquetFile:
-    """The images of one file; UserError if it is no parquet file, has no images, or not the labels asked for."""
+    """Open the images of one file. UserError if it is no parquet file, or lacks images or the labels asked for."""
     parquet = needed("pyarrow.parquet", "parquet", "parquet files")
     try:
         with parquet.ParquetFile(path) as file:
@@ -61,12 +61,12 @@ def open_parquet(path: Path, reading: Reading) -> ParquetFile:
         if is_of_a_moment(error) or isinstance(error, PermissionError):
             raise
         raise UserError(f"parquet file {shown(path)} cannot be read ({one_line(error)}): check it") from None
-    except Exception as error:  # Arrow's, which are of many types
+    except Exception as error:  # Arrow raises many types
         raise UserError(f"parquet file {shown(path)} cannot be read ({one_line(error)}): write it again") from None
 
 
 class ParquetFile:
-    """The rows of one file that hold an image; see `Container`."""
+    """The members of a parquet file are its rows that hold an image; see `Container`."""
 
     def __init__(self, path: Path, file: Any, parquet: Any, reading: Reading) -> None:
         self.path, self._parquet, self._metadata = os.fspath(path), parquet, file.metadata
@@ -106,14 +106,14 @@ class ParquetFile:
         return label
 
     def _read_group(self, group: int) -> tuple[Any, int]:
-        """The encoded images of one row group, and their bytes."""
+        """Read the encoded images of one row group, and count their bytes."""
         try:
             return patiently(partial(self._read_group_once, group), self.path)
         except FileNotFoundError:
             raise ImageError("the file no longer exists") from None
         except ImageError:
             raise
-        except Exception as error:  # Arrow's, which are of many types
+        except Exception as error:  # Arrow raises many types
             raise ImageError(f"row group {group} cannot be read: {one_line(error)}") from error
 
     def _read_group_once(self, group: int) -> tuple[Any, int]:
@@ -128,7 +128,7 @@ class ParquetFile:
         return column, column.nbytes
 
     def _rows_with_image(self, file: Any) -> np.ndarray:
-        """Numbers of the rows that hold bytes. Only row groups that may lack some are looked into."""
+        """Return the numbers of the rows that hold bytes. Only row groups that may lack some are looked into."""
         rows = []
         for group in range(self._metadata.num_row_groups):
             there = np.arange(int(self._first[group]), int(self._first[group + 1]))
@@ -145,7 +145,7 @@ def _stamp(path: str) -> tuple[int, int]:
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
-    """What the metadata `huggingface` says of the columns; nothing where there is none."""
+    """Return what the metadata `huggingface` says of the columns; {} if the schema has no such metadata."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
@@ -202,7 +202,7 @@ def _holds_bytes(kind: Any) -> bool:
 
 
 def _is_struct(kind: Any) -> bool:
-    """Whether a column's type is a struct with a field `bytes`."""
+    """Say whether a column's type is a struct with a field `bytes`."""
     return any(_is_binary(field.type) for field in kind if field.name == "bytes") if _fields(kind) else False
 
 
@@ -219,7 +219,7 @@ def _is_binary(kind: Any) -> bool:
 
 
 def _nulls(group: Any, column: str) -> int | None:
-    """How many rows of the group have no value in the column; None where that is not recorded."""
+    """Return how many rows of the group have no value in the column; None if the file does not record it."""
     for number in range(group.num_columns):
         chunk = group.column(number)
         if chunk.path_in_schema == column:
@@ -233,6 +233,6 @@ def _paths(file: Any, column: str) -> list[str | None]:
 
 
 def _name(row: int, paths: Sequence[str | None] | None) -> str:
-    """ROW/NAME: the row comes first, since names may be there twice."""
+    """Return ROW/NAME. The row comes first, since two images may have one name."""
     name = "" if paths is None else os.path.basename(paths[row] or "")
     return f"{row}/{name}" if name else str(row)

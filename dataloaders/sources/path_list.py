@@ -1,4 +1,4 @@
-"""Text lists of images: one path a line, byte for byte as on the disk, optionally a tab and a class number."""
+"""Read text lists of images: one path a line, byte for byte as on the disk, optionally a tab and a class number."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from mirl.dataloaders.sources.paths import shown
 from mirl.dataloaders.sources.patience import is_of_a_moment, patiently
 from mirl.errors import UserError
 
-_DIGITS = 9  # of a class number, at most
-_ASKED = 100  # entries that are not there which are looked at for what is wrong with them
-_FEW = 32  # entries of one folder below which each is asked for by itself
+_DIGITS = 9  # the most that a class number has
+_ASKED = 100  # this many of the missing entries are examined for a misspelling
+_FEW = 32  # up to this many entries of one folder are looked up one by one
 _BLANK = " \t\r\v\f"
 _UTF_16_OR_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 
 def read_path_list(list_file: Path) -> tuple[list[str], list[int] | None]:
-    """(paths, labels or None) of a list. Relative paths start at the folder of the list.
+    """Return (paths, labels or None) of a list. Relative paths start at the folder of the list.
 
-    Lines end with a newline, or carriage return and newline, and with nothing else. Empty lines are skipped, lines that
-    start with # where no file has that name. White space around a path is dropped where no file has it in its name.
-    UserError names the line and what is wrong with it.
+    Lines end with a newline, or carriage return and newline, and with nothing else. Empty lines are skipped. A line
+    that starts with # is skipped unless a file has that name. White space around a path is dropped unless a file has it
+    in its name. UserError names the line and what is wrong with it.
     """
     name = shown(list_file)
     try:
@@ -71,7 +71,7 @@ def read_path_list(list_file: Path) -> tuple[list[str], list[int] | None]:
 
 
 def refuse_misspelt(list_file: Path, missing: Iterable[str]) -> None:
-    """UserError if one of the first entries that are not there is a file that is, with quotes, a label or the like."""
+    """Raise UserError if one of the first missing entries is the path of a file with quotes, a label or the like."""
     for path in islice(missing, _ASKED):
         problem = _misspelling(list_file, path)
         if problem is not None:
@@ -79,9 +79,10 @@ def refuse_misspelt(list_file: Path, missing: Iterable[str]) -> None:
 
 
 def existing_entries(folder: Path, paths: list[str], ledger: Ledger) -> list[int]:
-    """Positions of the `paths` that are there; the others go into the ledger.
+    """Return the positions of those of the `paths` that exist; the others go into the ledger.
 
-    A folder of which many entries are listed is read once, which costs a network disk less than a question for each.
+    If many entries of one folder are listed, the folder is read once: a question for each would cost a network disk
+    more.
     """
     by_parent: dict[str, list[int]] = {}
     for position, path in enumerate(paths):
@@ -101,7 +102,7 @@ def existing_entries(folder: Path, paths: list[str], ledger: Ledger) -> list[int
 
 
 def _names(folder: Path) -> set[str]:
-    """Names of the files in `folder`; none if it does not exist."""
+    """Return the names of the files in `folder`; none if it does not exist."""
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries if entry.is_file()}
@@ -114,7 +115,7 @@ def _is_comment(line: str, folder: Path) -> bool:
 
 
 def _path(text: str, folder: Path) -> str:
-    """The text without white space around it, unless a file has it in its name."""
+    """Return the text without white space around it, unless a file has that space in its name."""
     bare = text.strip(_BLANK)
     return text if bare == text or _exists(folder, text) else bare
 
@@ -129,13 +130,13 @@ def _is_file(path: Path) -> bool:
     except OSError as error:
         if is_of_a_moment(error):
             raise
-        return False  # too long
-    except ValueError:  # with a zero byte
+        return False  # the name is too long
+    except ValueError:  # the name has a zero byte
         return False
 
 
 def _first_problem(list_file: Path, path: str) -> str:
-    """What is wrong with an entry that names no file, and the mend."""
+    """Say what is wrong with an entry that names no file, and the mend."""
     folder = list_file.parent
     if (folder / path).is_dir():
         return f"{shown(folder / path)} is a folder; give the files in it, or the folder itself in place of the list"
@@ -146,7 +147,7 @@ def _first_problem(list_file: Path, path: str) -> str:
 
 
 def _misspelling(list_file: Path, path: str) -> str | None:
-    """What is wrong with an entry whose file is there under a name that is part of it, and the mend."""
+    """Say what is wrong with an entry that has more in it than its file's name, and the mend; None if it has not."""
     folder = list_file.parent
     head, _, tail = path.rpartition("\t")
     if head and _exists(folder, head):
@@ -155,7 +156,7 @@ def _misspelling(list_file: Path, path: str) -> str | None:
         head, _, tail = path.rpartition(mark)
         if head and _exists(folder, head.strip().strip('"')):
             script = rf"s/{mark}+ *([0-9]+)[[:space:]]*$/\t\1/"
-            # Beside the list, where its relative paths begin.
+            # The new list lies beside the old one, where its relative paths begin.
             new = list_file.with_name(f"{list_file.stem}-tabs{list_file.suffix}")
             mend = (
                 f"sed -E '{script}' {shown(shlex.quote(os.fspath(list_file)))} > {shown(shlex.quote(os.fspath(new)))}"

@@ -1,8 +1,9 @@
-"""What the file system says for a moment is not what is wrong with a file: reads that fail so are tried again.
+"""Try reads again that fail because the file system does not answer for a moment, not because a file is broken.
 
 A share that goes over to another server answers EIO, ESTALE or a time-out for some seconds, to every read at once. So a
-read is tried again with growing waits, afresh from the name, for as long as `PATIENCE_S`. What lasts longer is either
-the file, where other images can be read (a bad sector), or the share, where none can: `read_image` tells them apart.
+read is tried again with growing waits, afresh from the name, for as long as `PATIENCE_S`. A failure that lasts longer
+is either the file's (a bad sector), if other images can be read, or the share's, if none can: `read_image` tells them
+apart.
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ _log = logging.getLogger(__name__)
 
 
 def is_of_a_moment(error: OSError) -> bool:
-    """Whether `error` says something of the file system rather than of the file."""
+    """Say whether `error` is about the file system rather than about the file."""
     return error.errno in OF_A_MOMENT
 
 
 class _Outage:
-    """Since when nothing could be read, over all threads: the second file of an outage has no patience of its own."""
+    """An outage knows, over all threads, since when nothing could be read. Its files share one patience."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._since: float | None = None
-        # Files that failed for all of the patience while others could be read: a bad sector costs that wait once.
+        # These files failed for the whole patience while others could be read: a bad sector costs the wait once.
         self._given_up: set[str] = set()
 
     def failed(self, name: str, since: float, error: OSError) -> float:
-        """Seconds for which `name` may still be tried again; none or less: it is given up."""
+        """Return the seconds for which `name` may still be tried again; at 0 or less it is given up."""
         with self._lock:
             now = time.monotonic()
             if self._since is None:
@@ -62,7 +63,7 @@ class _Outage:
             return left
 
     def answered(self, name: str) -> None:
-        if self._since is None and not self._given_up:  # almost always: no lock for each image
+        if self._since is None and not self._given_up:  # as almost always: then an image takes no lock
             return
         with self._lock:
             self._since = None
@@ -73,10 +74,10 @@ _outage = _Outage()
 
 
 def patiently(read: Callable[[], T], name: str, *, afresh: Callable[[], None] | None = None) -> T:
-    """The result of `read`, tried again while the file system fails for a moment.
+    """Return the result of `read`, tried again while the file system fails for a moment.
 
-    name: of what is read. afresh: called before each new try, to drop what was open.
-    StorageError if it lasts; any other OSError as it comes.
+    name: of the file, for messages. afresh: called before each new try, to drop open handles.
+    StorageError if the failure lasts; any other OSError as it comes.
     """
     since, wait = None, _FIRST_WAIT_S
     while True:
@@ -85,7 +86,7 @@ def patiently(read: Callable[[], T], name: str, *, afresh: Callable[[], None] | 
         except OSError as error:
             if not is_of_a_moment(error):
                 raise
-            since = time.monotonic() if since is None else since  # a read that works pays for no clock
+            since = time.monotonic() if since is None else since  # a read that works asks no clock
             left = _outage.failed(name, since, error)
             if left <= 0:
                 raise StorageError(f"cannot be read: {error.strerror}") from error
@@ -99,7 +100,7 @@ def patiently(read: Callable[[], T], name: str, *, afresh: Callable[[], None] | 
 
 
 def find_patiently(find: Callable[[], T], place: str) -> T:
-    """The result of `find`, which lists files or reads what says where images are; StorageLost if nothing answers."""
+    """Return the result of `find`, which lists files or reads an index; StorageLost if nothing answers."""
     try:
         return patiently(find, place)
     except StorageError as error:
@@ -109,7 +110,7 @@ def find_patiently(find: Callable[[], T], place: str) -> T:
 
 
 def read_image(source: Source, index: int) -> bytes:
-    """The encoded image `index`; ImageError if the file cannot be had, StorageLost if nothing can."""
+    """Read the encoded image `index`. ImageError if this file cannot be read, StorageLost if no file can."""
     try:
         return source.read(index)
     except StorageError as error:
@@ -120,7 +121,7 @@ def read_image(source: Source, index: int) -> bytes:
                 f"the file system of the data does not answer ({source.path(index)} {error}, nor can {_OTHERS} other "
                 f"images, after {PATIENCE_S:.0f} s of trying)"
             ) from error
-    return source.read(index)  # the outage may just be over; if not, it is this file
+    return source.read(index)  # the outage may just be over; if not, this file is at fault
 
 
 def _answers(source: Source, index: int) -> bool:
@@ -128,6 +129,6 @@ def _answers(source: Source, index: int) -> bool:
         source.read(index)
     except StorageError:
         return False
-    except ImageError:  # an answer too
+    except ImageError:  # the file system has answered
         return True
     return True

@@ -1,4 +1,4 @@
-"""Tar shards behind s3:// and http(s)://: copied into the cache, indexed there, then read as local shards are.
+"""Open tar shards behind s3:// and http(s)://: copy them into the cache, index them there, read them as local shards.
 
 The order of images and the identity of the data set come from the names of the members, so a run may go on with a
 local copy of the same shards, and the other way round. An image is called URL::MEMBER.
@@ -31,7 +31,7 @@ _MOST_SHARDS = 100_000
 
 
 def expand_braces(url: str) -> list[str]:
-    """shard-{000..127}.tar and {a,b}.tar as a shell expands them; UserError for braces of another kind."""
+    """Expand shard-{000..127}.tar and {a,b}.tar as a shell does. UserError for braces of another kind."""
     match = _BRACES.search(url)
     if match is None:
         return [url]
@@ -57,7 +57,7 @@ def open_remote(
     every_name: bool = False,
     only: frozenset[str] | None = None,
 ) -> TarSource:
-    """The shards that an address names: one .tar, several with braces, or, on S3, all below a prefix.
+    """Open the shards that an address names: one .tar, several with braces, or, on S3, all below a prefix.
 
     only: paths (URL::member) to keep. UserError and StorageLost: see `copies_of`.
     """
@@ -70,19 +70,19 @@ def open_remote(
 
 
 def open_remote_members(paths: Sequence[str], *, labels: bool = False, every_name: bool = False) -> TarSource:
-    """The members URL::member of remote shards, in the order in which their shards are first named."""
+    """Open the members URL::member of remote shards, in the order in which their shards are first named."""
     urls = list(dict.fromkeys(shard_url(path) for path in paths))
     return _open_files(urls[0], described(urls), Ledger(), labels, every_name, frozenset(paths))
 
 
 def shard_url(path: str) -> str:
-    """URL of URL::member."""
+    """Return the URL of URL::member."""
     end = path.find(".tar::")
     return path[: end + 4] if end >= 0 else path.partition("::")[0]
 
 
 def fetch_all(urls: Sequence[str]) -> None:
-    """Copies the shards of several addresses at once, where each would otherwise wait for the one before."""
+    """Copy the shards of several addresses at once, so that none waits for the one before."""
     named = [one for url in urls if urlsplit(url).path.lower().endswith(".tar") for one in expand_braces(url)]
     copies_of(described(named))
 
@@ -115,7 +115,7 @@ def _open_files(
 
 
 def _shards_below(url: str, split: str, ledger: Ledger) -> list[RemoteFile]:
-    """The shards below an S3 prefix, of ``split`` where it holds train/ beside val/ or test/."""
+    """List the shards below an S3 prefix; those of ``split`` if it holds train/ beside val/ or test/."""
     prefix = url.rstrip("/") + "/"
     files = [(file.url.removeprefix(prefix), file) for file in list_folder(url)]
     if not files:
@@ -139,7 +139,7 @@ def _shards_below(url: str, split: str, ledger: Ledger) -> list[RemoteFile]:
 
 
 def _fetch_class_names(url: str) -> None:
-    """Puts the class names that lie beside a shard beside its copy, or removes what lies there if they do not exist."""
+    """Copy the class names that lie beside a shard to the place beside its copy; remove old ones if it has none."""
     beside = url.partition("?")[0].rpartition("/")[0] + f"/{CLASS_NAMES}"
     place = folder_of(url) / CLASS_NAMES
     try:
@@ -156,5 +156,5 @@ def _fetch_class_names(url: str) -> None:
 
 
 def find_member(source: TarSource, path: str) -> int | None:
-    """The number of the image URL::member; None if there is none."""
+    """Return the number of the image URL::member; None if the source has no such image."""
     return next((index for index in range(source.num_images) if source.path(index) == path), None)

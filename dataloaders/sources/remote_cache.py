@@ -1,10 +1,10 @@
-"""Copies of remote files on this machine: whole or not there, each version under a name of its own.
+"""Copy remote files to this machine: a copy is whole or absent, and each version has a name of its own.
 
-A copy is called NAME-VERSION, where VERSION is made of the ETag and the size, so that a file that is written again on
-the server is another copy, and a run that is under way keeps the one that it began with. It is written under a hidden
-name by the one process that holds its lock, and renamed when its size is right and the server still tells of the same
-version; processes that want it wait, and find it. Nothing is deleted: what the copies take is said, and the folder may
-be removed whenever no run uses it.
+A copy is called NAME-VERSION. VERSION is made of the file's tag (`RemoteFile`) and size, so that a file that is written
+again on the server is another copy, and a run that is under way keeps the copy that it began with. The process that
+holds the copy's lock writes it under a hidden name, and renames it when its size is right and the server still tells of
+the same version. Other processes that want the copy wait, and find it. Nothing is deleted: the ledger says how much
+room the copies take, and the folder may be removed whenever no run uses it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from mirl.dataloaders.sources.remote_files import Changed, Download, RemoteFile,
 from mirl.errors import UserError
 
 _AT_ONCE = 8
-_VERSIONS = 3  # that a file may show while it is fetched
+_VERSIONS = 3  # a file that shows more versions while it is fetched is refused
 _POLL_S, _SAID_AFTER_S = 0.1, 10.0
 _log = logging.getLogger(__name__)
 
 
 def copies_of(files: Sequence[RemoteFile]) -> list[Path]:
-    """Whole copies of the files, in their order; those that are missing are fetched, several at once.
+    """Return whole copies of the files, in their order. Those that are missing are fetched, several at once.
 
     UserError if the folder cannot be written or has no room; StorageLost if the server does not answer for longer than
     the patience of a file system.
@@ -50,18 +50,18 @@ def copies_of(files: Sequence[RemoteFile]) -> list[Path]:
 
 
 def described(urls: Sequence[str]) -> list[RemoteFile]:
-    """What the server says of each file, asked for several at once."""
+    """Ask the server to describe each file, several at once."""
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="mirl-fetch") as pool:
         return list(pool.map(lambda url: find_patiently(partial(describe, url), shown(url)), urls))
 
 
 def gib(size: int) -> str:
-    """A number of bytes for people."""
+    """Write a number of bytes for people."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
 
 
 def folder_of(url: str) -> Path:
-    """Where the copies of the files of one remote folder are."""
+    """Return the folder with the copies of the files of one remote folder."""
     folder = url.partition("?")[0].rpartition("/")[0]
     return default_cache_dir() / "shards" / hashlib.blake2b(folder.encode(), digest_size=8).hexdigest()
 
@@ -75,7 +75,7 @@ def _place(file: RemoteFile) -> Path:
 def _is_whole(place: Path, file: RemoteFile) -> bool:
     try:
         return place.stat().st_size == file.size
-    except OSError:  # what is wrong with the folder is said where it is written to
+    except OSError:  # if the folder is at fault, writing to it will say so
         return False
 
 
@@ -85,7 +85,7 @@ def _copy_of(file: RemoteFile) -> Path:
         if _is_whole(place, file):
             return place
         with _locked(place):
-            if _is_whole(place, file):  # by the process that had the lock
+            if _is_whole(place, file):  # the process that had the lock has fetched it
                 return place
             try:
                 _fetch(file, place)
@@ -96,7 +96,7 @@ def _copy_of(file: RemoteFile) -> Path:
 
 
 def _fetch(file: RemoteFile, place: Path) -> None:
-    """Writes the copy; the caller holds its lock. `Changed` if the server has another version now."""
+    """Write the copy; the caller holds its lock. `Changed` if the server has another version now."""
     part = place.with_name(f".{place.name}.part")
     with open(part, "wb") as target:
         download = Download(file, target)
@@ -109,12 +109,12 @@ def _fetch(file: RemoteFile, place: Path) -> None:
         part.unlink()
         raise Changed
     os.replace(part, place)
-    POOL.drop(os.fspath(place))  # of a copy that was damaged and is fetched again
+    POOL.drop(os.fspath(place))  # a damaged copy that was fetched again may still be open
 
 
 @contextmanager
 def _locked(place: Path) -> Iterator[None]:
-    """Alone among all processes with the file `place`."""
+    """Hold the lock of the file `place`, alone among all processes."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(place.with_name(f".{place.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

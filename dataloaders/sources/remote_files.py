@@ -1,7 +1,7 @@
-"""Files behind s3:// and http(s)://, by fsspec: what they are, which there are, and their bytes in pieces.
+"""Describe, list and download files behind s3:// and http(s):// by fsspec.
 
-What a server says becomes one of three things: an OSError of a moment, which is tried again with the patience that a
-file system gets; `Changed`, where the file is no longer the one that was asked for; or a UserError.
+A server's error becomes one of three exceptions: an OSError of a moment, after which the caller tries again with the
+patience that a file system gets; `Changed`, if the file is no longer the one that was asked for; or a UserError.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ T = TypeVar("T")
 
 
 class Changed(Exception):
-    """The file is not the one that was asked for: it was written again."""
+    """The file is not the one that was asked for, because it was written again."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as its server describes it. tag: of this version, its ETag or else the time of its last change."""
+    """A remote file is told by its server. tag: of this version, its ETag or else the time of its last change."""
 
     url: str
     size: int
@@ -42,18 +42,18 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """The last part of the path."""
+        """Return the last part of the path."""
         return urlsplit(self.url).path.rpartition("/")[2]
 
 
 def describe(url: str) -> RemoteFile:
-    """What the server says of a file. UserError: it is not there, forbidden, or of unknown size."""
+    """Ask the server to describe a file. UserError if it does not exist, is forbidden, or has no stated size."""
     info = _asked(url, lambda: _system(url).info(url, **({"refresh": True} if _is_s3(url) else {})))
     return _described(url, info)
 
 
 def list_folder(url: str) -> Iterator[RemoteFile]:
-    """The files at any depth below an S3 prefix, sorted by name; UserError for an address of the web."""
+    """List the files at any depth below an S3 prefix, sorted by name. UserError for an address of the web."""
     if not _is_s3(url):
         raise UserError(
             f"{shown(url)} is no .tar, and the web has no folders: name the shards, {shown(url)}/shard-{{000..099}}.tar"
@@ -65,10 +65,10 @@ def list_folder(url: str) -> Iterator[RemoteFile]:
 
 
 class Download:
-    """Appends a remote file to a local one, piece by piece.
+    """A download appends a remote file to a local one, piece by piece.
 
-    What came before a connection broke is kept, and the next piece follows it; a server that sends the whole file
-    whatever part it is asked for is asked from the beginning again.
+    Bytes that came before a connection broke are kept, and the next piece follows them. If a server sends the whole
+    file whatever part it is asked for, the download begins again.
     """
 
     def __init__(self, remote: RemoteFile, file: IO[bytes]) -> None:
@@ -76,7 +76,7 @@ class Download:
         self._whole_only = False
 
     def more(self) -> None:
-        """Appends one byte or more. OSError of a moment if nothing came that can be kept, `Changed`, or UserError."""
+        """Append one byte or more. OSError of a moment if nothing came that can be kept, `Changed`, or UserError."""
         remote, before = self.remote, self.file.tell()
         if _is_s3(remote.url):
             end = min(before + _BLOCK, remote.size)
@@ -98,11 +98,11 @@ class Download:
             raise OSError(errno.EIO, f"the server ended after {self.file.tell()} of {remote.size} bytes")
 
     async def _stream(self, system: Any, start: int) -> None:
-        """Takes the file from byte ``start`` on, as long as the connection holds."""
+        """Take the file from byte ``start`` on, as long as the connection holds."""
         headers = {"Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
-        if self.remote.tag.startswith('"'):  # of a strong ETag
+        if self.remote.tag.startswith('"'):  # a strong ETag; weak ones begin with W/
             headers["If-Match"] = self.remote.tag
         session = await system.set_session()
         async with session.get(system.encode_url(self.remote.url), headers=headers) as response:
@@ -150,7 +150,7 @@ def _system(url: str) -> Any:
 
 @lru_cache(maxsize=8)
 def _open_system(scheme: str, process: int) -> Any:
-    """fsspec's file system of a scheme. Waiting and trying again is ours, so it is told to do neither for long."""
+    """Open fsspec's file system of a scheme. We wait and try again ourselves, so it is told to do neither for long."""
     if scheme == "s3":
         s3fs = needed("s3fs", "remote", "s3:// places")
         system = s3fs.S3FileSystem(
@@ -166,12 +166,12 @@ def _open_system(scheme: str, process: int) -> Any:
 
 
 def _asked(url: str, ask: Callable[[], T]) -> T:
-    """What ``ask`` returns; its errors as the three things that they can mean."""
+    """Return the answer of ``ask``; its errors become one of the three exceptions of this module."""
     try:
         return ask()
     except (UserError, Changed):
         raise
-    except Exception as error:  # of fsspec, aiohttp, botocore
+    except Exception as error:  # fsspec, aiohttp and botocore raise many types
         raise _meaning(url, error) from error
 
 
@@ -202,7 +202,7 @@ def _meaning(url: str, error: Exception) -> Exception:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error of aiohttp or botocore carries."""
+    """Return the HTTP status that an error of aiohttp or botocore carries."""
     if isinstance(status := getattr(error, "status", None), int):
         return status
     response = getattr(error, "response", None)

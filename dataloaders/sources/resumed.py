@@ -1,4 +1,4 @@
-"""The data set of a resumed run, which may have learned since that some of its images are broken.
+"""Keep the data set of a resumed run as it was, although a manifest has since called some of its images broken.
 
 The order of images is a function of their number, so leaving some out would give every later step other images. The
 images that a manifest calls broken keep their numbers instead, and others are shown in their place.
@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 class WithKnownBroken:
-    """A source some of whose items are known to be broken: they have a number and a name, and are never read."""
+    """This source has items that are known to be broken: they have a number and a name, and are never read."""
 
     def __init__(self, source: Source, broken: frozenset[int]) -> None:
         self.source, self.broken = source, broken
@@ -41,12 +41,12 @@ class WithKnownBroken:
 
 
 def identity(source: Source) -> str:
-    """What a checkpoint keeps of a data set: the number of its images and a digest of their names in order."""
+    """Return what a checkpoint keeps of a data set: the number of its images and a digest of their names in order."""
     return f"{source.num_images}-{source.fingerprint()}"
 
 
 def as_before(source: Source, open_all: Callable[[], Source], wanted: str) -> Source:
-    """`source`, or, if only that makes it the data set `wanted`, the one with the images that its manifest leaves out.
+    """Return `source`, or the data with the images that its manifest leaves out if only that is the data set `wanted`.
 
     open_all: opens the same data with all images of the manifest. wanted: `identity` in the checkpoint.
     """
@@ -55,7 +55,7 @@ def as_before(source: Source, open_all: Callable[[], Source], wanted: str) -> So
     whole = open_all()
     if identity(whole) != wanted:
         whole.close()
-        return source  # its reader says what differs
+        return source  # the loader refuses it and says what differs
     broken, at = set(), 0
     for index in range(whole.num_images):
         if at < source.num_images and whole.path(index) == source.path(at):

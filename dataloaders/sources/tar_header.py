@@ -1,4 +1,4 @@
-"""The 512 bytes before a member's data: whether they are the header of the member that an index names."""
+"""Check the 512 bytes before a member's data: are they the header of the member that an index names?"""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ _NOT_ASCII = bytes(range(128, 256)) + b"?_"
 
 
 def header_matches(header: bytes, name: bytes, size: int) -> bool:
-    """Whether a tar header is that of member `name` with `size` bytes of data.
+    """Say whether a tar header belongs to member `name` with `size` bytes of data.
 
-    Long names are kept elsewhere and the header holds their beginning (GNU, pax) or their end (ustar prefix). Of names
-    that are not ASCII a pax header holds what the writer made of them: question marks (Python), raw bytes (GNU tar), or
-    nothing; there only the ASCII characters are compared.
+    Long names are kept elsewhere and the header holds their beginning (GNU, pax) or their end (ustar prefix). A name
+    that is not ASCII stands in a pax header as the writer made it: with question marks (Python), as raw bytes (GNU
+    tar), or not at all. So only the ASCII characters of such a name are compared.
     """
     if not _sum_is_right(header) or _number(header[124:136]) != size:
         return False
@@ -22,7 +22,7 @@ def header_matches(header: bytes, name: bytes, size: int) -> bool:
 
 
 def is_header(block: bytes) -> bool:
-    """Whether 512 bytes are the header of a tar member: it has a name and the right sum."""
+    """Say whether 512 bytes are the header of a tar member: it has a name and the right sum."""
     return block[0] > 0 and _sum_is_right(block)
 
 
@@ -37,7 +37,7 @@ def _sum_is_right(header: bytes) -> bool:
 
 
 def _number(field: bytes) -> int:
-    """A number of a tar header, octal or, above 8 GiB, base 256; -1 if it is none."""
+    """Read a number of a tar header, octal or, above 8 GiB, base 256; -1 if it is none."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b"\0 ")

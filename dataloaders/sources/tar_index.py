@@ -1,6 +1,6 @@
-"""Index files of WebDataset tar shards: where each sample's parts lie, so that any sample is one read away.
+"""Make and load index files of WebDataset tar shards: they say where a sample's parts lie, so one read gets a part.
 
-How an index is written is in dataloaders/sources/index_format.py, what a sample's image is in tar_samples.py.
+index_format.py has the text of an index, tar_samples.py the rule for the image of a sample.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mirl.errors import UserError
 
 
 def index_path(shard: Path, index_dir: Path | None = None) -> Path:
-    """x.idx beside x.tar, or in `index_dir`."""
+    """Return x.idx beside x.tar, or in `index_dir`."""
     return (index_dir or shard.parent) / f"{shard.stem}.idx"
 
 
@@ -49,14 +49,14 @@ def make_index(
     image_part: str | None = None,
     progress: bool | Callable[[int, int], None] = True,
 ) -> list[Path]:
-    """Writes x.idx for every x.tar below `data` (a folder, or one tar) and returns their paths.
+    """Write x.idx for every x.tar below `data` (a folder, or one tar). Returns the paths of the indexes.
 
-    index_dir: where to write, for shards on a read-only disk; default: beside each tar. workers: shards at a time.
-    force: also those whose index is newer than the tar. allow_cut: index the whole members of a tar that ends in the
-    middle, instead of refusing it. image_part: the extension of the part of each sample that is the image, or "each"
-    for all its image parts; it is kept in the index, so that every command follows it, and renews indexes without it.
-    progress: a bar on stderr, nothing, or a function of (done, total).
-    UserError names a tar that is cut, is not a tar, is empty, or whose images cannot be told, and the mend; indexes of
+    index_dir: the folder to write to, for shards on a read-only disk; default: beside each tar. workers: shards at a
+    time. force: write an index again although it is newer than the tar. allow_cut: index the whole members of a tar
+    that ends in the middle, instead of refusing it. image_part: the extension of the part of each sample that is the
+    image, or "each" for all its image parts. It is kept in the index, so that every command follows it; an index with
+    another choice is written again. progress: a bar on stderr, nothing, or a function of (done, total).
+    UserError names a tar that is cut, is not a tar, is empty, or whose images cannot be told, and the mend. Indexes of
     the others are written first.
     """
     shards = find_shards(Path(data))
@@ -98,7 +98,7 @@ def make_index(
 
 
 def find_shards(data: Path) -> list[Path]:
-    """Sorted tar shards: `data` itself, or all below the folder `data`."""
+    """Return sorted tar shards: `data` itself, or all below the folder `data`."""
     return find_patiently(partial(_find_shards, data), shown(data))
 
 
@@ -114,7 +114,7 @@ def _find_shards(data: Path) -> list[Path]:
 
 
 def scan_shard(shard: Path, *, allow_cut: bool = False, image_part: str | None = None) -> ShardIndex:
-    """The samples of one tar, read header by header; UserError if it is cut, empty or not a tar."""
+    """Read the samples of one tar, header by header. UserError if it is cut, empty or not a tar."""
     total = os.path.getsize(shard)
     mend = "copy or write it again, or index its whole members with allow_cut (--allow-cut)"
     index = ShardIndex([], [], image_part)
@@ -155,9 +155,9 @@ def scan_shard(shard: Path, *, allow_cut: bool = False, image_part: str | None =
 
 
 def part_of(member: tarfile.TarInfo, handle: int) -> Part | str:
-    """The part that a member is, or the reason why it is in no sample.
+    """Return the part that a member is, or the reason why it is in no sample.
 
-    A member whose suffix tells nothing but whose first bytes are an image's gets the usual suffix behind its own.
+    If a member's suffix tells nothing but its first bytes are an image's, the usual suffix is put behind its own.
     """
     base = member.name.rpartition("/")[2]
     if base.startswith("."):
@@ -181,14 +181,14 @@ def part_of(member: tarfile.TarInfo, handle: int) -> Part | str:
 
 
 def read_index(index: Path, shard: Path | None = None) -> list[list[Part]]:
-    """The samples of an index file; see `load_index`."""
+    """Load the samples of an index file; see `load_index`."""
     return load_index(index, shard).samples
 
 
 def load_index(index: Path, shard: Path | None = None) -> ShardIndex:
-    """The content of an index file; UserError with the mend if it is missing or damaged.
+    """Load an index file. UserError with the mend if it is missing or damaged.
 
-    shard: the tar that it is of, for the mend; default: what lies beside the index.
+    shard: the tar of this index, for the mend; default: the folder of the index.
     """
     try:
         return parse_index_text(index.read_bytes())
@@ -204,7 +204,7 @@ def load_index(index: Path, shard: Path | None = None) -> ShardIndex:
 
 
 def index_command(index: Path, shard: Path | None, *options: str) -> str:
-    """The command that makes this index."""
+    """Return the command that makes this index."""
     words = ["mirl", "make-index", *options, os.fspath(shard or index.parent)]
     if shard is not None and index.parent != shard.parent:
         words += ["--index-dir", os.fspath(index.parent)]
@@ -212,7 +212,7 @@ def index_command(index: Path, shard: Path | None, *options: str) -> str:
 
 
 def ambiguity(shard: Path, index_dir: Path | None, error: AmbiguousSample) -> str:
-    """What to tell where the image of a sample cannot be told."""
+    """Return the message for a shard in which the image of a sample cannot be told."""
     command = index_command(index_path(shard, index_dir), shard, "--image-part", error.extensions[0])
     return f"tar shard {shown(shard)}: {error}; choose the image, or each for all of them: {command}"
 

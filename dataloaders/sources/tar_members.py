@@ -1,4 +1,4 @@
-"""The members of a tar in their order, also behind an end mark: `cat a.tar b.tar > c.tar` is one file of two tars."""
+"""Iterate over a tar's members in their order, also behind an end mark: `cat a.tar b.tar > c.tar` holds two tars."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _CHUNK = 2**20
 
 
 class TarMembers:
-    """Iterates over the headers from byte `start` on. After that `whole` says whether the last tar has its end mark.
+    """It iterates over the headers from byte `start` on. Then `whole` says whether the last tar has its end mark.
 
-    tarfile.TarError, or ValueError of a damaged sparse header, where the file is cut, damaged or no tar.
+    tarfile.TarError, or ValueError of a damaged sparse header, if the file is cut, damaged or no tar.
     """
 
     def __init__(self, shard: Path, start: int = 0) -> None:
@@ -43,7 +43,7 @@ class TarMembers:
 
 
 def _next_block(file: IO[bytes], start: int) -> int | None:
-    """The first block from `start` on that is not of zeros; None if there is none."""
+    """Return the first block from `start` on that is not of zeros; None if all are."""
     file.seek(start)
     while chunk := file.read(_CHUNK):
         zeros = len(chunk) - len(chunk.lstrip(b"\0"))

@@ -1,11 +1,13 @@
-"""Which part of a sample in a tar shard is the image, and which is its label.
+"""Choose which part of a sample in a tar shard is the image, and which is its label.
 
-As in WebDataset a sample is a run of members whose names agree up to the first dot, and what follows the dot names the
-part: 0001.jpg, 0001.depth.png and 0001.cls are three parts of 0001. A dot can also belong to the name, as in
-"Screenshot at 10.02.02 PM.png". The rule: what stands between the first and the last dot is the name of a part only if
-each piece is a word of ASCII letters, digits, _ and - that begins with a letter or _; pieces up to the last one that is
-no such word belong to the sample's name. Of the image parts of one sample the one whose extension has no dot is taken;
-several, or only several with dots, are refused by name, and `mirl make-index --image-part` settles it.
+As in WebDataset a sample is a run of members whose names agree up to the first dot, and the text after the dot names
+the part: 0001.jpg, 0001.depth.png and 0001.cls are three parts of 0001. A dot can also belong to the name, as in
+"Screenshot at 10.02.02 PM.png".
+
+The rule looks at the pieces between the first and the last dot. They name a part if each is a word of ASCII letters,
+digits, _ and - that begins with a letter or _. Otherwise the pieces up to the last one that is no such word belong to
+the sample's name. If a sample has several image parts, the one whose extension has no dot is taken. If there is not
+exactly one such part, the shard is refused and the parts are named; `mirl make-index --image-part` settles it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ _IMAGES = image_extensions()
 
 
 class AmbiguousSample(Exception):
-    """Several parts could be the image; `extensions` are theirs."""
+    """Several parts could be the image; `extensions` are those of the parts."""
 
     def __init__(self, name: str, extensions: list[str]) -> None:
         super().__init__(f"sample {name!r} has {len(extensions)} image parts ({', '.join(extensions)})")
@@ -32,22 +34,22 @@ class AmbiguousSample(Exception):
 
 @dataclass
 class Chosen:
-    """The images of one run of members, each with its part and its label's, and (part, reason) of all others."""
+    """These come from one run of members. images: (part, extension, part of the label). left_out: (part, reason)."""
 
     images: list[tuple[Part, str, Part | None]] = field(default_factory=list)
     left_out: list[tuple[Part, str]] = field(default_factory=list)
 
 
 def is_image(extension: str) -> bool:
-    """Whether a part's extension, in lower case and with any number of dots, is that of an image."""
+    """Say whether a part's extension, in lower case and with any number of dots, is an image's."""
     return extension.rpartition(".")[2] in _IMAGES
 
 
 def choose_images(parts: list[Part], image_part: str | None = None) -> Chosen:
-    """The images among the members of one WebDataset sample.
+    """Choose the images among the members of one WebDataset sample.
 
     image_part: the extension of the part to take, after the first dot of the name, or "each" for every image part;
-    None: by the rule above. AmbiguousSample where the rule does not tell.
+    None: by the rule of this module. AmbiguousSample if the rule does not tell.
     """
     if image_part is None and (simple := _only_plain_image(parts)) is not None:
         return simple
@@ -80,7 +82,7 @@ def choose_images(parts: list[Part], image_part: str | None = None) -> Chosen:
 
 
 def _only_plain_image(parts: list[Part]) -> Chosen | None:
-    """The choice for a sample whose extensions have no dots and one of which is an image's, as nearly all are."""
+    """Choose if no extension has a dot and at most one is an image's, as in nearly all samples; else return None."""
     image = label = None
     left_out = []
     for part in parts:
@@ -106,14 +108,14 @@ def _reason(extension: str) -> str:
 
 
 def _samples(parts: list[Part]) -> tuple[list[list[Part]], list[list[str]]]:
-    """Parts of one WebDataset sample by the part of the name that the first dot cut off, and their extensions."""
+    """Group the parts of one WebDataset sample by the rest of its name behind the first dot. Returns extensions too."""
     groups: list[list[Part]] = []
     extensions: list[list[str]] = []
     current: dict[str, int] = {}
     for part in parts:
         stem, extension = _split(part)
         number = current.get(stem)
-        if number is None or extension in extensions[number]:  # a member that is there twice is an image of its own
+        if number is None or extension in extensions[number]:  # a second member of one name is an image of its own
             number = current[stem] = len(groups)
             groups.append([])
             extensions.append([])
@@ -123,7 +125,7 @@ def _samples(parts: list[Part]) -> tuple[list[list[Part]], list[list[str]]]:
 
 
 def _split(part: Part) -> tuple[str, str]:
-    """(rest of the sample's name, extension) of what follows the first dot of a member's name."""
+    """Split the text after the first dot of a member's name into (rest of the sample's name, extension)."""
     pieces = part.extension.split(".")
     if len(pieces) == 1:
         return "", part.extension

@@ -1,7 +1,7 @@
-"""Images inside WebDataset tar shards, each read by one positioned read with the help of the shard's index.
+"""Read images inside WebDataset tar shards, each by one positioned read with the help of the shard's index.
 
-That an index belongs to its tar is checked twice: when the source is opened, at the first, middle and last sample and
-at the end of the file; and at every read, which takes in the 512-byte tar header that stands before the data.
+An index is checked twice to belong to its tar: when the source is opened, at the first, middle and last image and at
+the end of the file; and at every read, which takes in the 512-byte tar header before the data.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from mirl.dataloaders.sources.tar_members import TarMembers
 from mirl.dataloaders.sources.tar_samples import AmbiguousSample, choose_images, is_image
 from mirl.errors import UserError
 
-_MOST_DIGITS = 9  # of a class number
+_MOST_DIGITS = 9  # a class number has no more
 _USUAL_END = 2**16  # tars end with zeros up to a multiple of 10 KiB
 
 
 class TarSource:
-    """All images of some shards; labels come from the `cls` parts of their samples.
+    """This source has all images of some shards; labels come from the `cls` parts of their samples.
 
-    Which part of a sample is the image: see dataloaders/sources/tar_samples.py. Handles are borrowed for each read.
+    dataloaders/sources/tar_samples.py chooses the image among a sample's parts. Handles are borrowed for each read.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class TarSource:
         every_name: bool = False,
         called: Sequence[str] | None = None,
     ) -> None:
-        """skip, only: paths (shard.tar::member) to leave out, or to keep. every_name: see `Ledger`. called: what the
-        shards are called in paths, if they are copies.
+        """Load the indexes. UserError if one is missing, damaged or not of its tar, or if no sample has an image.
 
-        UserError if an index is missing, damaged or does not match its tar, or if no sample has an image.
+        skip, only: paths (shard.tar::member) to leave out, or to keep. every_name: see `Ledger`. called: the shards'
+        names in paths, if they are copies.
         """
         self.shards = [os.fspath(shard) for shard in shards]
         self.called = self.shards if called is None else list(called)
@@ -103,7 +103,7 @@ class TarSource:
         self._check()
 
     def _images(self, number: int, shard: Path) -> Iterator[tuple[Part, str, Part | None]]:
-        """(part, extension, label's part) of every image of one shard; what is none goes into the ledger."""
+        """Give (part, extension, label's part) of every image of one shard; other members go into the ledger."""
         path = self.called[number]
         index = load_index(index_path(shard, self._index_dir), shard)
         if (unlisted := _unlisted_image(shard, index, self._tail(self.shards[number], index))) is not None:
@@ -124,7 +124,7 @@ class TarSource:
             yield from chosen.images
 
     def _tail(self, path: str, index: ShardIndex) -> bytes:
-        """What stands behind the last member that the index names, as much as an end of a tar usually has."""
+        """Read the bytes behind the last member that the index names, as many as an end of a tar usually has."""
         return patiently(lambda: self._pread_once(path, _end_of(index), _USUAL_END), path)
 
     def path(self, index: int) -> str:
@@ -202,13 +202,13 @@ class TarSource:
 
 
 def _end_of(index: ShardIndex) -> int:
-    """The byte behind the data, in whole blocks, of the last member that the index names."""
+    """Return the byte behind the data, in whole blocks, of the last part in the index's last sample."""
     end = max((part.offset + part.size for part in index.samples[-1]), default=0) if index.samples else 0
     return -(-end // BLOCK) * BLOCK
 
 
 def _unlisted_image(shard: Path, index: ShardIndex, tail: bytes) -> str | None:
-    """The first image behind what the index names; its data may be cut, which an index made so leaves out."""
+    """Return the name of the first image behind the last part in the index. A cut one is passed over (allow_cut)."""
     if len(tail) < _USUAL_END and not tail.strip(b"\0"):
         return None
     known, total = {name for name, _ in index.left_out}, os.path.getsize(shard)
@@ -220,13 +220,13 @@ def _unlisted_image(shard: Path, index: ShardIndex, tail: bytes) -> str | None:
                 part = part_of(member, file.fileno())
                 if isinstance(part, Part) and is_image(part.extension):
                     return part.name
-    except (tarfile.TarError, ValueError):  # cut: the whole members are known
+    except (tarfile.TarError, ValueError):  # the tar is cut here; its whole members have been looked at
         pass
     return None
 
 
 def _field(extension: str) -> str:
-    """The name that an image's part has beside its format: "depth" of depth.png, "" of png."""
+    """Return the name that an image's part has beside its format: "depth" of depth.png, "" of png."""
     return extension.rpartition(".")[0]
 
 
@@ -237,7 +237,7 @@ def _label_part(image: Part, label: Part | None, shard: str) -> tuple[int, int]:
 
 
 def read_member(shard: Path, member: str, index_dir: Path | None = None) -> bytes:
-    """One member of an indexed shard by name; ImageError if it is not there."""
+    """Read one image of an indexed shard by its member's name. ImageError if the shard has no such image."""
     source = TarSource([shard], index_dir=index_dir)
     try:
         for index in range(source.num_images):

@@ -1,4 +1,4 @@
-"""From the numbers of a scanner to 0..1: a window of centre C and width W, by the three functions of DICOM.
+"""Map the numbers of a scanner to 0..1 by a window of centre C and width W, with the three functions of DICOM.
 
 https://dicom.nema.org/medical/dicom/current/output/chtml/part03/sect_C.11.2.html
 """
@@ -15,7 +15,7 @@ LINEAR, LINEAR_EXACT, SIGMOID = "LINEAR", "LINEAR_EXACT", "SIGMOID"
 
 
 def windowed(x: np.ndarray, centre: float, width: float, function: str = LINEAR) -> np.ndarray:
-    """float32 in 0..1 of the shape of x. ImageError if the width is too small for the function, or that is unknown."""
+    """Return float32 in 0..1 of the shape of x. ImageError if the function is unknown or the width too small for it."""
     if not width >= (1 if function == LINEAR else 0) or (width == 0 and function != LINEAR):
         raise ImageError(f"its window width is {width:g}, too small")
     x = x.astype(np.float64)
@@ -33,14 +33,14 @@ def windowed(x: np.ndarray, centre: float, width: float, function: str = LINEAR)
 
 
 def as_npy(array: np.ndarray) -> bytes:
-    """The bytes of a .npy file, the form in which arrays of numbers reach the decoders."""
+    """Write a .npy file, the form in which arrays of numbers reach the decoders."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
     return buffer.getvalue()
 
 
 def as_stored(array: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
-    """In the window, or the numbers as they are: uint8, uint16, float16 and float32, and any other real as float32."""
+    """Put numbers into the window; without one keep uint8, uint16, float16 and float32, and make float32 of others."""
     if window is not None:
         return windowed(array, *window, LINEAR_EXACT)
     return array if array.dtype.name in ("uint8", "uint16", "float16", "float32") else array.astype(np.float32)

@@ -1,1 +1,1 @@
-"""What the commands on data sets do: validate, re-encode, index, measure."""
+"""These tools validate and re-encode data sets, measure the loader, and make the data sets of the demos."""

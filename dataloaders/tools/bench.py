@@ -1,4 +1,4 @@
-"""How fast the loader is here: images per second by threads and image size, and what the storage alone gives."""
+"""Measure the loader: images per second by threads and image size, and the rate of reading alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mirl.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRow:
-    """One measurement. read_images_per_s: reading and parsing headers alone, with the same reading threads."""
+    """A row is one measurement. read_images_per_s: reading and parsing headers alone, with the same reading threads."""
 
     threads: int
     image_size: tuple[int, int]
@@ -43,12 +43,12 @@ def bench_loader(
     index_dir: str | Path | None = None,
     progress: bool | Callable[[BenchRow], None] = True,
 ) -> list[BenchRow]:
-    """Measures the training loader on `data`, for `seconds` per combination of threads and image size.
+    """Measure the training loader on `data`, for `seconds` per combination of threads and image size.
 
     threads: decoding threads to try; default 1, 2, 4 ... up to the cores of this process. device_id: decode on this
     GPU. progress: print each row, nothing, or a function of the row. The first batches, which fill the queues, do not
-    count. The second pass over a small set comes from the page cache: for the storage's own speed use a set larger
-    than the memory. UserError for settings or data that cannot work.
+    count. The second pass over a small set comes from the page cache: to measure the storage, use a set larger than the
+    memory. UserError for settings or data that cannot work.
     """
     if seconds <= 0:
         raise UserError(f"seconds is {seconds}, must be above 0")
@@ -73,7 +73,7 @@ def bench_loader(
 
 
 def format_row(row: BenchRow) -> str:
-    """A line for people."""
+    """Write a row as a line for people."""
     return (
         f"{row.image_size[0]}x{row.image_size[1]} px, {row.threads} threads, batch {row.micro_batch}: "
         f"{row.images_per_s:.0f} images/s (reading alone {row.read_images_per_s:.0f})"

@@ -1,4 +1,4 @@
-"""The class numbers that a copy of a data set takes over: one numbering for all splits, with names where known."""
+"""Number the classes of a copy of a data set: one numbering for all splits, with names if they are known."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mirl.errors import UserError
 
 @dataclass(frozen=True)
 class Split:
-    """One part of a data set: its folder below the root ("" for the root itself), and why it has no labels, or ""."""
+    """A split is one part of a data set. name: its folder below the root, "" for the root. unlabelled: why, or ""."""
 
     name: str
     source: Source
@@ -21,7 +21,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Numbering:
-    """The classes of a copy. names: by number, None where the source has numbers alone or no labels.
+    """A numbering has the classes of a copy. names: by number; None if the source has numbers alone or no labels.
 
     unlabelled: the reason by the name of each split without labels. labelled: whether any split has labels.
     """
@@ -31,7 +31,7 @@ class Numbering:
     unlabelled: dict[str, str] = field(default_factory=dict)
 
     def of(self, split: Split) -> Callable[[int], int] | None:
-        """Returns the function from an image of a split to its class number in the copy; None without labels."""
+        """Return the function from an image of a split to its class number in the copy; None without labels."""
         if split.unlabelled:
             return None
         if self.names is None or split.source.classes is None:
@@ -41,7 +41,7 @@ class Numbering:
         return lambda index: renumbered[split.source.label(index)]
 
     def digest(self) -> str:
-        """Returns a text that differs where the numbering does."""
+        """Return a text that differs if the numbering does."""
         if not self.labelled:
             return "none"
         if self.names is None:
@@ -56,9 +56,9 @@ class Numbering:
 
 
 def open_labelled(name: str, open_split: Callable[[bool], Source]) -> Split:
-    """Returns a split opened with labels, or without if it has none; ``open_split`` is given whether to ask for them.
+    """Open a split with labels, or without if it has none. ``open_split`` is called with whether to ask for labels.
 
-    UserError if it cannot be opened without labels either.
+    UserError if the split cannot be opened without labels either.
     """
     plain = open_split(False)
     try:
@@ -70,9 +70,9 @@ def open_labelled(name: str, open_split: Callable[[bool], Source]) -> Split:
 
 
 def one_numbering(splits: Sequence[Split]) -> Numbering:
-    """Returns the numbering of all splits: classes of one name get one number, also those that a split lacks.
+    """Return the numbering of all splits: classes of one name get one number, also if a split lacks the class.
 
-    UserError if some splits name their classes and others have numbers alone, which nothing can compare.
+    UserError if some splits name their classes and others have numbers alone, because the two cannot be compared.
     """
     unlabelled = {split.name: split.unlabelled for split in splits if split.unlabelled}
     labelled = [split for split in splits if not split.unlabelled]

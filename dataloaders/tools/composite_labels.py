@@ -1,4 +1,4 @@
-"""The composites of the demo of segmentation, as a data set that `mirl segment` reads."""
+"""Make the composites of the demo of segmentation, as a data set that `mirl segment` reads."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mirl.errors import UserError
 def prepare_label_composites(
     cache_dir: str | Path | None = None, *, train: int = 1200, val: int = 100, side: int = 128
 ) -> Path:
-    """The folder of composites with label images: images/ and annotations/, in each train/ and val/, label-map.txt.
+    """Return the folder of composites with label images: images/ and annotations/, both with train/ and val/.
 
-    Each photograph is a class, and all objects are one: to tell ten kinds of them apart takes longer than a demo.
-    It is made once and published by one rename. Any number of processes may call it at once. UserError if the folder
-    cannot be written.
+    label-map.txt lies beside them. Each photograph is a class, and all objects together are one class: telling ten
+    kinds apart takes longer than a demo. The folder is made once and published by one rename. Any number of processes
+    may call this at once. UserError if the folder cannot be written.
     """
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     composer = Composer(size=(side, side), objects=(2, 4), share=(0.3, 0.55))

@@ -1,4 +1,4 @@
-"""Folders of composites: COCO annotations for detection, label pictures for semantic segmentation."""
+"""Write folders of composites: COCO annotations for detection, label images for semantic segmentation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mirl.disk import set_mode
 from mirl.errors import UserError
 
 CATEGORY_IDS = (1, 2, 4, 7, 13, 18, 21, 44, 62, 90)
-"""Of the ten classes: with gaps, as COCO's own."""
+"""The ten classes have these ids, with gaps, as COCO's own have."""
 IMAGE_IDS_STEP = 7  # ids of images have gaps too
 DEMO_CLASSES = {
     "fashion": ("trouser", "pullover", "sandal", "bag", "boot"),
@@ -30,8 +30,10 @@ FORMS = ("polygon", "rle", "compressed")
 def write_coco(
     folder: Path, split: str, count: int, composer: Composer, *, cases: Sequence[str] = (), forms: Sequence[str] = FORMS
 ) -> Path:
-    """Write ``count`` composites to ``folder/split`` and their annotations to ``folder/split.json``, whose path comes
-    back. Object n has the form ``forms[n % len(forms)]`` of its mask; one with a hole, and a crowd, is never a polygon.
+    """Write ``count`` composites to ``folder/split`` and their annotations to ``folder/split.json``.
+
+    Returns the path of the JSON file. The mask of object n has the form ``forms[n % len(forms)]``, but a mask with a
+    hole, and a crowd, is never a polygon.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -61,8 +63,10 @@ def write_coco(
 def write_labels(
     folder: Path, split: str, count: int, composer: Composer, *, cases: Sequence[str] = (), unlabelled: int = 0
 ) -> tuple[Path, Path]:
-    """Write ``count`` composites to ``folder/images/split`` and label pictures of the same names to
-    ``folder/annotations/split``; both folders come back. As ADE20K's: classes from 1, ``unlabelled`` 0 or 255.
+    """Write ``count`` composites to ``folder/images/split``, and label images to ``folder/annotations/split``.
+
+    Returns both folders. An image and its label image have the same name. Values are as ADE20K's: classes from 1;
+    ``unlabelled`` is 0 or 255.
     """
     labels_folder = folder / "annotations" / split
     labels_folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +85,7 @@ def _write_pictures(folder: Path, split: str, count: int, composer: Composer, ca
 
 
 def encode(mask: np.ndarray, form: str) -> Any:
-    """The ``segmentation`` of a bool mask [H, W] in one of `FORMS`, exact when pycocotools decodes it.
+    """Return the ``segmentation`` of a bool mask [H, W] in one of `FORMS`, exact when pycocotools decodes it.
 
     A mask with holes, or with pixels that touch at a corner alone, has no exact polygon and is run-length encoded.
     """
@@ -92,7 +96,7 @@ def encode(mask: np.ndarray, form: str) -> Any:
 
 
 def run_lengths(mask: np.ndarray) -> list[int]:
-    """Lengths of runs of equal pixels down the columns, one after another; the first is of zeros and may be 0."""
+    """Return the lengths of runs of equal pixels down one column after another; the first is of zeros and may be 0."""
     flat = mask.astype(np.int8).ravel(order="F")
     edges = np.flatnonzero(np.diff(flat)) + 1
     lengths = np.diff([0, *edges.tolist(), flat.size]).tolist()
@@ -100,7 +104,7 @@ def run_lengths(mask: np.ndarray) -> list[int]:
 
 
 def compress(counts: Sequence[int]) -> str:
-    """COCO's text of run lengths: differences to the one before the last, five bits a character, the lowest first."""
+    """Write run lengths as COCO's text: differences to the one before the last, five bits a character, lowest first."""
     text = []
     for index, count in enumerate(counts):
         value, more = count - (counts[index - 2] if index > 2 else 0), True
@@ -112,8 +116,9 @@ def compress(counts: Sequence[int]) -> str:
 
 
 def outlines(mask: np.ndarray) -> list[list[int]] | None:
-    """Polygons along the edges of the pixels, x and y in turn, one for each part of the mask; None where a part has a
-    hole or touches itself at a corner.
+    """Return polygons along the edges of the pixels, x and y in turn, one for each part of the mask.
+
+    None if a part has a hole or touches itself at a corner.
     """
     from skimage.measure import label
 
@@ -130,7 +135,7 @@ def outlines(mask: np.ndarray) -> list[list[int]] | None:
 
 def _outline(part: np.ndarray) -> list[int] | None:
     padded = np.pad(part, 1)
-    # Directed edges, the inside on the right: start -> end, both (x, y) of corners.
+    # Edges are directed, with the inside on the right: start -> end, both (x, y) of corners.
     following: dict[tuple[int, int], tuple[int, int]] = {}
     for dy, dx, start, end in (
         (-1, 0, (0, 0), (1, 0)), (0, 1, (1, 0), (1, 1)), (1, 0, (1, 1), (0, 1)), (0, -1, (0, 1), (0, 0)),
@@ -164,10 +169,10 @@ def _length(corners: list[tuple[int, int]], first: tuple[int, int]) -> int:
 def prepare_composites(
     cache_dir: str | Path | None = None, *, train: int = 2000, val: int = 150, side: int = 96
 ) -> Path:
-    """The folder of composites for demos: ``train``, ``val`` with COCO files beside them.
+    """Return the folder of composites for demos: ``train``, ``val`` with COCO files beside them.
 
-    It is made once and published by one rename. Any number of processes may call it at once. UserError if the folder
-    cannot be written.
+    The folder is made once and published by one rename. Any number of processes may call this at once. UserError if the
+    folder cannot be written.
     """
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     kind = "fashion" if FASHION_FOLDER.is_dir() else "glyphs"

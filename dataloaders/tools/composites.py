@@ -1,11 +1,11 @@
-"""Composites: objects pasted on photographs, with exact boxes, masks and labels; any number of them, no download.
+"""Make composites: objects pasted on photographs, with exact boxes, masks and labels; any number, no download.
 
 The photographs are those of `mirl.dataloaders.tools.demo`, public domain or CC0. The objects are items of Fashion-MNIST
-(Zalando, MIT licence) where Debian's package dataset-fashion-mnist is installed, else glyphs of DejaVu Sans, which
+(Zalando, MIT licence) if Debian's package dataset-fashion-mnist is installed, else glyphs of DejaVu Sans, which
 matplotlib carries. A train and a val composite share no pixel of a photograph and no item of Fashion-MNIST.
 
-They prove that a detector or a segmenter is put together rightly, and nothing about how good an encoder is: the seams
-around what is pasted make it too easy.
+Composites prove that a detector or a segmenter is put together rightly. They say nothing about how good an encoder is,
+because the seams around pasted objects make the task too easy.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ GLYPHS = {
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 SPLITS = {"train": (0.0, 0.6), "val": (0.6, 1.0)}  # share of a photograph's width, from left to right
 CASES = ("plain", "empty", "crowd", "grey", "cut", "one_pixel", "wide", "tall", "tiny", "band")
-"""What a composite may be: ``plain``, or one edge case: no object; a crowd of small ones as one region; a grey picture
-in one channel; an object across the border; an object of a single visible pixel; a picture twice as wide, or as high; a
+"""A composite is ``plain`` or has one edge case: no object; a crowd of small objects as one region; a grey picture in
+one channel; an object across the border; an object of a single visible pixel; a picture twice as wide, or as high; a
 picture of 24 x 24 pixels; a band without labels.
 """
 UNLABELLED = 0
@@ -40,8 +40,9 @@ _TINY = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Instance:
-    """An object. category: number of its class, from 0. mask: what is visible of it, bool [H, W]. crowd: several at
-    once.
+    """An instance is an object. category: number of its class, from 0. mask: its visible pixels, bool [H, W].
+
+    crowd: it is several objects at once.
     """
 
     category: int
@@ -50,7 +51,7 @@ class Instance:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """x, y, width and height of the mask in whole pixels, as in COCO."""
+        """Return x, y, width and height of the mask in whole pixels, as in COCO."""
         rows, columns = np.flatnonzero(self.mask.any(axis=1)), np.flatnonzero(self.mask.any(axis=0))
         return (
             int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1),
@@ -59,9 +60,9 @@ class Instance:
 
 @dataclass(frozen=True, kw_only=True)
 class Composite:
-    """One picture and what is in it.
+    """A composite is one picture and its annotations.
 
-    image: uint8 [H, W, 3], or [H, W] of a grey one. labels: uint8 [H, W]: 0 unlabelled, 1 + number of a class in
+    image: uint8 [H, W, 3], or [H, W] if it is grey. labels: uint8 [H, W]: 0 unlabelled, 1 + number of a class in
     `Composer.label_names`: first the photographs, then the objects.
     """
 
@@ -71,11 +72,12 @@ class Composite:
 
 
 class Composer:
-    """Makes composites, each a function of (seed, split, number, case) alone.
+    """A composer makes composites; with one composer each is a function of (split, number, case) alone.
 
-    size: height and width in pixels. objects: the fewest and the most in a picture. share: the smallest and the largest
-    side of an object, as a share of the picture's shorter side. fashion: the folder of Fashion-MNIST, None for glyphs;
-    by default Debian's where it is. classes: of the objects, None for all ten. UserError for sizes that cannot be.
+    size: height and width in pixels. seed: another gives other composites. objects: the fewest and the most in a
+    picture. share: the smallest and the largest side of an object, as a share of the picture's shorter side. fashion:
+    the folder of Fashion-MNIST, None for glyphs; default: Debian's, if it exists. classes: of the objects, None for all
+    ten. UserError for an argument that cannot be used.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class Composer:
         self.label_names: tuple[str, ...] = (*STUFF, *self.names)
 
     def make(self, split: str, number: int, case: str = "plain") -> Composite:
-        """Composite ``number`` of ``split`` ("train" or "val"). ValueError for an unknown split or case."""
+        """Make composite ``number`` of ``split`` ("train" or "val"). ValueError for an unknown split or case."""
         if case not in CASES:
             raise ValueError(f"case is {case!r}: choose one of {', '.join(CASES)}")
         rng = np.random.default_rng([self.seed, list(SPLITS).index(split), number, CASES.index(case)])
@@ -123,7 +125,7 @@ class Composer:
         return self._finish(canvas, case)
 
     def _crowd(self, canvas: _Canvas, split: str, rng: np.random.Generator) -> None:
-        """Eight small objects of one class that touch, as one instance."""
+        """Paste eight small objects of one class that touch, as one instance."""
         category, side = int(rng.integers(len(self.names))), max(6, min(canvas.size) // 6)
         top, left = (int(rng.integers(0, max(1, extent - 3 * side))) for extent in canvas.size)
         for index in range(8):
@@ -135,7 +137,7 @@ class Composer:
             )  # fmt: skip
 
     def _paste(self, canvas: _Canvas, split: str, rng: np.random.Generator, *, cut: bool) -> None:
-        """One object where it leaves half of every other one visible; none after twelve vain trials."""
+        """Paste one object that leaves half of every other object visible; give up after twelve vain trials."""
         category = int(rng.integers(len(self.names)))
         side = max(5, round(rng.uniform(*self.share) * min(canvas.size)))
         pixels, alpha = self._object(category, split, side, rng)
@@ -148,7 +150,7 @@ class Composer:
                 return
 
     def _object(self, category: int, split: str, side: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels uint8 [h, w, 3] and silhouette bool [h, w] of one object, h and w at most ``side``, tinted."""
+        """Draw one tinted object: pixels uint8 [h, w, 3] and silhouette bool [h, w], h and w at most ``side``."""
         if self.fashion is not None:
             grey, alpha = _fashion_item(self.fashion, FASHION.index(self.names[category]), split, side, rng)
         else:
@@ -171,21 +173,21 @@ _TINY_SIZE = (_TINY, _TINY)
 
 
 class _Canvas:
-    """A picture in the making: its pixels, and which object owns each."""
+    """A canvas is a picture in the making: its pixels, and which object owns each."""
 
     def __init__(self, image: np.ndarray, stuff_label: int) -> None:
         self.image, self.size, self._stuff = image, image.shape[:2], stuff_label
         self.owner = np.full(self.size, -1, np.int32)
-        self._pasted: list[tuple[int, bool, int]] = []  # category, crowd, pixels at first
+        self._pasted: list[tuple[int, bool, int]] = []  # category, crowd, visible pixels when it was pasted
 
     def _window(self, alpha: np.ndarray, top: int, left: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-        """Where an object falls on the canvas, and the part of it that does."""
+        """Return the place of an object on the canvas, and the part of the object that falls on the canvas."""
         (height, width), (rows, columns) = alpha.shape, self.size
         y0, x0, y1, x1 = max(0, top), max(0, left), min(rows, top + height), min(columns, left + width)
         return (slice(y0, y1), slice(x0, x1)), (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
 
     def leaves_room(self, alpha: np.ndarray, top: int, left: int) -> bool:
-        """Whether half of the pixels of each object so far, and of the new one, would be visible."""
+        """Say whether half of the pixels of each object so far, and of the new one, would be visible."""
         place, part = self._window(alpha, top, left)
         if 2 * alpha[part].sum() < alpha.sum():
             return False
@@ -198,7 +200,7 @@ class _Canvas:
         self, pixels: np.ndarray, alpha: np.ndarray, top: int, left: int, category: int, *, crowd: bool = False,
         again: bool = False,
     ) -> None:  # fmt: skip
-        """Paste over what is there. ``again``: it belongs to the object before it."""
+        """Paste pixels over the picture. ``again``: they belong to the object before."""
         place, part = self._window(alpha, top, left)
         self.image[place][alpha[part]] = pixels[part][alpha[part]]
         if not again:
@@ -228,7 +230,7 @@ def _photograph(name: str) -> np.ndarray:
 
 
 def _background(name: str, split: str, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A random window of the split's part of a photograph, scaled to ``size``: uint8 [H, W, 3]."""
+    """Cut a random window of the split's part of a photograph, scaled to ``size``: uint8 [H, W, 3]."""
     whole = _photograph(name)
     low, high = (round(share * whole.shape[1]) for share in SPLITS[split])
     part = whole[:, low:high]
@@ -243,7 +245,7 @@ def _background(name: str, split: str, size: tuple[int, int], rng: np.random.Gen
 
 @lru_cache(maxsize=2)
 def _fashion(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Items uint8 [n, 28, 28] and their classes [n] of Fashion-MNIST's training or test set (IDX files)."""
+    """Read items uint8 [n, 28, 28] and their classes [n] of Fashion-MNIST's training or test set (IDX files)."""
     prefix = "train" if split == "train" else "t10k"
     parts = []
     for kind, dimensions in (("images-idx3", 3), ("labels-idx1", 1)):
@@ -263,12 +265,12 @@ def _fashion_item(
     members = np.flatnonzero(classes == category)
     item = Image.fromarray(items[members[rng.integers(len(members))]])
     grey = np.asarray(item.resize((side, side), Image.Resampling.BICUBIC))
-    alpha = _filled(grey > 16)  # or a dark shirt has holes
+    alpha = _filled(grey > 16)  # not filled, a dark shirt would have holes
     return _trimmed(np.maximum(grey, 48), alpha)
 
 
 def _filled(mask: np.ndarray) -> np.ndarray:
-    """``mask`` with its holes: what cannot be reached from outside."""
+    """Fill the holes of ``mask``, the pixels that cannot be reached from outside."""
     from skimage.measure import label
 
     parts = label(np.pad(~mask, 1, constant_values=True), connectivity=1)
@@ -276,7 +278,7 @@ def _filled(mask: np.ndarray) -> np.ndarray:
 
 
 def _glyph(name: str, side: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Turned by up to 25 degrees and shaded from one side to the other."""
+    """Draw a glyph, turned by up to 25 degrees and shaded from one side to the other."""
     drawn = Image.new("L", (2 * side, 2 * side))
     ImageDraw.Draw(drawn).text((side, side), GLYPHS[name], fill=255, font=_font(side), anchor="mm")
     drawn = drawn.rotate(rng.uniform(-25, 25), Image.Resampling.BICUBIC)
@@ -298,12 +300,12 @@ def _font(side: int) -> ImageFont.FreeTypeFont:
 
 
 def _trimmed(pixels: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both without empty rows and columns around the silhouette."""
+    """Cut empty rows and columns around the silhouette off both arrays."""
     rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))
     window = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
     return pixels[window], alpha[window]
 
 
 def cases_of(count: int, cases: Sequence[str]) -> list[str]:
-    """The case of each of ``count`` pictures: first those of ``cases``, then plain ones."""
+    """Return the case of each of ``count`` pictures: first those of ``cases``, then plain ones."""
     return [*cases[:count], *["plain"] * (count - len(cases))]

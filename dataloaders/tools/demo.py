@@ -1,11 +1,11 @@
-"""Demo photographs: JPEG files cut from the photographs that scikit-image carries, no download.
+"""Make the demo's photographs: JPEG files cut from the photographs that scikit-image carries, no download.
 
 astronaut (NASA), chelsea, coffee, rocket (SpaceX): public domain or CC0, with colour; brick, grass, gravel: CC0
-textures in grey. Each is cut into overlapping squares at several sizes, scaled to 256 px, in a fixed order, so the
-files are the same wherever the same versions of Pillow and scikit-image run.
+textures in grey. Each is cut into overlapping squares, scaled to 256 px, in a fixed order, so the files are the same
+wherever the same versions of Pillow and scikit-image run.
 
-There are two sets. The demo trains on some 40 large squares of the colour photographs, which it can learn in minutes;
-some hundred squares of every kind serve where the number of images counts, as for measuring a loader.
+There are two sets. The demo trains on some 40 large squares of the colour photographs, which it can learn in minutes.
+Several hundred squares of every kind serve if the number of images counts, as for measuring a loader.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ _QUALITY = 92
 # Side of a square as a share of the photograph's shorter side, and how many steps the square moves along each axis.
 _FEW = dict.fromkeys(_COLOUR, ((1.0, 3), (0.8, 3)))
 _MANY = dict.fromkeys(_COLOUR, ((1.0, 3), (0.75, 4), (0.55, 5), (0.42, 6))) | dict.fromkeys(_GREY, ((0.5, 3),))
-# A change of what stands above makes another folder.
+# The folders need new names whenever the values above change: an old folder is taken as it is.
 _FOLDERS = {False: f"demo-few-{_SIDE}px-v2", True: f"demo-{_SIDE}px-v1"}
 
 
 def prepare_demo(cache_dir: str | Path | None = None, *, many: bool = False) -> Path:
-    """The folder of demo photographs as CLASS/NNN.jpg, made once in a few seconds and published by one rename.
+    """Return the folder of demo photographs as CLASS/NNN.jpg, made once in a few seconds and published by one rename.
 
-    cache_dir: where; default `default_cache_dir()`. many: several hundred squares, textures among them, in place of the
-    few that the demo trains on. Any number of processes may call it at once. UserError if the folder cannot be written.
+    cache_dir: the folder above; default `default_cache_dir()`. many: several hundred squares, textures among them, in
+    place of the few that the demo trains on. Any number of processes may call this at once. UserError if the folder
+    cannot be written.
     """
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     target = cache / _FOLDERS[many]
@@ -69,7 +70,7 @@ def _squares(name: str, scales: tuple[tuple[float, int], ...]) -> Iterator[Image
 
     photograph = Image.fromarray(getattr(data, name)()).convert("RGB")
     short = min(photograph.size)
-    boxes: dict[tuple[int, int, int, int], None] = {}  # a set in order: without room to move, steps coincide
+    boxes: dict[tuple[int, int, int, int], None] = {}  # an ordered set: if there is no room to move, steps coincide
     for share, steps in scales:
         side = int(short * share)
         for row in range(steps):
@@ -82,7 +83,7 @@ def _squares(name: str, scales: tuple[tuple[float, int], ...]) -> Iterator[Image
 
 
 def between_squares() -> Iterator[Image.Image]:
-    """Squares of the colour photographs that no file of the demo shows: between its sizes, and between its places."""
+    """Cut squares that no file of the demo shows from its photographs: between its sizes, and between its places."""
     from skimage import data
 
     for name in _COLOUR:

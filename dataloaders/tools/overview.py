@@ -1,6 +1,6 @@
-"""What a data set looks like: its classes, the sizes and channels of its images, the mean and deviation of its values.
+"""Describe a data set: its classes, the sizes and channels of its images, the mean and deviation of its values.
 
-Everything is of the images that can be decoded. Mean and deviation give each image the same weight, as training does.
+Only images that can be decoded count. Mean and deviation give each image the same weight, as training does.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from mirl.dataloaders.sources.paths import shown
 CLASSES_SHOWN = 30
 # A class is small if it has less than this share of the images of the median class.
 SMALL = 0.1
-_ROWS_AT_ONCE = 2**20  # pixels that are turned into floats at a time
+_ROWS_AT_ONCE = 2**20  # so many pixels are turned into floats at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What was seen of one decoded image. mean, square: of its values and their squares, by channel, in [0, 1] where
-    they are integers. mode: Pillow's name of what is stored, or the type of number of an array. pages: in the file, of
-    which the first is the image.
+    """A look describes one decoded image.
+
+    mean, square: of its values and of their squares, by channel, in [0, 1] if they are integers. mode: Pillow's name of
+    the stored kind, or the type of number of an array. pages: how many the file has; the first is the image.
     """
 
     height: int
@@ -40,7 +41,7 @@ class Look:
 
 
 def look_at(pixels_HWC: np.ndarray, mode: str, pages: int = 1) -> Look:
-    """Look at an image as training has it, uint8, uint16 or float32."""
+    """Describe an image as training has it, uint8, uint16 or float32."""
     height, width, channels = pixels_HWC.shape
     rows_NC = pixels_HWC.reshape(-1, channels)
     sums = np.zeros((2, channels))
@@ -53,24 +54,24 @@ def look_at(pixels_HWC: np.ndarray, mode: str, pages: int = 1) -> Look:
 
 
 def picture_form(data: bytes) -> tuple[str, int]:
-    """Of a picture that Pillow can decode: its name of how it is stored (RGB, L, CMYK, ...), and pages or frames."""
+    """Return Pillow's name of the stored kind of a picture (RGB, L, CMYK, ...), and its number of pages or frames."""
     with Image.open(io.BytesIO(data)) as image:
         mode = image.mode
         try:
-            # A JPEG of several pictures (MPO) has previews of one, or another view of it.
+            # A JPEG of several pictures (MPO) holds one image and previews, or another view of it.
             return mode, getattr(image, "n_frames", 1) if image.format not in ("JPEG", "MPO") else 1
-        except Exception:  # damage behind the first page
+        except Exception:  # the file is damaged behind the first page
             return mode, 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Overview:
-    """Of one folder, list or split. counts: images of each class in the order of the labels, None without labels.
-    unlabelled: images whose class number cannot be used, in a set that has labels.
+    """An overview describes one folder, list or split.
 
-    heights, widths: least, median and greatest, in upright pixels. modes: how many images of each. grey: how many have
-    one value in all channels, of several. paged, unused: files of several pages or frames, and pages that are no image.
-    mean, std: by channel; empty where no image is good.
+    counts: images of each class in the order of the labels, None without labels. unlabelled: images whose class number
+    cannot be used, in a set that has labels. heights, widths: least, median and greatest, in upright pixels. modes: how
+    many images of each mode. grey: how many images have several channels with one value in all of them. paged, unused:
+    files of several pages or frames, and pages that are no image. mean, std: by channel; empty if no image is good.
     """
 
     name: str
@@ -90,8 +91,10 @@ class Overview:
     def of(
         cls, name: str, looks: Sequence[Look], labels: Iterable[int] | None, classes: Sequence[str] | None
     ) -> Overview:
-        """From the good images. labels: one for each of ``looks``, -1 where one has none. classes: names of the labels,
-        also of those that no good image has.
+        """Make an overview of the good images.
+
+        labels: one for each of ``looks``, -1 for an image without one. classes: names of all labels, also of those that
+        no good image has.
         """
         labels = None if labels is None else list(labels)
         mean_C = np.mean([look.mean for look in looks], axis=0) if looks else np.empty(0)
@@ -113,13 +116,13 @@ class Overview:
 
     @property
     def small_classes(self) -> dict[str, int]:
-        """Classes with far fewer images than the median class, or none, and how many they have."""
+        """Return the classes with far fewer images than the median class, or none, and how many they have."""
         counts = self.counts or {}
         middle = float(np.median(list(counts.values()))) if counts else 0.0
         return {name: count for name, count in counts.items() if count < SMALL * middle or not count}
 
     def lines(self) -> list[str]:
-        """A line on classes, sizes, channels and statistics each, and one for a warning."""
+        """Return a line each on classes, sizes, channels and statistics, and one for each warning."""
         if not self.images:
             return []
         lines = self._lines_of_classes()
@@ -191,6 +194,6 @@ def _spread(values: Sequence[int]) -> tuple[float, float, float]:
 
 
 def _flags(mean: Sequence[float], std: Sequence[float]) -> str:
-    """As a command takes them. No deviation is 0: a set of one flat colour has that of a level."""
+    """Write mean and deviation as flags. A deviation is at least one level, 1 / 255: a set of one flat colour has 0."""
     means, stds = (" ".join(f"{value:.4g}" for value in values) for values in (mean, [max(s, 1 / 255) for s in std]))
     return f"--mean {means} --std {stds}"

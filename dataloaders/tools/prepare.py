@@ -1,7 +1,7 @@
-"""Writes a smaller copy of a data set: JPEG files, or tar shards, whose shorter side is at most a given length.
+"""Write a smaller copy of a data set: JPEG files, loose or in tar shards, whose shorter side is at most a given length.
 
 Small files cost less to read and decode. They change training a little: a random crop takes the same share of the
-picture, but from fewer pixels, so more crops are enlarged. `prepare_data` measures by how much for the set at hand.
+picture, but from fewer pixels, so more crops are enlarged. `prepare_data` measures how many more for the set at hand.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ _SAMPLED = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareReport:
-    """written, kept (there from an earlier run), broken: (path, reason) pairs, bytes of what was written, seconds.
+    """A report says what one call of `prepare_data` did.
 
-    enlarged_before, enlarged_after: share of the random crops (area 0.2 to 1 of the picture) that have fewer pixels
-    than the training image, in the original and in the copy, over a sample of the set. splits: images of the source by
-    split ("" where it has none). labels: what became of them. account: see `Ledger`.
+    written, kept: images written, and found from an earlier run. broken: (path, reason) pairs. bytes_written, seconds:
+    size of the written images, and time. enlarged_before, enlarged_after: share of the random crops (area 0.2 to 1 of
+    the picture) that have fewer pixels than the training image, in the original and in the copy, over a sample of the
+    set. splits: images of the source by split ("" if it has none). labels: how they were kept, or why not. account: see
+    `Ledger`.
     """
 
     written: int
@@ -89,16 +91,16 @@ def prepare_data(
     workers: int | None = None,
     progress: Progress = True,
 ) -> PrepareReport:
-    """Re-encodes `src` into `dst` in parallel. Run it again after an interruption: what is whole is kept.
+    """Re-encode `src` into `dst` in parallel. Call it again after an interruption: whole files are kept.
 
     short_side: pixels; smaller images keep their size, and upright RGB JPEG files among them their bytes. quality: of
     JPEG. shard_size: images per tar shard (WebDataset, with index); default: loose files under the names of the source,
     ending in .jpg. train_size: image side for the report's crops.
-    A root that holds train/ beside val/ or test/ is copied with all of these folders. Labels are kept: in shards as cls
-    parts, with the class names beside them (mirl-classes.txt), numbered alike in all splits; of loose files by their
-    class folders, or where the source is no class folders, by a list (mirl-list.txt) of paths and numbers.
-    Images are written upright, as RGB, without metadata, each file or shard appearing whole by a rename, and never
-    outside of `dst`: of names such as ../../a.jpg the rest is kept. Broken images are left out and listed.
+    A root that holds train/ beside val/ or test/ is copied with all of these folders. Labels are kept. Shards have them
+    as cls parts, with the class names beside them (mirl-classes.txt), numbered alike in all splits. Loose files have
+    class folders or, if the classes have no names, a list (mirl-list.txt) of paths and numbers.
+    Images are written upright, as RGB, without metadata. Each file or shard appears whole by a rename, and never
+    outside of `dst`: a name such as ../../a.jpg loses its first parts. Broken images are left out and listed.
     UserError if `dst` was made with other settings, is inside `src`, or there is no data.
     """
     begin = time.perf_counter()
@@ -160,7 +162,7 @@ def prepare_data(
 
 
 def _open_splits(root: Path, layout: str, index_dir: str | Path | None) -> list[Split]:
-    """The whole of `root` as one split without a name, or each of the standard splits that it holds."""
+    """Open the whole of `root` as one split without a name, or each of the standard splits that it holds."""
 
     def opened(folder: Path, name: str) -> Split:
         return open_labelled(
@@ -174,7 +176,7 @@ def _open_splits(root: Path, layout: str, index_dir: str | Path | None) -> list[
 def _split_tasks(
     split: Split, numbering: Numbering, target: Path, shard_size: int | None
 ) -> tuple[Iterator[FileTask] | Iterator[ShardTask], int]:
-    """The tasks of one split and how many they are."""
+    """Return the tasks of one split and their number."""
     source, label = split.source, numbering.of(split)
     if shard_size is None:
         return (
@@ -190,7 +192,7 @@ def _split_tasks(
 
 
 def _target_names(split: Split) -> Iterator[tuple[int, str]]:
-    """(image, its name in the copy): of shards whose classes have names, in a folder of the class."""
+    """Give (image, its name in the copy). Images out of shards go into class folders if the classes have names."""
     names, source = TargetNames(), split.source
     named = not split.unlabelled and source.classes is not None and not isinstance(source, FileSource)
     folders = [safe_name(name.replace("/", "_")) for name in source.classes or ()] if named else []
@@ -200,12 +202,12 @@ def _target_names(split: Split) -> Iterator[tuple[int, str]]:
         name = name_in_source(source, index)
         try:
             yield index, names.take(f"{folders[source.label(index)]}/{name}" if named else name)
-        except ImageError:  # its label cannot be read: told when its turn comes
+        except ImageError:  # its label cannot be read; its task will list it as broken
             yield index, names.take(name)
 
 
 def _write_list(split: Split, numbering: Numbering, target: Path) -> None:
-    """Writes the paths and class numbers of a labelled split whose copy has no class folders."""
+    """Write the paths and class numbers of a labelled split whose copy has no class folders."""
     label = numbering.of(split)
     if label is None or split.source.classes is not None:
         return
@@ -216,7 +218,7 @@ def _write_list(split: Split, numbering: Numbering, target: Path) -> None:
 
 
 def _claim(target: Path, settings: dict[str, object]) -> None:
-    """Records how the copy is made; UserError if it was begun in another way or the folder holds something else."""
+    """Record how the copy is made. UserError if it was begun in another way or the folder holds something else."""
     record = target / SETTINGS_NAME
     if record.exists():
         known = json.loads(record.read_text())
@@ -233,7 +235,7 @@ def _claim(target: Path, settings: dict[str, object]) -> None:
 
 
 def _enlarged_shares(sources: Sequence[Source], short_side: int, train_size: int) -> tuple[float, float]:
-    """Share of random crops with fewer than train_size^2 pixels, of the originals and of the copies."""
+    """Return the shares of random crops with fewer than train_size^2 pixels, for the originals and for the copies."""
     sizes = []
     total = sum(source.num_images for source in sources)
     for source in sources:

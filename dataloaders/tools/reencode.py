@@ -1,4 +1,4 @@
-"""Re-encoding of one image, and the two units of work of `prepare_data`: one file, one shard."""
+"""Re-encode one image, and do the two units of work of `prepare_data`: one file, one shard."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from mirl.dataloaders.sources.manifest import atomic_writer
 
 @dataclass(frozen=True)
 class Encoder:
-    """From any encoded picture to the JPEG of the copy."""
+    """An encoder turns any encoded picture into the JPEG of the copy."""
 
     short_side: int
     quality: int
 
     def __call__(self, data: bytes) -> bytes:
-        """ImageError if the picture is broken."""
+        """Encode a picture. ImageError if it is broken."""
         header = read_header(data)
         small = min(header.height, header.width) <= self.short_side
         if small and header.format == "JPEG" and _is_plain_rgb(data):
@@ -33,7 +33,7 @@ class Encoder:
             return data
         try:
             with Image.open(io.BytesIO(data)) as image:
-                # Lets libjpeg leave out detail it would only average away, down to twice the size that is needed.
+                # libjpeg may leave out detail that would only be averaged away, down to twice the size that is needed.
                 factor = 2 * self.short_side / min(image.size)
                 if factor < 1:
                     image.draft("RGB", (int(image.width * factor), int(image.height * factor)))
@@ -49,7 +49,7 @@ class Encoder:
 
 @dataclass
 class Done:
-    """What one task did."""
+    """A task returns these counts of what it did."""
 
     written: int = 0
     kept: int = 0
@@ -59,7 +59,7 @@ class Done:
 
 @dataclass(frozen=True)
 class FileTask:
-    """One image to one file; one whose class number `label` cannot give is broken, as it is in a shard."""
+    """This task writes one image to one file. An image is broken if `label` cannot give its class, as in a shard."""
 
     source: Source
     index: int
@@ -82,7 +82,7 @@ class FileTask:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """A range of images to one tar shard, with class numbers where `label` gives them."""
+    """This task writes a range of images to one tar shard, with class numbers if there is a `label`."""
 
     source: Source
     first: int
@@ -116,7 +116,7 @@ class ShardTask:
 
 
 def shrunk_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """(width, height) with the shorter side at most short_side, never enlarged."""
+    """Return (width, height) with the shorter side at most short_side, never enlarged."""
     factor = min(1.0, short_side / min(width, height))
     return max(1, round(width * factor)), max(1, round(height * factor))
 

@@ -1,7 +1,7 @@
-"""The names of files that a copy of a data set is written to: always inside of the copy, each only once.
+"""Name the files that a copy of a data set is written to: always inside of the copy, each only once.
 
 Names come from the data: a list may say ../a.jpg, a tar member may be called /etc/a.jpg or ../../a.jpg. Every name is
-made one that stays below the folder, that the loaders see (no hidden entries) and that a text list can hold.
+changed so that it stays below the folder, that the loaders see it (no hidden entries) and that a text list can hold it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LONGEST = 180  # bytes of one component: file systems take 255, and a suffix an
 
 
 def name_in_source(source: Source, index: int) -> str:
-    """Returns the name below the source's folder; of a tar member, its name below a folder named for the shard."""
+    """Return the name below the source's folder; a tar member's is below a folder named for its shard."""
     if isinstance(source, FileSource) and not os.path.isabs(source.paths.name(index)):
         return source.paths.name(index)
     if isinstance(source, MemberSource):
@@ -28,19 +28,19 @@ def name_in_source(source: Source, index: int) -> str:
 
 
 def safe_name(name: str) -> str:
-    """Returns a relative name without "..", hidden parts, control characters and parts that are too long."""
+    """Return a relative name without "..", hidden parts, control characters and parts that are too long."""
     parts = [_safe_part(part) for part in name.split("/") if part not in ("", ".", "..")]
     return "/".join(parts) or "_"
 
 
 class TargetNames:
-    """Hands out names ending in .jpg below one folder, never the same twice, in one order for one source."""
+    """This object hands out names ending in .jpg below one folder, none twice. One order of calls gives one result."""
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
 
     def take(self, name: str) -> str:
-        """Returns the safe name of an image: a.jpg for a.png, a.png.jpg if that is taken, then a.png~2.jpg."""
+        """Return the safe name of an image: a.jpg for a.png, a.png.jpg if a.jpg is taken, then a.png~2.jpg."""
         wanted = safe_name(name)
         stem, suffix = os.path.splitext(wanted)
         chosen, number = f"{stem}.jpg", 1

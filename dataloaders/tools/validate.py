@@ -1,4 +1,4 @@
-"""Decodes a whole data set once and writes down what is broken, so that training need not find out."""
+"""Decode a whole data set once and write down which images are broken, so that training need not find out."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ from mirl.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationReport:
-    """num_images looked at, the rows of the broken ones, how many of each format, where the manifest is, seconds.
+    """A report says what one call of `validate_data` found.
 
-    account: how many files are there and why some are no images (see `Ledger`). left_out: a row for each of them.
-    manifests: all that were written, one for each split. value_range: least and greatest number of array files, before
-    uint16 is divided by 65535; None for pictures. overviews: what the good images look like, one for each split.
+    num_images: how many were decoded. bad: the rows of the broken ones. formats: how many images of each format.
+    manifest, manifests: the first that was written, and all, one for each split. account: how many files were found and
+    why some are no images (see `Ledger`). left_out: a row for each of those. value_range: least and greatest number of
+    array files, before uint16 is divided by 65535; None for pictures. overviews: of the good images, one for each
+    split.
     """
 
     num_images: int
@@ -72,10 +74,10 @@ def validate_data(
     workers: int | None = None,
     progress: Progress = True,
 ) -> ValidationReport:
-    """Decodes every image of `data` in full and writes a manifest; nothing of the data is changed.
+    """Decode every image of `data` in full and write a manifest; nothing of the data is changed.
 
-    data, layout, index_dir: as in `open_source`, one place. manifest: where to write; default mirl-manifest.tsv in the
-    folder `data`, where training finds it and leaves the broken images out. A root that holds train/ beside val/ or
+    data, layout, index_dir: as in `open_source`, one place. manifest: the file to write; default mirl-manifest.tsv in
+    the folder `data`, where training finds it and leaves the broken images out. A root that holds train/ beside val/ or
     test/ is validated with all of these folders, each of which gets a manifest.
     channels: 3, 1, or that of array files. workers: threads, default one a core. progress: a bar, nothing, or a
     function of (done, total) of one folder.
@@ -139,7 +141,7 @@ def validate_data(
 
 
 def _open(place: Path, layout: str, index_dir: str | Path | None) -> tuple[Source, bool]:
-    """The source, and whether it has labels: a set need not have any."""
+    """Open the source, and say whether it has labels: a set need not have any."""
     opened = partial(open_source, place, layout=layout, index_dir=index_dir, use_manifest=False, every_name=True)
     try:
         return opened(labels=True), True
@@ -149,9 +151,9 @@ def _open(place: Path, layout: str, index_dir: str | Path | None) -> tuple[Sourc
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """One image. values: least and greatest number of an array. seen: what it looks like; None of a broken one.
+    """This was found of one image. values: least and greatest number of an array. seen: None for a broken image.
 
-    label: -1 where it has none.
+    label: -1 if it has none.
     """
 
     row: ManifestRow
@@ -209,11 +211,11 @@ def _label(source: Source, index: int) -> int:
     try:
         return source.label(index)
     except (ImageError, ValueError):
-        return -1  # training with labels says what is wrong with it
+        return -1  # training with labels will say what is wrong
 
 
 def _absolute(path: str) -> str:
-    """The path from the root, with nothing else changed: a member of a tar may hold ../ or //, which are no folders."""
+    """Return the path from the root, not normalised: a member of a tar may hold ../ or //, which are no folders."""
     return joined(os.getcwd(), path)
 
 
