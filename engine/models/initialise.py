@@ -1,4 +1,4 @@
-"""How every parameter begins."""
+"""How every parameter begins is written here alone."""
 
 from __future__ import annotations
 
