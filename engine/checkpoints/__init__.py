@@ -1,1 +1,1 @@
-"""Checkpoints on disk: written by all ranks, verified, and read back under any number of ranks and ZeRO stage."""
+"""This room has the checkpoints on disk: all ranks write one; it is verified, and read by any ranks and ZeRO stage."""
