@@ -1,4 +1,4 @@
-"""Named fine-tuning runs; every field can be overridden on the command line.
+"""Recipes are named fine-tuning runs; every field can be overridden on the command line.
 
 Figures of the paper are ImageNet-1K top-1 after fine-tuning, from its authors' release. None of them was measured here.
 """
@@ -88,7 +88,7 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
 
 
 def finetune_recipe(name: str, **changes: Any) -> FinetuneConfig:
-    """The recipe called ``name``, with single settings changed; they have the names of the flags.
+    """Return the recipe called ``name``, with single settings changed; they have the names of the flags.
 
     Raises:
         UserError: no such recipe or setting, or settings that do not fit together.
