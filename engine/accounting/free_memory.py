@@ -15,7 +15,7 @@ import torch
 
 # Control groups write "no limit" as a number near 2**63.
 _NO_LIMIT = 2**60
-# A run reserves more address space from here on than it touches, mostly for stacks and heaps of threads: 1.4 GiB were
+# From here on a run reserves address space that it never touches, mostly for stacks and heaps of threads: 1.4 GiB were
 # measured on two cores (VmPeak less VmHWM, at the end and when a run asks).
 RESERVED_ADDRESSES = 1.5 * 2**30
 

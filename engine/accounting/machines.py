@@ -37,8 +37,7 @@ def micro_batches(share: int, group: int = 1) -> list[int]:
 
 
 def largest_fitting(allowed: Sequence[int], need: Callable[[int], float], free: float, *, on_gpu: bool) -> int:
-    """Return the first of ``allowed`` micro-batches whose ``need`` in bytes leaves enough of ``free``; the last if none
-    does.
+    """Return the first ``allowed`` micro-batch whose ``need`` in bytes leaves enough of ``free``, or else the last.
 
     If nothing fits a CPU's share of the memory, the larger share of a GPU is allowed there too.
     """

@@ -120,10 +120,10 @@ def _own_attention_seconds(operator: Operator, device: Device) -> float:
 
 @dataclass(frozen=True)
 class Times:
-    """The fields are times of one optimiser step on one GPU. ``shares``: of each class of operators in the device's
-    time.
+    """The fields are times and costs of one optimiser step on one GPU.
 
-    The shares have the sum 1. ``optimiser_bytes``: the part of ``bytes`` that comes after the backward passes.
+    ``shares``: of each class of operators in the device's time, sum 1. ``optimiser_bytes``: the part of ``bytes`` that
+    comes after the backward passes.
     """
 
     device_s: float

@@ -215,8 +215,7 @@ def reinit_accuracies(
     seed: int,
     advance: Advance = ignore,
 ) -> dict[int, float]:
-    """Return {first fresh block: top-1 in per cent on ``val`` after a short fine-tuning}; at the depth itself none is
-    fresh.
+    """Return {first fresh block: top-1 in per cent on ``val`` after a short fine-tuning}; the depth means none.
 
     advance: is told of each step.
     """

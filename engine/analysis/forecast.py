@@ -43,7 +43,7 @@ class Forecast:
         every: float = 10.0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """clock: seconds from any origin."""
+        """Start the clock. clock: seconds from any origin."""
         self.parts, self._say, self._every, self._clock = list(parts), say, every, clock
         self._began = self._said = clock()
 

@@ -53,8 +53,7 @@ def find_newest_good(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def locate(path: Path) -> Path:
-    """Return the checkpoint that a user means by ``path``: a checkpoint folder, or a run, whose newest good one is
-    taken.
+    """Return the checkpoint that a user means by ``path``: a checkpoint's folder, or the newest good one of a run.
 
     Raises:
         UserError: there is no checkpoint, or the named one is damaged. A named checkpoint is never replaced by another.

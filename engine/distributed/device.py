@@ -42,8 +42,7 @@ def choose_device(asked: str = "auto", local_rank: int = 0) -> torch.device:
 
 
 def why_no_gpu(root: Path = Path("/")) -> str | None:
-    """Say why torch sees none of the GPUs of this machine, with the mend; None if the machine has none, or they are
-    hidden.
+    """Say why torch sees none of this machine's GPUs, with the mend; None if it has none, or they are hidden.
 
     root: the folder with /dev and /proc. CUDA_VISIBLE_DEVICES hides GPUs if it is empty or -1.
     """

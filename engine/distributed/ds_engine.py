@@ -163,8 +163,7 @@ class TrainEngine:
         return self._one_pass is not None
 
     def step_in_one_pass(self, on: bool) -> None:
-        """Take further steps in one pass over the flat buffers, or as DeepSpeed and torch do. Call it between two
-        steps.
+        """Take further steps in one pass over the flat buffers, or as DeepSpeed and torch do; call it between steps.
 
         The state is the same and stays where it is, so that checkpoints do not differ. See
         `mirl.engine.distributed.one_pass`.

@@ -22,8 +22,7 @@ from mirl.kernels.flat_adamw import Coefficients, flat_adamw
 
 @dataclass(frozen=True, kw_only=True)
 class OwnedGroup:
-    """This rank owns a part of one parameter group, all [N]: float32 ``master`` and moments, ``weight`` to compute
-    with.
+    """This rank's part of one parameter group has, all [N], float32 ``master`` and moments, and the compute ``weight``.
 
     ``taken``: how many steps were applied, as torch.optim.AdamW counts them, float32 []. ``settings``: the live group
     of the optimiser, whose learning rate changes.

@@ -1,5 +1,4 @@
-"""The gate brings loss and gradient norm of each step to the host, and keeps a step outside its limits from being
-taken.
+"""The gate brings loss and gradient norm of each step to the host, and lets no step outside its limits be taken.
 
 Nothing here touches DeepSpeed: `FlatGradients.norm`, which every step of ZeRO 1 and 2 calls once, calls the gate. The
 loss travels with the sum of squares of the gradients, so ranks communicate, and the host waits for the device, as often

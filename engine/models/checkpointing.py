@@ -1,6 +1,4 @@
-"""Activation checkpointing: a plan says which groups of blocks are recomputed in the backward pass, and by which
-function.
-"""
+"""A plan says which groups of blocks are recomputed in the backward pass, and by which function."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ DEFAULT_CHECKPOINT: CheckpointFunction = partial(checkpoint, use_reentrant=False
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """The plan recomputes ``group`` blocks together. 0: nothing is recomputed; None: a whole segment or decoder at a
-    time.
-    """
+    """The plan recomputes ``group`` blocks together; 0: none; None: a whole segment or decoder at a time."""
 
     group: int | None = 0
     function: CheckpointFunction = DEFAULT_CHECKPOINT
@@ -32,6 +28,7 @@ class CheckpointPlan:
     @classmethod
     def make(cls, mode: str | int, function: CheckpointFunction | None = None) -> CheckpointPlan:
         """Make the plan of ``mode``: "none", "every", "segments", or a number of blocks (digits, too).
+
         UserError for any other mode.
         """
         named = {"none": 0, "every": 1, "segments": None}

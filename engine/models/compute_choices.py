@@ -51,8 +51,7 @@ class ComputeChoices(nn.Module):
         return self.encoder.cls_token.dtype
 
     def choose(self, images: Tensor, *, plain: bool = False) -> None:
-        """Make the choices that no caller made. ``plain`` says that the pass is unusual, and that no region was
-        compiled for it.
+        """Make the choices that no caller made. ``plain``: an unusual pass, for which no region was compiled.
 
         Raises UserError for images of another shape than the model's.
         """

@@ -1,4 +1,4 @@
-"""What a model is: one frozen dataclass, the sizes of the paper, and one clear message for each mistake.
+"""A model is described by one frozen dataclass, with the sizes of the paper and one clear message for each mistake.
 
 Letters used throughout mirl.engine.models: B batch, N patches, K kept, M masked, D encoder width, E decoder width, G
 segments, P patch side, C channels, Q = P * P * C pixels of a patch in (p, q, c) order.

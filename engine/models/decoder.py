@@ -213,8 +213,7 @@ class Decoder(nn.Module):
         context: DecoderContext,
         cross_inputs: Sequence[CrossInput | None],
     ) -> tuple[Tensor, Tensor | None]:
-        """Return pixels [B, M, Q] if ``context.masked_only``, else [B, N, Q], and features [.., D] for the feature
-        loss.
+        """Return pixels [B, M, Q] if ``context.masked_only``, else [B, N, Q]; and features [.., D] or None.
 
         cross_inputs: the input of each block's cross-attention, None for a block without DID.
         """

@@ -54,8 +54,7 @@ def fold_norms(norms: Sequence[nn.LayerNorm], linears: Sequence[nn.Linear]) -> t
 
 
 def project_prefixes(buffer_SBE: Tensor, lengths: Sequence[int], weight_GFE: Tensor, bias_GF: Tensor) -> list[Tensor]:
-    """Apply Linear_i to the first ``lengths[i]`` tokens, for each i: [B, lengths[i], F], a view of a tokens-first
-    tensor.
+    """Apply each Linear_i to the first ``lengths[i]`` tokens: [B, lengths[i], F], a view of a tokens-first tensor.
 
     buffer_SBE: [S, B, E], contiguous. weight_GFE, bias_GF: matrix and bias of each i.
     """

@@ -125,9 +125,7 @@ class Encoder(nn.Module):
     def run_blocks(
         self, first: int, last: int, x_BSD: Tensor, delta_BSD: Tensor | None = None, bias_D: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Run blocks ``first`` to ``last`` - 1 on x + (delta + bias), and return their result as a sum of three such
-        parts.
-        """
+        """Run blocks ``first`` to ``last`` - 1 on x + (delta + bias), and return the parts of such a sum."""
         for block in islice(self.blocks, first, last):  # a slice of a ModuleList is another module, made each time
             x_BSD, delta_BSD, bias_D = block.branches(x_BSD, delta_BSD, bias_D)
         return x_BSD, delta_BSD, bias_D

@@ -133,10 +133,10 @@ class HeadedAttention(nn.Module):
         bias: Tensor | None = None,
         kv_bias_2D: Tensor | None = None,
     ) -> Tensor:
-        """Attend with [B, R, D] queries to [B, T, 2D] keys and values: [B, R, D], not yet projected. Strides in B, R, T
-        are free.
+        """Attend with [B, R, D] queries to [B, T, 2D] keys and values, and return [B, R, D], not yet projected.
 
-        Without ``kv_BT2D`` all three are in [B, S, 3D]. The biases: see `mirl.kernels.packed_attention`.
+        Without ``kv_BT2D`` all three are in [B, S, 3D]. Strides in B, R and T are free. The biases: see
+        `mirl.kernels.packed_attention`.
         """
         return packed_attention(q_BRD, kv_BT2D, self.heads, backend=self.backend, bias=bias, kv_bias_2D=kv_bias_2D)
 
@@ -162,10 +162,10 @@ class Attention(HeadedAttention):
         return self.qkv(x_BSD, bias_gradient=not self.takes_bias(x_BSD.shape[1], x_BSD.shape[1]))
 
     def forward(self, qkv_BS3D: Tensor, add_bias: bool = True) -> Tensor:
-        """Attend with the result of `project`, which may have left its bias's gradient to this method, and project: [B,
-        S, D].
+        """Attend with the result of `project`, and project: [B, S, D].
 
-        ``add_bias``: whether the output projection adds its bias.
+        `project` may have left its bias's gradient to this method. ``add_bias``: whether the output projection adds its
+        bias.
         """
         bias_3D = self.qkv.bias if self.takes_bias(qkv_BS3D.shape[1], qkv_BS3D.shape[1]) else None
         return self.proj(self.attend(qkv_BS3D, bias=bias_3D), add_bias)
@@ -227,9 +227,9 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm encoder block computes x += SelfAttn(LN x); x += MLP(LN x). ``drop_path`` is its rate of stochastic
-    depth.
+    """A pre-norm encoder block computes x += SelfAttn(LN x); x += MLP(LN x).
 
+    ``drop_path``: its rate of stochastic depth.
     ``leaves_bias``: False if any block of the model drops paths, so that biases are treated alike in all blocks.
     ``parts``: consecutive sequences of a batch that belong to one image, which is dropped or kept as a whole.
     """

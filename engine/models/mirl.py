@@ -1,5 +1,4 @@
-"""Masked Image Residual Learning is the encoder, G decoders and their objective, as one pure function of images and
-mask.
+"""Masked Image Residual Learning is an encoder, G decoders and their objective, a pure function of images and mask.
 
 Shapes: B batch, N patches, K kept, M masked, G segments, D encoder width, E decoder width, Q pixels of a patch.
 """

@@ -70,8 +70,7 @@ def reconstruction_loss(
     masked_only: bool,
     shared_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of the terms, and the terms: a scalar and [len(terms)], float32 (float64 for float64
-    predictions).
+    """Return the weighted sum of the terms, a scalar, and the terms [len(terms)], float32 (float64 for float64).
 
     Under ``norm_pix`` the patches of a part of the image are normalised by the statistics of that part.
     predictions: of decoders 1..G, [B, M, Q] if ``masked_only``, else [B, N, Q] of which only masked patches count.
@@ -112,8 +111,7 @@ def part_images(config: ModelConfig, images: Tensor, dtype: torch.dtype) -> dict
 
 
 def feature_loss(terms: Sequence[Term], features: Sequence[Tensor], target_BND: Tensor, mask: PatchMask) -> Tensor:
-    """Compare predicted features with the teacher's: return the terms' weighted sum of mean squared errors, a float32
-    scalar.
+    """Return the terms' weighted sum of mean squared errors of predicted features, a float32 scalar.
 
     The features of a pair's two decoders add up, as their pixels do.
     features: of decoders 1..G, [B, M, D], or [B, N, D] of which only masked patches count.

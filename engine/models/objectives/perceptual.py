@@ -23,7 +23,7 @@ class PerceptualLoss(nn.Module):
     """
 
     def __init__(self, state: dict[str, Tensor], mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """state: ``features.*`` of torchvision's vgg16. UserError names what is missing or of another shape."""
+        """Load ``state``, ``features.*`` of torchvision's vgg16. UserError names a missing or misshapen weight."""
         super().__init__()
         from torchvision.models import vgg16  # an import of seconds that only this loss pays
 

@@ -89,8 +89,7 @@ class EvaluationInterrupted(Exception):
 def evaluate(
     model: nn.Module, loader: EvalLoader, device: torch.device, interrupted: Callable[[], bool] | None = None
 ) -> Scores:
-    """Score ``model`` (images -> logits) in eval mode; the result is the same on every rank of the process group, if
-    any.
+    """Score ``model`` (images -> logits) in eval mode, with the same result on every rank of the process group, if any.
 
     ``loader`` is of this rank; padding and broken images, which it marks, are in no count. Counts are exact on every
     number of ranks and batch size; the loss differs by the order of a float64 sum.

@@ -29,8 +29,7 @@ from mirl.errors import UserError
 
 VARIANTS = ("paper", "vitdet")
 Target = dict[str, Tensor]
-"""A target of one image has "boxes" float32 [n, 4] as x1 y1 x2 y2 in pixels, "labels" int64 [n] from 1, and "masks"
-uint8 [n, H, W]."""
+"""An image has "boxes" float32 [n, 4] as x1 y1 x2 y2 in pixels, "labels" int64 [n] from 1, "masks" uint8 [n, H, W]."""
 
 
 class Detector(DenseModel):

@@ -89,7 +89,9 @@ def _coco(name: str, *, lr: float, layer_decay: float, drop_path: float) -> Dete
 
 
 def vit_b() -> DetectConfig:
-    """ViT-B on COCO, 1x. The paper: box AP 49.3, mask AP 43.7 after 800 epochs of pre-training. Not measured here.
+    """Train ViT-B on COCO, 1x. The paper has box AP 49.3, mask AP 43.7 after 800 epochs of pre-training.
+
+    Not measured here.
 
     Inherited: all from CAE's ViT-B: learning rate 3e-4, layer decay 0.75, drop path 0.2.
 
@@ -100,7 +102,7 @@ def vit_b() -> DetectConfig:
 
 
 def vit_s_54() -> DetectConfig:
-    """ViT-S-54 on COCO, 1x. The paper has no figure for it. Not measured here.
+    """Train ViT-S-54 on COCO, 1x. The paper has no figure for it. Not measured here.
 
     Inherited: from CAE, learning rate 2e-4 and drop path 0.2 as for its ViT-L. Reckoned here: layer decay 0.91, by
     which the lowest of 54 blocks learns as slowly as that of 12 under 0.75.
@@ -111,7 +113,7 @@ def vit_s_54() -> DetectConfig:
 
 
 def vit_b_24() -> DetectConfig:
-    """ViT-B-24 on COCO, 1x. The paper has no figure for it. Not measured here.
+    """Train ViT-B-24 on COCO, 1x. The paper has no figure for it. Not measured here.
 
     Inherited: from CAE, learning rate 2e-4, layer decay 0.85 and drop path 0.2 as for its ViT-L, which has 24 blocks
     too.
@@ -122,7 +124,7 @@ def vit_b_24() -> DetectConfig:
 
 
 def vit_b_48() -> DetectConfig:
-    """ViT-B-48 on COCO, 1x. The paper: mask AP 46.5 after 800 epochs of pre-training. Not measured here.
+    """Train ViT-B-48 on COCO, 1x. The paper has mask AP 46.5 after 800 epochs of pre-training. Not measured here.
 
     Inherited: from CAE, learning rate 2e-4 as for its ViT-L; drop path 0.4 of ViTDet-L. Reckoned here: layer decay
     0.90, by which the lowest of 48 blocks learns as slowly as that of 12 under 0.75; MIRL's own fine-tuning has 0.88.
@@ -133,7 +135,9 @@ def vit_b_48() -> DetectConfig:
 
 
 def vitdet_b() -> DetectConfig:
-    """ViT-B on COCO as in ViTDet, 100 epochs of large-scale jitter. Not the paper's set-up, and not measured here.
+    """Train ViT-B on COCO as in ViTDet, 100 epochs of large-scale jitter. This is not the paper's set-up.
+
+    Not measured here.
 
     Inherited: detectron2 projects/ViTDet, configs/COCO/mask_rcnn_vitdet_b_100ep.py: last map, simple pyramid,
     LayerNorm, 1024 pixels, scales 0.1 - 2, AdamW, learning rate 1e-4, weight decay 0.1, layer decay 0.7, drop path 0.1,

@@ -39,10 +39,10 @@ def small_data() -> SegmentConfig:
 
 
 def demo() -> SegmentConfig:
-    """Train on composites of objects on photographs, for some minutes on two CPU cores; `mirl segment --demo` does so
-    twice.
+    """Train on composites of objects on photographs, for some minutes on two CPU cores.
 
-    Chosen here for a short run of a small encoder; nothing is inherited, and nothing follows for other data.
+    `mirl segment --demo` runs it twice. The settings were chosen here for a short run of a small encoder; nothing is
+    inherited, and nothing follows for other data.
 
     Command: ``mirl segment --demo``
     """
@@ -81,7 +81,7 @@ def _ade20k(name: str, *, lr: float, layer_decay: float, drop_path: float) -> Se
 
 
 def vit_b() -> SegmentConfig:
-    """ViT-B on ADE20K. The paper has no figure for it. Not measured here.
+    """Train ViT-B on ADE20K. The paper has no figure for it. Not measured here.
 
     Inherited: as all of them from BEiT; learning rate 1e-4, layer decay 0.65 and drop path 0.1 from the reproduction of
     MAE's 48.1 mIoU (implus/mae_segmentation, and mmsegmentation configs/mae/mae-base_upernet_8xb2-amp-160k). BEiT
@@ -93,7 +93,7 @@ def vit_b() -> SegmentConfig:
 
 
 def vit_s_54() -> SegmentConfig:
-    """ViT-S-54 on ADE20K. The paper has no figure for it. Not measured here.
+    """Train ViT-S-54 on ADE20K. The paper has no figure for it. Not measured here.
 
     Inherited: as all of them from BEiT; learning rate 1e-4 from MAE's reproduction. Reckoned here: layer decay 0.90, by
     which the lowest of 54 blocks learns as slowly as that of 12 under 0.65; drop path 0.15 of BEiT v2's deeper models.
@@ -105,7 +105,7 @@ def vit_s_54() -> SegmentConfig:
 
 
 def vit_b_24() -> SegmentConfig:
-    """ViT-B-24 on ADE20K. The paper has no figure for it. Not measured here.
+    """Train ViT-B-24 on ADE20K. The paper has no figure for it. Not measured here.
 
     Inherited: as all of them from BEiT; learning rate 1e-4 from MAE's reproduction. Reckoned here: layer decay 0.80,
     by which the lowest of 24 blocks learns as slowly as that of 12 under 0.65; drop path 0.15 (BEiT v2).
@@ -117,7 +117,7 @@ def vit_b_24() -> SegmentConfig:
 
 
 def vit_b_48() -> SegmentConfig:
-    """ViT-B-48 on ADE20K. The paper: 53.2 mIoU after 800 epochs of pre-training (Table 5). Not measured here.
+    """Train ViT-B-48 on ADE20K. The paper has 53.2 mIoU after 800 epochs of pre-training (Table 5). Not measured here.
 
     Inherited: as all of them from BEiT; learning rate 1e-4 from MAE's reproduction; drop path 0.2 of BEiT-L. Reckoned
     here: layer decay 0.89, by which the lowest of 48 blocks learns as slowly as that of 12 under 0.65; MIRL's own
