@@ -10,7 +10,7 @@ from typing import Any
 from mirl.engine.checkpoints.best import NAMES as WEIGHTS
 from mirl.engine.checkpoints.files import aside
 
-SHOWN = 30  # classes in the lines on the terminal, the worst ones
+SHOWN = 30  # classes in the lines on the terminal; if there are more, the worst
 NUMBERED = 25  # classes whose counts are legible in the picture
 COLUMNS = ("images", "correct", "correct_in_5", "predicted", "recall_percent", "precision_percent")
 

@@ -114,7 +114,8 @@ def feature_loss(terms: Sequence[Term], features: Sequence[Tensor], target_BND: 
     """Return the terms' weighted sum of mean squared errors of predicted features, a float32 scalar.
 
     The features of a pair's two decoders add up, as their pixels do.
-    features: of decoders 1..G, [B, M, D], or [B, N, D] of which only masked patches count.
+    target_BND: the teacher's features. features: those of decoders 1..G, [B, M, D], or [B, N, D] of which only masked
+    patches count.
     """
     target_BMD = gather_tokens(target_BND, mask.ids_masked)
     target_BMD = target_BMD.to(torch.promote_types(target_BMD.dtype, torch.float32))
