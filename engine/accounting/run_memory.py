@@ -189,6 +189,9 @@ def segmenter_footprint(
 
 
 def writes_out_attention(model: ModelConfig, *, on_gpu: bool) -> bool:
-    """Whether attention keeps its weights: the backend "math", which a CPU chooses first for all but long sequences."""
+    """Tell whether attention keeps its weights.
+
+    The backend "math" does, which a CPU chooses first for all but long sequences.
+    """
     chosen = model.attention == "auto" and not on_gpu and not spares_matrix(model, on_gpu=on_gpu)
     return model.attention == "math" or chosen

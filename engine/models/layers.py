@@ -41,7 +41,7 @@ class ResidualNorm(nn.LayerNorm):
         self.execution = Execution()
 
     def adds_bias(self, in_region: bool) -> bool:
-        """Whether the Linear before this norm should leave its bias to it. ``in_region``: the norm will be compiled.
+        """Tell whether the Linear before this norm should leave its bias to it. ``in_region``: the norm is in one.
 
         Under ZeRO-3 it should not: a sharded parameter is whole in its own layer's pass alone.
         """
