@@ -37,7 +37,7 @@ def free_memory(device: torch.device, local_ranks: int) -> FreeMemory:
 
 
 def free_host_memory(local_ranks: int = 1, *, of_limits: bool = True) -> FreeMemory:
-    """Tell what the machine, the control groups and the limits of this process leave to each rank, the least of them.
+    """Tell the least that the machine, the control groups or the limits of this process leave to each rank.
 
     of_limits: False leaves out the limits of the process. Past a limit an allocation fails; past the others the kernel
     ends a process.

@@ -1,1 +1,1 @@
-"""This room has the checkpoints on disk: all ranks write one; it is verified, and read by any ranks and ZeRO stage."""
+"""All ranks write a checkpoint here; it is verified, and any number of ranks and any ZeRO stage reads it back."""

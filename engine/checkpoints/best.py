@@ -15,7 +15,7 @@ NAMES = {"last": "the weights as trained", "ema": "the average of the weights (E
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """An evaluation found this.
+    """A standing is the result of an evaluation.
 
     weights: the better ones, "last" as training left them, or "ema" their average. score_percent: the higher the
     better; ``metric`` names it. images: the size of the evaluated set.

@@ -56,7 +56,10 @@ class Given:
         return self.best.weights if self.best else "last"
 
     def require(self, command: str, *kinds: str) -> Given:
-        """Return itself. UserError that says what ``command`` needs and what this is, unless it is one of ``kinds``."""
+        """Return itself if it is one of ``kinds``.
+
+        Otherwise raise UserError that says what ``command`` needs and what this is.
+        """
         require_kind(self.state, self.asked, command, *kinds)
         return self
 

@@ -1,6 +1,7 @@
-"""How the blocks of a model are computed: attention backend, kernels, compiled regions, recomputation.
+"""These choices say how the blocks of a model are computed: attention backend, kernels, compiled regions,
+recomputation.
 
-The models of all kinds of run share these choices. No choice changes what is computed.
+The models of all kinds of run share them. No choice changes what is computed.
 """
 
 from __future__ import annotations

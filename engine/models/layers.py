@@ -41,9 +41,10 @@ class ResidualNorm(nn.LayerNorm):
         self.execution = Execution()
 
     def adds_bias(self, in_region: bool) -> bool:
-        """Tell whether the Linear before this norm should leave its bias to it. ``in_region``: the norm is in one.
+        """Tell whether the Linear before this norm should leave its bias to it.
 
-        Under ZeRO-3 it should not: a sharded parameter is whole in its own layer's pass alone.
+        ``in_region``: the norm will run in a compiled region. Under ZeRO-3 no bias is left: a sharded parameter is
+        whole in its own layer's pass alone.
         """
         fused = self.execution.norm_in_regions if in_region else self.execution.fused_norm
         return fused and self.execution.bias_in_norm and not hasattr(self.weight, "ds_id")

@@ -160,7 +160,7 @@ class MIRL(ComputeChoices):
             yield config.vgg_loss, perceptual_loss(config, self.terms, predictions, images, mask, self._perceptual[0])
 
     def dense_inputs(self, embedded: dict[int, Tensor]) -> dict[int, list[CrossInput | None]]:
-        """Return the inputs of each cross-attention of decoder g (Eq. 8), for g = 1..G; see `Decoder.forward`."""
+        """Return the input of each block's cross-attention in decoder g (Eq. 8), g = 1..G; see `Decoder.forward`."""
         config = self.config
         without = [None] * (config.decoder_depth - config.did_blocks)
         numbers = range(1, config.segments + 1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ExactSkips:
-    """The object says which skips a model takes.
+    """`ExactSkips` says which skips a model takes.
 
     visible_only_projection: gather the pixels of kept patches and project those, instead of projecting all patches.
     masked_only_tail: in a decoder's last block only masked tokens ask questions (queries, cross-attention, MLP, head).

@@ -39,8 +39,9 @@ ENCODER_ALONE: Mapping[str, Any] = MappingProxyType({"objective": "mae", "segmen
 class Layout:
     """A layout describes one kind of state dict.
 
-    our_key: our name of a parameter, None if it has none. positions: keys of fixed tables; a decoder's has "decoder" in
-    it. fields: the `ModelConfig` fields that follow from the decoders' shapes; `ENCODER_ALONE` without decoders.
+    our_key: our name of a parameter, None if it has none. positions: keys of fixed tables; that of a decoder's table
+    contains "decoder". fields: the `ModelConfig` fields that follow from the decoders' shapes; `ENCODER_ALONE` without
+    decoders.
     """
 
     title: str

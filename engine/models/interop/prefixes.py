@@ -27,7 +27,7 @@ _OTHERS = (
 
 
 def strip_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return ``state`` with keys as timm and facebookresearch/mae have them, and a note on each thing left out.
+    """Return ``state`` with the keys of timm and facebookresearch/mae, and notes on what was taken off or left out.
 
     If the file has a student and a teacher, the teacher is taken.
 

@@ -70,9 +70,10 @@ def reconstruction_loss(
     masked_only: bool,
     shared_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of the terms, a scalar, and the terms [len(terms)], float32 (float64 for float64).
+    """Return the weighted sum of the terms, a scalar, and the terms [len(terms)].
 
-    Under ``norm_pix`` the patches of a part of the image are normalised by the statistics of that part.
+    Both are float32, or float64 for float64 predictions. Under ``norm_pix`` the patches of a part of the image are
+    normalised by the statistics of that part.
     predictions: of decoders 1..G, [B, M, Q] if ``masked_only``, else [B, N, Q] of which only masked patches count.
     shared_gradient: one gradient tensor for both decoders of a pair, written in the forward pass; else plain autograd.
     """

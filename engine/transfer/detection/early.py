@@ -59,7 +59,7 @@ def require_inputs(config: DetectConfig) -> None:
 def open_sets(config: DetectConfig) -> tuple[CocoSet, CocoSet | None]:
     """Open the pictures to train and to evaluate on, and check their annotations whole.
 
-    UserError as `CocoSet`, or if the classes of the two differ, or no picture has an object.
+    UserError as in `CocoSet`, or if the classes of the two differ, or no picture has an object.
     """
     section = config.detect
     train = CocoSet(section.annotations, config.data.data[0], degenerate=section.degenerate)
