@@ -1,5 +1,4 @@
-"""These choices say how the blocks of a model are computed: attention backend, kernels, compiled regions,
-recomputation.
+"""These choices say how the blocks of a model are computed: attention, kernels, compiled regions, recomputation.
 
 The models of all kinds of run share them. No choice changes what is computed.
 """
