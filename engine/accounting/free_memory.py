@@ -93,7 +93,7 @@ def _of_limits(held: int) -> Iterator[FreeMemory]:
 
 
 def addresses_are_limited() -> bool:
-    """Tell whether ``ulimit -v`` or ``ulimit -d`` bounds this process."""
+    """Say whether ``ulimit -v`` or ``ulimit -d`` bounds this process."""
     limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
     return any(limit != resource.RLIM_INFINITY for limit in limits)
 

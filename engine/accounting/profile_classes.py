@@ -32,7 +32,7 @@ _OPERATORS = ("aten::", "mkldnn::", "mirl_kernels::", "c10d::", "cpp_fused", "Sh
 
 
 def is_operator(name: str) -> bool:
-    """Tell whether an event of the host is an operator, rather than Python's or autograd's own work."""
+    """Say whether an event of the host is an operator, rather than Python's or autograd's own work."""
     return name.startswith(_OPERATORS)
 
 

@@ -189,7 +189,7 @@ def segmenter_footprint(
 
 
 def writes_out_attention(model: ModelConfig, *, on_gpu: bool) -> bool:
-    """Tell whether attention keeps its weights.
+    """Say whether attention keeps its weights.
 
     The backend "math" does, which a CPU chooses first for all but long sequences.
     """

@@ -131,7 +131,7 @@ def plan(
 
 
 def _steps_in_one_pass(config: PretrainConfig, ds_config: dict[str, Any]) -> bool:
-    """Tell whether a run on a GPU would measure the optimiser in one pass, which moves fewer bytes."""
+    """Say whether a run on a GPU would measure the optimiser in one pass, which moves fewer bytes."""
     zero = ds_config["zero_optimization"]
     flat = config.run.flat_gradients and zero["stage"] in (1, 2) and "offload_optimizer" not in zero
     return flat and config.run.choices in ("auto", "measure")

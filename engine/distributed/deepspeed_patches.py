@@ -55,7 +55,7 @@ VERSION: str = deepspeed.__version__
 
 
 def is_tested() -> bool:
-    """Tell whether the tests have run with the installed version."""
+    """Say whether the tests have run with the installed version."""
     return VERSION in TESTED_VERSIONS
 
 
@@ -175,7 +175,7 @@ def forget_gradients_of_skipped_step(optimizer: Any) -> None:
 
 
 def takes_flat_gradients(optimizer: Any) -> bool:
-    """Tell whether ``optimizer`` is of ZeRO 1 or 2 and `take_gradients` knows how to replace its gradient path."""
+    """Say whether ``optimizer`` is of ZeRO 1 or 2 and `take_gradients` knows how to replace its gradient path."""
     return is_tested() and type(optimizer) is DeepSpeedZeroOptimizer and not optimizer.cpu_offload
 
 
@@ -291,7 +291,7 @@ def lay_out_matrices(optimizer: Any, muon: MuonAdamW) -> None:
 
 
 def can_step_in_one_pass(optimizer: Any) -> bool:
-    """Tell whether `step_in_one_pass` can take the step of ``optimizer``, which has flat gradients and its moments.
+    """Say whether `step_in_one_pass` can take the step of ``optimizer``, which has flat gradients and its moments.
 
     It can step torch's AdamW with fp32 state, in the plain form that every run has.
     """

@@ -135,7 +135,7 @@ class TrainEngine:
 
     @property
     def can_watch_steps(self) -> bool:
-        """Tell whether this engine offers `watch_steps`: ZeRO 1 or 2 with flat gradients."""
+        """Say whether this engine offers `watch_steps`: ZeRO 1 or 2 with flat gradients."""
         return self._flat is not None
 
     def watch_steps(self, *, closes: bool) -> SpikeGate:
@@ -149,7 +149,7 @@ class TrainEngine:
 
     @property
     def can_step_in_one_pass(self) -> bool:
-        """Tell whether this engine offers `step_in_one_pass`: ZeRO 1 or 2 with flat gradients, and AdamW of torch."""
+        """Say whether this engine offers `step_in_one_pass`: ZeRO 1 or 2 with flat gradients, and AdamW of torch."""
         return self._in_flat_weights and patches.can_step_in_one_pass(self._optimizer)
 
     @property

@@ -65,7 +65,7 @@ def adopt_slurm() -> None:
 
 
 def of_slurm(environment: Mapping[str, str]) -> bool:
-    """Tell whether Slurm's variables make this process one of several.
+    """Say whether Slurm's variables make this process one of several.
 
     A batch script's own shell has them too, but a command that srun did not start is alone.
     """

@@ -178,7 +178,7 @@ def _place() -> str:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Tell whether a collective failed because another rank's process is gone."""
+    """Say whether a collective failed because another rank's process is gone."""
     return isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER)
 
 
@@ -213,7 +213,7 @@ def _private_store(world_size: int, local_world_size: int) -> dist.Store | None:
 
 
 def _one_parent(world_size: int, local_world_size: int) -> bool:
-    """Tell whether the deepspeed launcher, or one with the same variables, has started all ranks on this host."""
+    """Say whether the deepspeed launcher, or one with the same variables, has started all ranks on this host."""
     alone = os.environ.get("CROSS_SIZE") == "1" and local_world_size == world_size
     return alone and "TORCHELASTIC_RUN_ID" not in os.environ
 

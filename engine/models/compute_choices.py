@@ -25,7 +25,7 @@ LONG_SEQUENCE = 2048
 
 
 def spares_matrix(config: ModelConfig, *, on_gpu: bool) -> bool:
-    """Tell whether ``auto`` attention takes SDPA on a CPU because the sequence is long.
+    """Say whether ``auto`` attention takes SDPA on a CPU because the sequence is long.
 
     For short sequences the backend `math` is faster there.
     """

@@ -44,7 +44,7 @@ class Execution:
 
 
 def fusing(outside: bool, in_regions: bool) -> bool:
-    """Tell whether to call a fused kernel here: inside a compiled region the compiler's own fusion may be faster."""
+    """Say whether to call a fused kernel here: inside a compiled region the compiler's own fusion may be faster."""
     return in_regions if torch.compiler.is_compiling() else outside
 
 

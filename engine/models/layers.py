@@ -41,7 +41,7 @@ class ResidualNorm(nn.LayerNorm):
         self.execution = Execution()
 
     def adds_bias(self, in_region: bool) -> bool:
-        """Tell whether the Linear before this norm should leave its bias to it.
+        """Say whether the Linear before this norm should leave its bias to it.
 
         ``in_region``: the norm will run in a compiled region. Under ZeRO-3 no bias is left: a sharded parameter is
         whole in its own layer's pass alone.
@@ -142,7 +142,7 @@ class HeadedAttention(nn.Module):
         return packed_attention(q_BRD, kv_BT2D, self.heads, backend=self.backend, bias=bias, kv_bias_2D=kv_bias_2D)
 
     def takes_bias(self, queries: int, keys: int) -> bool:
-        """Tell whether `attend` makes the gradients of the biases of so many queries and keys.
+        """Say whether `attend` makes the gradients of the biases of so many queries and keys.
 
         It leaves them to the Linear layers under ZeRO 3, which has a parameter whole in the pass of its own layer only.
         """

@@ -144,7 +144,7 @@ def hf_preprocessor(config: ModelConfig, *, image_size: tuple[int, int] | None =
 
 
 def crops_as_evaluation(image_size: tuple[int, int]) -> bool:
-    """Tell whether transformers' processor of images of this size takes the crop of our evaluation."""
+    """Say whether transformers' processor of images of this size takes the crop of our evaluation."""
     return image_size[0] == image_size[1]
 
 

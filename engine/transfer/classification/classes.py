@@ -1,4 +1,4 @@
-"""Tell whether two labelled sets mean the same by their class numbers. This needs no torch."""
+"""Say whether two labelled sets mean the same by their class numbers. This needs no torch."""
 
 from __future__ import annotations
 

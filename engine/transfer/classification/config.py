@@ -57,7 +57,7 @@ class FinetuneSection(Section):
 
     @property
     def mixes_pairs(self) -> bool:
-        """Tell whether images of a micro-batch are mixed in pairs, or may be once the length of the run is known."""
+        """Say whether images of a micro-batch are mixed in pairs, or may be once the length of the run is known."""
         return any(value is None or value > 0 for value in (self.mixup, self.cutmix))
 
     def check(self) -> None:

@@ -18,7 +18,7 @@ WEIGHTS = {"last": "weight", "ema": KIND}
 
 
 def is_classifier(path: Path | str) -> bool:
-    """Tell whether the checkpoint, or the newest good one of a run, is of fine-tuning. UserError if there is none."""
+    """Say whether the checkpoint, or the newest good one of a run, is of fine-tuning. UserError if there is none."""
     return kind_of(read_state(locate(Path(path)))) == CLASSIFIER
 
 

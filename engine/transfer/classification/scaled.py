@@ -49,7 +49,7 @@ class Regularisation:
 
 
 def is_open(config: FinetuneConfig) -> bool:
-    """Tell whether a setting is still left to `settle`."""
+    """Say whether a setting is still left to `settle`."""
     return None in (config.data.crop_scale, config.data.centre_crops) or any(
         getattr(config.finetune, item.name) is None for item in dataclasses.fields(Regularisation)
     )

@@ -82,7 +82,7 @@ class DetectionLoader:
 
     @property
     def too_many_bad(self) -> bool:
-        """Tell whether more distinct pictures broke on this rank than the limit allows."""
+        """Say whether more distinct pictures broke on this rank than the limit allows."""
         return len(self.bad_images) > self.bad_allowed
 
     def next_micro_batch(self) -> DetectionBatch:
