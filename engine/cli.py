@@ -1,4 +1,4 @@
-"""The console command `mirl`."""
+"""The console command `mirl` looks a name up and calls it."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _plan(argv: Sequence[str]) -> int:
     return main(argv)
 
 
-# Each imports what it needs when it is called, so that `mirl --help` answers at once.
+# Each command imports what it needs when it is called, so that `mirl --help` answers at once.
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "pretrain": (_pretrain, "pre-train a model on this machine (several ranks: deepspeed engine/pretrain.py)"),
     "finetune": (
@@ -179,7 +179,7 @@ def usage() -> str:
 
 
 def dispatch(argv: Sequence[str]) -> int:
-    """Run ``argv``; returns the exit code."""
+    """Run ``argv``; return the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -192,7 +192,7 @@ def dispatch(argv: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the command line of the console script."""
     if sys.argv[1:2] not in (["pretrain"], ["finetune"], ["segment"], ["detect"]):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `mirl summary | head` ends quietly; a run outlives its reader
     run_entry_point(lambda: dispatch(sys.argv[1:]))

@@ -25,7 +25,7 @@ from mirl.engine.errors import run_entry_point  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse ``argv`` (default: the command line) and run; returns the exit code."""
+    """Parse ``argv`` (default: the command line) and run; return the exit code."""
     from mirl.engine.configuration.flags import parse
     from mirl.engine.transfer.detection.command_line import DETECT
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     config = with_demo(config)
     refuse_early(config)
     hide_gpus(config.run.device)
-    # Only now, so that --help and a wrong flag or path answer at once: these import torch, torchvision and DeepSpeed.
+    # This imports torch, torchvision and DeepSpeed, so it comes late: --help and a wrong flag or path answer at once.
     from mirl.engine.transfer.detection.run import detect
 
     detect(config)

@@ -1,7 +1,8 @@
-"""How a command ends: an exit code for each reason, and one line where a user can mend it or go on from it.
+"""A command ends with an exit code for each reason, and with one line if a user can mend it or go on from it.
 
-What a user can mend is a `mirl.errors.UserError`. Any other exception is a fault of ours, keeps its traceback and ends
-with exit code 1.
+An error that a user can mend is a `mirl.errors.UserError`. The exceptions of this module, `StorageLost`, a full disk
+and an error of the system about a path end with a line, too. Any other exception is a fault of ours, keeps its
+traceback and ends with exit code 1.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ EXIT_HUNG = 70  # EX_SOFTWARE
 EXIT_NOT_SAVED = 74  # EX_IOERR
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: run the same command again to go on
 
-# What the operating system says of a path, and names it: the user knows what to do about it.
+# The operating system raises these for a path and names it, so the user knows what to do.
 OF_A_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
-# Before a rank other than 0 leaves; launchers look at their workers every second or so.
+# A rank other than 0 waits this long before it leaves; launchers look at their workers every second or so.
 PAUSE_S = 3
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -52,7 +53,7 @@ _met = False
 
 
 def begin_to_meet() -> None:
-    """From here on this rank may meet errors that others do not have."""
+    """Note that from here on this rank may meet errors that others do not have."""
     global _met
     _met = True
 
@@ -61,9 +62,9 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     """Call ``main`` and leave the process: an error of the user's becomes one line on stderr and an exit code.
 
     On several ranks rank 0 speaks first. The others wait a moment, because a launcher that sees one worker fail ends
-    the rest, and would otherwise cut off the message. Who is still there then tells its own error, since rank 0 may not
-    have it (the data of one host, the variables of one rank); what comes before `begin_to_meet` is of the command line,
-    which all ranks have. A lost rank is told by every rank that is left.
+    the rest, and would otherwise cut off the message. A rank that is still there then tells its own error, since rank 0
+    may not have it (the data of one host, the variables of one rank). An error before `begin_to_meet` comes from the
+    command line, which all ranks have, so rank 0 alone tells it. Every rank that is left tells of a lost rank.
     """
     open_streams()
     rank, wrong = _rank()
@@ -120,7 +121,7 @@ def _say(rank: int, line: str, *, own: bool = False) -> None:
 
 
 def _rank() -> tuple[int, str]:
-    """``(rank, what is wrong with it)``; a process whose rank is no number speaks for itself."""
+    """Return ``(rank, what is wrong with it)``; a process whose rank is no number speaks for itself."""
     # srun's ranks have no RANK before they join.
     name, text = next(((name, text) for name in ("RANK", "SLURM_PROCID") if (text := os.environ.get(name))), ("", "0"))
     try:

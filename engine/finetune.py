@@ -25,7 +25,7 @@ from mirl.engine.errors import run_entry_point  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse ``argv`` (default: the command line) and run; returns the exit code."""
+    """Parse ``argv`` (default: the command line) and run; return the exit code."""
     from mirl.engine.configuration.flags import parse
     from mirl.engine.transfer.classification.command_line import FINETUNE
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
     refuse_early(config)
     hide_gpus(config.run.device)
-    # Only now, so that --help and a wrong flag or path answer at once: these import torch, DeepSpeed and DALI.
+    # This imports torch, DeepSpeed and DALI, so it comes late: --help and a wrong flag or path answer at once.
     from mirl.engine.transfer.classification.run import finetune
 
     finetune(config)

@@ -17,8 +17,9 @@ if not __package__:
     # and goes behind everything else when `mirl` is imported.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-# Read once, when torch loads its OpenMP: waiting threads sleep instead of spinning. On a CPU they share the cores with
-# the threads that decode images, and spinning makes a step several times slower (benchmarks/LOG.md).
+# OpenMP reads the variable once, when torch loads it. PASSIVE lets waiting threads sleep instead of spin. On a CPU they
+# share the cores with the threads that decode images, and spinning makes a step several times slower
+# (benchmarks/LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from mirl.engine.distributed import stop_request  # noqa: E402, F401 - notes who started this process
@@ -27,12 +28,12 @@ from mirl.engine.errors import run_entry_point  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse ``argv`` (default: the command line) and run; returns the exit code."""
+    """Parse ``argv`` (default: the command line) and run; return the exit code."""
     from mirl.engine.pretraining.command_line import parse_pretrain
 
     config = parse_pretrain(sys.argv[1:] if argv is None else argv)
     hide_gpus(config.run.device)
-    # Only now, so that --help and a wrong flag answer at once: these import torch, DeepSpeed and DALI.
+    # This imports torch, DeepSpeed and DALI, so it comes late: --help and a wrong flag answer at once.
     from mirl.engine.pretraining.run import pretrain
 
     pretrain(config)

@@ -1,4 +1,4 @@
-"""Standard output and error that can always be written to: telling something never ends what it tells about."""
+"""Standard output and error can always be written to here: telling something never ends what it tells about."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import TextIO
 
 
 def open_streams() -> None:
-    """Put /dev/null in place of each standard stream that this process was started without, and let the others write
-    any name. Cron jobs, daemons and some schedulers start programs so, and ``>&-`` in a shell.
+    """Put /dev/null in place of each standard stream that is missing, and let the others write any name.
 
-    Without that the next file to be opened would become descriptor 1 or 2, into which libraries write, and `sys.stdout`
-    is None. A character that the stream's encoding lacks, or a byte of a file's name that is no text, is written as its
-    number.
+    Cron jobs, daemons and some schedulers start programs without these streams, and so does ``>&-`` in a shell. The
+    next file to be opened would then become descriptor 1 or 2, into which libraries write, and `sys.stdout` is None. A
+    character that the stream's encoding lacks, or a byte of a file's name that is no text, is written as its number.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The lowest free number is taken, which is this one. Children get it too, as they would a real one.
+            # The system takes the lowest free number, which is this one. Children inherit it, as a real stream.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -41,8 +40,10 @@ def say(line: str) -> None:
 
 
 def flush(stream: TextIO) -> OSError | None:
-    """Flush, and return what went wrong. A stream that fails (a closed pipe or ssh session, a full disk) is turned to
-    nowhere, because the interpreter would fail on it once more and leave with a code of its own.
+    """Flush, and return the error if there was one.
+
+    A stream that fails (a closed pipe or ssh session, a full disk) is turned to nowhere, because the interpreter would
+    fail on it once more and leave with a code of its own.
     """
     try:
         stream.flush()

@@ -1,1 +1,1 @@
-"""What a model costs, counted before it runs: floating-point operations and memory."""
+"""This room counts the cost of a model before it runs: floating-point operations and memory."""

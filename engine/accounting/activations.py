@@ -1,11 +1,11 @@
-"""Activations of one image in a training step, by formula.
+"""Formulas give the activations of one image in a training step.
 
-Counted are the bytes of the tensors that autograd keeps for the backward pass under all exact skips, with fused
-attention (xformers or SDPA) or with attention written out ("math", a CPU's first choice), which keeps its S x S weights
-as well. Added are those that live for a moment when the most is kept: what is made of the predictions, a run of blocks
-that is recomputed, gradients on their way through a block. Values count as multiples of tokens times width; LayerNorm
-and attention statistics, ids and images are the rest. Kernels' work space and the allocator's rounding come on top: 5
-to 10 %.
+They count the bytes of the tensors that autograd keeps for the backward pass under all exact skips. Attention is fused
+(xformers or SDPA) or written out ("math", a CPU's first choice), which keeps its S x S weights as well. They add the
+short-lived tensors of the moment when the most is kept: those made from the predictions, a group of blocks that is
+recomputed, gradients on their way through a block. Values count as multiples of tokens times width; LayerNorm and
+attention statistics, ids and images are the rest. Kernels' work space and the allocator's rounding come on top: 5 to
+10 %.
 
 Letters: T = 1 + K tokens of the encoder, S = 1 + N of a decoder, M masked, D and E widths, F and f hidden widths, G
 segments.
@@ -25,9 +25,11 @@ STATISTICS_BYTES = 4
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one image. What autograd keeps: ``encoder``, ``decoders`` with their heads and loss. What lives for a
-    moment: while the loss is computed; in the backward pass of a decoder; in that of the encoder, when nothing of the
-    decoders is left.
+    """The fields are bytes of one image.
+
+    Autograd keeps ``encoder``, and ``decoders`` with their heads and loss. The others live for a moment. ``loss_work``:
+    while the loss is computed. ``decoder_work``: in the backward pass of a decoder. ``encoder_work``: in that of the
+    encoder, when nothing of the decoders is left.
     """
 
     encoder: float
@@ -53,22 +55,22 @@ def activations(
     math: bool = False,
     recompute: bool = False,
 ) -> Activations:
-    """Of one image, in the forms of activation checkpointing that `MIRL.set_activation_checkpointing` knows.
+    """Count the activations of one image, in the forms of recomputation that `MIRL.set_activation_checkpointing` knows.
 
-    With checkpointing the inputs of all runs are kept, and the inside of a run only while it is recomputed. ``math``:
-    attention is written out and keeps its weights. ``recompute``: the outputs of LayerNorm and GELU are made again
-    (`mirl.engine.models.Execution`); compiled regions keep the same, with it and without it. UserError on an unknown
-    form.
+    Under recomputation the inputs of all groups of blocks are kept, and the inside of a group only while it is
+    recomputed. ``math``: attention is written out and keeps its weights. ``recompute``: the outputs of LayerNorm and
+    GELU are made again (`mirl.engine.models.Execution`). With it and without it, compiled regions keep as much as eager
+    code. UserError on an unknown form.
     """
     plan = CheckpointPlan.make(checkpointing)
     tokens, width, dec, hidden = 1 + config.num_kept, config.width, config.decoder_width, config.decoder_mlp_width
     sources = config.segments + (1 if config.did else 0)
     loss_gradient = len(objective_terms(config)) * config.num_masked * config.patch_pixels
 
-    # Pixels of kept patches; z_G; every LN_g(z_g).
+    # The encoder keeps the pixels of kept patches, z_G, and every LN_g(z_g).
     encoder = config.num_kept * config.patch_pixels + (1 + sources) * tokens * width
-    # Input and output of the decoders' last norms; the gradient of the predictions; keys and values of every kv_g; e_g
-    # before and after the norm that all decoders share.
+    # The decoders keep input and output of their last norms, the gradient of the predictions, keys and values of every
+    # kv_g, and e_g before and after the norm that all decoders share.
     decoders = 2 * config.segments * config.num_masked * dec + loss_gradient
     decoders += sum(_cross_values(config, g, math=math) for g in range(1, config.segments + 1))
     decoders += 2 * config.segments * tokens * dec if config.did else 0
@@ -85,18 +87,19 @@ def activations(
         encoder_runs = list(plan.groups(0, config.segment_depth))
         encoder += config.segments * len(encoder_runs) * tokens * width
         encoder_inside = max(last - first for first, last in encoder_runs) * block
-        # A decoder's first run keeps e_g, each further one its full sequence.
+        # A decoder's first group keeps e_g, each further group its full sequence.
         decoder_runs = list(plan.groups(0, config.decoder_depth))
         decoders += config.segments * (tokens + (len(decoder_runs) - 1) * (1 + config.num_patches)) * dec
 
     def unrolled(first: int, last: int) -> float:
-        """The inside of a run, where it is recomputed, and the gradients on their way through its last block."""
+        """Count the inside of a recomputed group, and the gradients on their way through its last block."""
         inside = 0.0
         if plan.group != 0:
             inside = sum(decoder_block_values(config, i, math=math) for i in range(first, last))
         return inside + _rows(config, last - 1) * ((2 if recompute else 1) * hidden + dec)
 
-    # Gradients of the predictions, scaled; those of every LN_g(z_g), and on their way through a block of the encoder.
+    # A decoder's backward pass holds the scaled gradients of the predictions. The encoder's holds the gradients of
+    # every LN_g(z_g), and those on their way through a block.
     decoder_work = loss_gradient + max(unrolled(first, last) for first, last in decoder_runs)
     made_again = config.mlp_width if recompute else 0
     encoder_work = encoder_inside + tokens * (sources * width + config.mlp_width + made_again + width)
@@ -119,7 +122,7 @@ def classifier_activations(
     math: bool = False,
     recompute: bool = False,
 ) -> Activations:
-    """Of one image in fine-tuning: every block of the encoder sees all patches, and there are no decoders.
+    """Count the activations of one image in fine-tuning: every block of the encoder sees all patches, without decoders.
 
     The head is left out: it sees one row an image. Arguments and errors as for `activations`.
     """
@@ -152,22 +155,24 @@ def segmenter_activations(
     math: bool = False,
     recompute: bool = False,
 ) -> Activations:
-    """Of one crop in the training of a segmenter: every block of the encoder sees all patches; pyramid, heads and the
-    loss at the size of the crop come on top. Arguments and errors as for `activations`.
+    """Count the activations of one crop in the training of a segmenter.
 
-    A convolution with its norm and ReLU keeps the norm's input, as float32, and what ReLU gives.
+    Every block of the encoder sees all patches. The pyramid, the heads and the loss at the size of the crop come on
+    top. A convolution with its norm and ReLU keeps the norm's input, as float32, and the output of ReLU. Arguments and
+    errors as for `activations`.
     """
     encoder = classifier_activations(config, checkpointing, precision, math=math, recompute=recompute)
     size, patches, width = VALUE_BYTES[precision], config.num_patches, config.width
     made = head_channels or width
     tower = STATISTICS_BYTES + size
-    # The four taken maps; both deconvolutions of the first, norm and GELU between; that of the second; the pooled one.
+    # The pyramid keeps the four taken maps, both deconvolutions of the first with norm and GELU between, the
+    # deconvolution of the second, and the pooled map.
     kept = patches * width * (4 * size + 4 * (STATISTICS_BYTES + 2 * size) + 16 * size + 4 * size + size / 4 + 2)
-    kept += 21 * patches * made * (2 * tower + size)  # laterals, their sums, and what follows them
-    kept += patches / 4 * ((width + 4 * made) * size + made * tower)  # joined with what was pooled
-    kept += 16 * patches * made * (4 * size + tower + size)  # joined, fused, and with dropout
+    kept += 21 * patches * made * (2 * tower + size)  # laterals, their sums, and the convolutions after them
+    kept += patches / 4 * ((width + 4 * made) * size + made * tower)  # the last map, joined with the pooled ones
+    kept += 16 * patches * made * (4 * size + tower + size)  # all maps joined, fused, and with dropout
     kept += patches * 256 * (tower + size)
-    # Of each head the log-softmax of its logits, brought to the size of the crop, in float32.
+    # Each head keeps the log-softmax of its logits, brought to the size of the crop, in float32.
     logits = STATISTICS_BYTES * config.image_height * config.image_width * classes
     return Activations(
         encoder=encoder.encoder, decoders=kept + 2 * logits, loss_work=0.0, decoder_work=2 * logits,
@@ -178,10 +183,12 @@ def segmenter_activations(
 def encoder_block_values(
     config: ModelConfig, tokens: int | None = None, *, math: bool = False, recompute: bool = False
 ) -> float:
-    """Per token: input and output of two norms 4 D, qkv 3 D, attention 1 D, and the MLP before and after GELU 2 F.
+    """Count an encoder block's values.
 
-    ``tokens``: by default those of pre-training, 1 + K. ``math``: a weight per head and pair of tokens as well.
-    ``recompute``: without the outputs of norms and GELU, 2 D + F.
+    A token has input and output of two norms (4 D), qkv (3 D), attention (1 D), and the MLP before and after GELU (2
+    F).
+    ``tokens``: by default those of pre-training, 1 + K. ``math``: adds a weight per head and pair of tokens.
+    ``recompute``: leaves out the outputs of norms and GELU, 2 D + F.
     """
     tokens = tokens or 1 + config.num_kept
     made_again = 2 * config.width + config.mlp_width if recompute else 0
@@ -190,13 +197,16 @@ def encoder_block_values(
 
 
 def decoder_block_values(config: ModelConfig, index: int, *, math: bool = False, recompute: bool = False) -> float:
-    """Block ``index`` of a decoder without the keys and values of its kv_g; the last block goes on with M rows."""
+    """Count the values of a decoder's block ``index``, without the keys and values of its kv_g.
+
+    The last block goes on with M rows.
+    """
     dec, hidden = config.decoder_width, config.decoder_mlp_width
     kept, tokens, masked = 1 + config.num_kept, 1 + config.num_patches, config.num_masked
     first, rows = index == 0, _rows(config, index)
-    # Input and output of norm1: of the visible tokens where the rest comes from the table, else of all.
+    # Input and output of norm1: for the visible tokens if the masked ones come from the table, else for all.
     total = 2 * (kept if first else tokens) * dec
-    # q of the rows that go on (gathered out of norm1's output in a later last block), k and v of all.
+    # q of the rows that go on (a later last block gathers them out of norm1's output), k and v of all rows.
     total += rows * dec + 2 * tokens * dec + (masked * dec if rows == masked and not first else 0)
     # Attention; input and output of norm2; the MLP before and after GELU.
     total += rows * (3 * dec + 2 * hidden)
@@ -206,17 +216,17 @@ def decoder_block_values(config: ModelConfig, index: int, *, math: bool = False,
     if recompute:
         total -= rows * (dec + hidden)  # norm2 and GELU
         total -= rows * dec if index < config.did_blocks else 0  # norm_q
-        total -= tokens * dec if not first and rows == tokens else 0  # norm1, where all its rows go on together
+        total -= tokens * dec if not first and rows == tokens else 0  # norm1, if all its rows go on together
     return total
 
 
 def _rows(config: ModelConfig, index: int) -> int:
-    """Rows with which block ``index`` of a decoder goes on after its self-attention."""
+    """Count the rows with which block ``index`` of a decoder goes on after its self-attention."""
     return config.num_masked if index == config.decoder_depth - 1 else 1 + config.num_patches
 
 
 def _cross_values(config: ModelConfig, g: int, *, math: bool = False) -> float:
-    """Projected keys and values of kv_g, in each block with DID; under ``math`` the weights of attention to them."""
+    """Count the projected keys and values of kv_g in blocks with DID; under ``math`` also attention's weights."""
     keys = g * (1 + config.num_kept)
     queries = sum(_rows(config, index) for index in range(config.did_blocks))
     weights = queries * keys * config.decoder_heads if math else 0
@@ -224,8 +234,9 @@ def _cross_values(config: ModelConfig, g: int, *, math: bool = False) -> float:
 
 
 def _statistics(config: ModelConfig) -> tuple[float, float]:
-    """Of encoder and decoders: mean and deviation of a row for each norm, one value per row and head for each
-    attention.
+    """Count the statistics of the encoder and of the decoders.
+
+    Each norm keeps mean and deviation of a row, each attention one value per row and head.
     """
     kept, tokens = 1 + config.num_kept, 1 + config.num_patches
     encoder = config.built_depth * kept * (4 + config.heads)

@@ -1,4 +1,4 @@
-"""FLOPs of a Mask R-CNN on a plain Vision Transformer, and what its parts keep for the backward pass, by formula.
+"""Formulas give the FLOPs of a Mask R-CNN on a plain Vision Transformer, and the bytes it keeps for the backward pass.
 
 A FLOP is one multiplication or one addition, as in `mirl.engine.accounting.flops`; norms, softmax, RoIAlign and NMS are
 left out. Letters: N patches, D width, V side of a window, C channels of pyramid and heads.
@@ -12,15 +12,15 @@ from mirl.engine.accounting.activations import VALUE_BYTES, classifier_activatio
 from mirl.engine.models.checkpointing import CheckpointPlan
 from mirl.engine.models.config import ModelConfig
 
-PLACES = 16 + 4 + 1 + 1 / 4 + 1 / 16  # of the five maps, a patch
+PLACES = 16 + 4 + 1 + 1 / 4 + 1 / 16  # in the five maps together, for each patch
 ANCHORS = 3
 BOX_PLACES, MASK_PLACES = 7 * 7, 14 * 14
-MASK_SHARE = 0.25  # of the regions, at most: those with an object
+MASK_SHARE = 0.25  # at most this share of the regions has an object, and so a mask
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorShape:
-    """What of a detector decides its cost. window: 0 for none; then ``global_blocks`` attend globally."""
+    """The fields decide the cost of a detector. window: 0 for none; else ``global_blocks`` blocks attend globally."""
 
     variant: str
     window: int
@@ -32,7 +32,7 @@ class DetectorShape:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorFlops:
-    """FLOPs of the forward pass on one image in training."""
+    """The fields count FLOPs of the forward pass on one image in training."""
 
     patch_projection: float
     linear: float
@@ -51,7 +51,7 @@ class DetectorFlops:
 
     @property
     def training(self) -> float:
-        """Forward and backward without recomputation; pixels need no gradient."""
+        """Count the forward and backward pass without recomputation; pixels need no gradient."""
         return 3 * self.total - self.patch_projection
 
 
@@ -63,7 +63,7 @@ def detector_flops(config: ModelConfig, shape: DetectorShape) -> DetectorFlops:
     keys = windowed * shape.window**2 + (config.depth - windowed) * tokens
     per_place = 2 * 9 * channels**2
     if shape.variant == "paper":
-        # Two deconvolutions to the largest map and one to the next, then 1 x 1 and 3 x 3 of the feature pyramid.
+        # Two deconvolutions lead to the largest map and one to the next. The feature pyramid has 1 x 1 and 3 x 3.
         scales = 2 * 4 * width**2 * (1 + 4 + 1)
         projected = 2 * width * channels * (16 + 4 + 1 + 1 / 4)
     else:
@@ -89,9 +89,9 @@ def detector_image_bytes(
     config: ModelConfig, shape: DetectorShape, precision: str, *, math: bool, checkpointing: str | int = "none",
     recompute: bool = False,
 ) -> float:  # fmt: skip
-    """The most that an image of the size of ``config`` takes at a time in training, pixels and masks included.
+    """Count the most that an image of the size of ``config`` takes at a time in training, pixels and masks included.
 
-    math: attention keeps its weights. Checked against a real pass by tests/engine/accounting/test_detection.py.
+    math: attention keeps its weights. tests/engine/accounting/test_detection.py checks the figure against a real pass.
     """
     size = VALUE_BYTES[precision]
     patches, channels, pixels = config.num_patches, shape.channels, config.image_height * config.image_width
@@ -105,7 +105,7 @@ def detector_image_bytes(
         maps = patches * (config.width * (1 + 3 * 2 + 4 + 2 + 1) + channels * (16 + 4 + 1 + 1 / 4) * (2 + 2 * 4 / size))
     convolutions = 1 if shape.variant == "paper" else 2
     proposals = 4 * patches * PLACES * channels * (1 + 2 * convolutions)
-    # Of each convolution: its input, the float32 input of the norm and its output, and that of the ReLU in place.
+    # A convolution keeps its input, and the float32 input of its norm and that norm's output; the ReLU works in place.
     box = 4 * shape.regions * (channels * BOX_PLACES * (1 + 4 * 3) + 3 * 4 * channels)
     mask = 4 * MASK_SHARE * shape.regions * channels * MASK_PLACES * (1 + 4 * 3 + 2 * 4)
     objects = 20 * pixels  # masks of some objects, a byte a pixel
@@ -113,7 +113,7 @@ def detector_image_bytes(
 
 
 def _weights(config: ModelConfig, shape: DetectorShape, plan: CheckpointPlan) -> float:
-    """Values of attention's weights that are kept at a time: of all blocks, or of the largest recomputed run."""
+    """Count the values of attention's weights kept at a time: in all blocks, or in the largest recomputed group."""
     tokens = config.num_patches if shape.window else 1 + config.num_patches
     of_global = config.heads * tokens**2
     if not shape.window:

@@ -1,4 +1,4 @@
-"""What the makers say of their GPUs: a small table, with the source of each row.
+"""A small table has the makers' figures of their GPUs, with the source of each row.
 
 Peaks are of dense bf16 products with float32 sums. Figures that a data sheet gives with sparsity are halved. NVLink and
 PCIe count one direction. B200 and H200 figures are those of one GPU of an HGX board.
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 
 from mirl.errors import UserError
 
-PCIE_4 = 32e9  # bytes a second of sixteen lanes, one direction
+PCIE_4 = 32e9  # sixteen lanes, bytes a second in one direction
 PCIE_5 = 64e9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One kind of GPU.
+    """A device is one kind of GPU.
 
-    key: its name on the command line. reported: what torch's name of it contains as whole words, a regular expression.
+    key: its name on the command line. reported: a regular expression that torch's name contains as whole words.
     peak_flops: bf16, dense, a second. bandwidth: bytes of memory a second. memory_gib: data sheets write GB for it.
-    link: bytes a second to a neighbour in the same host, one direction. source: where the figures stand.
+    link: bytes a second to a neighbour in the same host, one direction. source: the document with the figures.
     """
 
     key: str
@@ -47,7 +47,7 @@ HOPPER = "NVIDIA H100 data sheet; multiprocessors: NVIDIA H100 architecture whit
 AMPERE = "NVIDIA A100 data sheet; multiprocessors: NVIDIA A100 architecture white paper"
 ADA = "NVIDIA Ada architecture white paper, appendix of the card"
 GA102 = "NVIDIA GA102 architecture white paper"
-# Of two rows that fit one name the first counts.
+# If two rows fit one name, the first counts.
 DEVICES: dict[str, Device] = {
     device.key: device
     for device in (
@@ -75,7 +75,7 @@ DEVICES: dict[str, Device] = {
 def device_named(name: str) -> Device:
     """Find the device that a user calls ``name``, in any case, with or without "RTX".
 
-    UserError on an unknown one.
+    UserError on an unknown device.
     """
     wanted = _plain(name)
     for device in DEVICES.values():
@@ -85,7 +85,7 @@ def device_named(name: str) -> Device:
 
 
 def device_reported(name: str) -> Device | None:
-    """Find the device that torch calls ``name``; None for one that is not in the table."""
+    """Find the device that torch calls ``name``; None for a device that is not in the table."""
     fitting = (device for device in DEVICES.values() if re.search(rf"\b(?:{device.reported})\b", name))
     return next(fitting, None)
 

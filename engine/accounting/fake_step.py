@@ -1,9 +1,9 @@
-"""One training step of any model on fake tensors: every operator that a GPU would run, without a GPU and in seconds.
+"""Run one training step of any model on fake tensors: every operator that a GPU would run, without one and in seconds.
 
 Fake tensors have shapes and no values. The step runs as on a GPU: Triton kernels through their registered shapes,
 fused norms and GELUs, and FlashAttention or our kernels for attention. torch's autograd engine asks the driver for its
 streams as soon as a CUDA tensor has a gradient, so a whole step runs on fake CPU tensors with the dispatch of a GPU.
-The forward pass alone runs on fake CUDA tensors too, where one can see what leaves the device.
+The forward pass alone runs on fake CUDA tensors too, which show the tensors that leave the device.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ OWN = AttentionBackend("own", "the dry run's, as a GPU may choose", otherwise="f
 
 @dataclass
 class FakeStep:
-    """What was seen. ``operators``: how often each ran. ``off_device``, ``waits``: operators that touched a tensor of
-    another device, or for which the host would wait. ``large_fp32``: operators on float32 tensors of a million values.
-    ``gradients``: parameters by name, and what is wrong with the gradient of each, "" for nothing.
+    """The step records what the operators did.
+
+    ``operators``: how often each ran. ``off_device``: operators that touched a tensor of another device. ``waits``:
+    operators for which the host would wait. ``large_fp32``: operators on float32 tensors of a million values.
+    ``gradients``: parameters by name, and the fault of each gradient, "" for none.
     """
 
     batch: int
@@ -65,8 +67,8 @@ def fake_step(
 ) -> FakeStep:  # fmt: skip
     """Take a step of ``batch`` images with the model that ``build`` makes, and list its operators.
 
-    ``build`` runs on the meta device, so that nothing is allocated; the execution that it sets is kept, else it is that
-    of a GPU. ``device``: "cuda" takes the forward pass alone. Pixels are uint8 [B, H, W, C]. ``attention``: `FLASH` or
+    ``build`` runs on the meta device, so that nothing is allocated. If it sets no execution, the model gets that of a
+    GPU. ``device``: "cuda" takes the forward pass alone. Pixels are uint8 [B, H, W, C]. ``attention``: `FLASH` or
     `OWN`.
     """
     with torch.device("meta"):
@@ -79,7 +81,7 @@ def fake_step(
         entered.enter_context(FakeTensorMode())
         entered.enter_context(as_on_a_gpu())
         _make_fake(model, device, dtype)
-        # As the first operator of a CUDA step names it.
+        # The device of a parameter has its number ("cuda:0"), as in the first operator of a CUDA step.
         place = next(model.parameters()).device
         model.set_attention(attention, place, dtype)
         images = torch.empty(
@@ -97,12 +99,14 @@ def fake_step(
 def optimiser_operators(
     parameters: Sequence[int], ranks: int, *, accumulation: int = 1, one_pass: bool = False
 ) -> Counter[Operator]:
-    """What follows the backward passes of a step on one of ``ranks`` under ZeRO 1 or 2 in bf16.
+    """List the operators that follow the backward passes of a step, on one of ``ranks`` under ZeRO 1 or 2 in bf16.
 
-    ``parameters``: values of each, in the order of the model. ``one_pass``: as `mirl.kernels.flat_adamw` steps. Bytes a
-    value: the copy into the flat buffer 4, or 10 where micro-batches add up in float32, so that the gradient has 2 or
-    4; of the rank's share the gradient to float32 6, its norm 4, AdamW 16 read and 12 written, the weight to bf16 6. In
-    one pass the norm reads the gradient, and the pass reads it again with 12 and writes 14.
+    ``parameters``: values of each, in the order of the model. ``one_pass``: as `mirl.kernels.flat_adamw` steps.
+
+    Bytes a value: the copy into the flat buffer moves 4, or 10 if micro-batches add up in float32; the gradient then
+    has 2 or 4. For the rank's share, the gradient to float32 moves 6, its norm 4, AdamW reads 16 and writes 12, the
+    weight to bf16 moves 6. In one pass, the norm reads the gradient, and the pass reads it again with 12 more and
+    writes 14.
     """
     total = sum(parameters)
     share, copies = total / ranks, copies_of_gradients(parameters, on_gpu=True)

@@ -1,8 +1,8 @@
-"""Parameters and floating-point operations of a model, by formula.
+"""Formulas give the parameters and floating-point operations of a model.
 
 A FLOP is one multiplication or one addition: a matrix product [r, i] x [i, o] has 2 r i o. Element-wise work, norms and
-softmax are left out, as torch's FlopCounterMode leaves them out; the tests hold the two equal on the plain eager
-reference.
+softmax are left out, as torch's FlopCounterMode leaves them out. The tests hold formulas and counter equal on the plain
+eager reference.
 
 Letters: B batch, N patches, K kept, M masked, T = 1 + K, S = 1 + N, L depth, D width, E decoder width, G segments, Q
 pixels of a patch, F and f hidden widths of the MLPs of encoder and decoder.
@@ -16,7 +16,7 @@ from mirl.engine.models.config import ModelConfig
 from mirl.engine.models.skips import ExactSkips
 
 CLASSES = 1000
-"""Outputs of the classification head that the paper's parameter counts include."""
+"""The paper's parameter counts include a classification head of so many outputs."""
 
 PLAIN = ExactSkips(
     visible_only_projection=False,
@@ -29,7 +29,7 @@ PLAIN = ExactSkips(
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """FLOPs of the forward pass on one image."""
+    """The fields count FLOPs of the forward pass on one image."""
 
     patch_projection: float
     encoder: float
@@ -40,22 +40,23 @@ class ForwardFlops:
 
     @property
     def total(self) -> float:
-        """Of the trained model, without the teacher of the feature loss."""
+        """Sum the trained model, without the teacher of the feature loss."""
         return self.patch_projection + self.encoder + self.embeds + self.decoders + self.heads
 
     @property
     def training(self) -> float:
-        """Forward and backward without recomputation: a product of the forward pass has two in the backward pass, one
-        for the gradient of each factor, but pixels need no gradient. The teacher has a forward pass only. The VGG-16 of
-        the perceptual loss is not counted.
+        """Count the forward and backward pass without recomputation.
+
+        A product of the forward pass has two in the backward pass, one for the gradient of each factor, but pixels need
+        no gradient. The teacher has a forward pass only. The VGG-16 of the perceptual loss is not counted.
         """
         return 3 * self.total - self.patch_projection + self.teacher
 
 
 def forward_flops(config: ModelConfig, skips: ExactSkips = PLAIN) -> ForwardFlops:
-    """Count one image's forward pass, of the plain form by default.
+    """Count one image's forward pass. By default this is the plain form, without exact skips.
 
-    Utilisation is quoted on what is left after the exact skips, and beside it on the plain form.
+    Utilisation is quoted on the FLOPs that the exact skips leave, and beside it on the plain form.
     """
     width, dec = config.width, config.decoder_width
     kept_tokens = 1 + config.num_kept
@@ -73,19 +74,19 @@ def forward_flops(config: ModelConfig, skips: ExactSkips = PLAIN) -> ForwardFlop
 
 
 def _teacher_flops(config: ModelConfig) -> float:
-    """The encoder on all patches."""
+    """Count the encoder on all patches."""
     projection = 2 * config.num_patches * config.patch_pixels * config.width
     return projection + config.built_depth * encoder_block_flops(config, 1 + config.num_patches)
 
 
 def encoder_block_flops(config: ModelConfig, tokens: int) -> float:
-    """q, k, v, proj and the MLP on every token, and two products of attention."""
+    """Count q, k, v, proj and the MLP on every token, and the two products of attention."""
     weights = tokens * (4 * config.width**2 + 2 * config.width * config.mlp_width)
     return 2 * weights + 4 * tokens**2 * config.width
 
 
 def decoder_flops(config: ModelConfig, g: int, skips: ExactSkips) -> float:
-    """The blocks of decoder g, whose kv_g has g * (1 + K) tokens."""
+    """Count the blocks of decoder g, whose kv_g has g * (1 + K) tokens."""
     dec, hidden = config.decoder_width, config.decoder_mlp_width
     tokens, kept = 1 + config.num_patches, 1 + config.num_kept
     total = 0.0
@@ -93,7 +94,7 @@ def decoder_flops(config: ModelConfig, g: int, skips: ExactSkips) -> float:
         tail = skips.masked_only_tail and index == config.decoder_depth - 1
         table = skips.mask_token_table and index == 0
         rows = config.num_masked if tail else tokens
-        # Products with q and with k, v: the table's own N rows are shared by the batch and left out here.
+        # Rows in the products with q and with k, v: the batch shares the table's own N rows, which are left out here.
         asked, answered = (kept, kept) if table else (rows, tokens)
         if table and tail:
             asked = 0
@@ -105,7 +106,7 @@ def decoder_flops(config: ModelConfig, g: int, skips: ExactSkips) -> float:
 
 
 def training_flops_per_image(config: ModelConfig, skips: ExactSkips = PLAIN) -> float:
-    """FLOPs of one forward and backward pass on one image, without recomputation."""
+    """Count the FLOPs of one forward and backward pass on one image, without recomputation."""
     return forward_flops(config, skips).training
 
 
@@ -123,8 +124,8 @@ def classifier_flops(config: ModelConfig, classes: int) -> ForwardFlops:
 def classifier_macs(config: ModelConfig) -> float:
     """Count the multiply-adds of a classifier's weights as the paper does: the "FLOPs" of its Table 1.
 
-    The two products of attention, which have no weights, are not in it. The paper cuts its own models' figures off
-    after the printed digit (33.58 G is 33.5 G), and prints 59.7 G for vit_l, which is 59.65 G here.
+    The count leaves out the two products of attention, which have no weights. The paper cuts its own models' figures
+    off after the printed digit (33.58 G is 33.5 G), and prints 59.7 G for vit_l, which is 59.65 G here.
     """
     tokens = 1 + config.num_patches
     blocks = config.depth * tokens * (4 * config.width**2 + 2 * config.width * config.mlp_width)
@@ -132,7 +133,7 @@ def classifier_macs(config: ModelConfig) -> float:
 
 
 def classifier_parameters(config: ModelConfig) -> int:
-    """Parameters of the encoder as a classifier, as the paper counts: learned positions, one norm, a 1000-way head."""
+    """Count the encoder as a classifier, as the paper does: learned positions, one norm, a 1000-way head."""
     width = config.width
     tokens = (1 + config.num_patches) * width + width
     return (
@@ -145,14 +146,14 @@ def classifier_parameters(config: ModelConfig) -> int:
 
 
 def encoder_parameters(config: ModelConfig) -> int:
-    """Trained parameters of the encoder while it is pre-trained, the norms of its segments included."""
+    """Count the trained parameters of the encoder while it is pre-trained, the norms of its segments included."""
     norms = config.segments + (1 if config.did else 0)
     blocks = config.built_depth * _block(config.width, config.mlp_width)
     return _patch_projection(config) + config.width + blocks + norms * 2 * config.width
 
 
 def decoder_parameters(config: ModelConfig) -> int:
-    """Trained parameters of the decoders, with the Linear_g and the mask tokens."""
+    """Count the trained parameters of the decoders, with the Linear_g and the mask tokens."""
     dec, count = config.decoder_width, config.segments
     sources = count + (1 if config.did else 0)
     cross = 4 * dec**2 + 4 * dec + 2 * 2 * dec
@@ -163,7 +164,7 @@ def decoder_parameters(config: ModelConfig) -> int:
 
 
 def pretraining_parameters(config: ModelConfig) -> int:
-    """All trained parameters of the model that is pre-trained."""
+    """Count all trained parameters of the model that is pre-trained."""
     return encoder_parameters(config) + decoder_parameters(config)
 
 
@@ -172,13 +173,14 @@ def _patch_projection(config: ModelConfig) -> int:
 
 
 def _block(width: int, hidden: int) -> int:
-    """Attention, MLP and two norms."""
+    """Count attention, MLP and two norms."""
     return 4 * width**2 + 4 * width + 2 * width * hidden + width + hidden + 4 * width
 
 
 def segmenter_flops(config: ModelConfig, classes: int, head_channels: int) -> ForwardFlops:
-    """FLOPs of one image of a segmenter (`mirl.engine.transfer.segmentation`): the encoder on all patches, and every
-    convolution of pyramid and heads, auxiliary head included.
+    """Count one image of a segmenter (`mirl.engine.transfer.segmentation`).
+
+    The encoder sees all patches. Every convolution of pyramid and heads counts, the auxiliary head included.
     """
     width, patches, made = config.width, config.num_patches, head_channels or config.width
     tokens = 1 + patches
@@ -198,7 +200,7 @@ def segmenter_flops(config: ModelConfig, classes: int, head_channels: int) -> Fo
 
 
 def segmenter_parameters(config: ModelConfig, classes: int, head_channels: int) -> int:
-    """Trained parameters of a segmenter: of its encoder without its last norm, of the pyramid, and of both heads."""
+    """Count the trained parameters of a segmenter: the encoder without its last norm, the pyramid, and both heads."""
     width, made = config.width, head_channels or config.width
     encoder = _patch_projection(config) + width + config.depth * _block(width, config.mlp_width)
     pyramid = 3 * (4 * width**2 + width) + 2 * width

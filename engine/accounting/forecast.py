@@ -1,4 +1,4 @@
-"""What a training run would do on GPUs that are not here: speed, utilisation, memory, days. A prediction."""
+"""Predict what a training run would do on GPUs that are not here: speed, utilisation, memory, days."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mirl.engine.accounting.traffic import Links, link_seconds, shown_seconds
 from mirl.engine.models.compute_choices import ComputeChoices
 from mirl.kernels import AttentionBackend
 
-FREE_SHARE = 0.975  # of a GPU's memory, what a driver leaves to programs
-LINK_SHARE = 2 / 3  # of the data sheet's, what a ring reaches
+FREE_SHARE = 0.975  # a driver leaves this share of a GPU's memory to programs
+LINK_SHARE = 2 / 3  # a ring reaches this share of the data sheet's bandwidth
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepForecast:
-    """One optimiser step of each of ``gpus`` GPUs, alike on all. ``shown_link_s``: what traffic adds to the step."""
+    """One optimiser step runs alike on each of ``gpus`` GPUs. ``shown_link_s``: seconds that traffic adds to it."""
 
     times: Times
     gpus: int
@@ -47,9 +47,9 @@ def forecast_step(
     attention: AttentionBackend = FLASH,
     one_pass: bool = False,
 ) -> StepForecast:
-    """Predict a step of the model that ``build`` makes; ``attention``: see `fake_step`. ``stage``: of ZeRO.
+    """Predict a step of the model that ``build`` makes.
 
-    ``one_pass``: how its optimiser steps, see `optimiser_operators`.
+    ``attention``: see `fake_step`. ``stage``: of ZeRO. ``one_pass``: see `optimiser_operators`.
     """
     links = links or Links(node_bytes_per_s=LINK_SHARE * device.link)
     seen = fake_step(build, micro_batch, attention=attention)
@@ -64,10 +64,12 @@ def forecast_step(
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """A run in plain figures. ``mfu_percent`` counts the FLOPs that the exact skips leave, ``plain_mfu_percent`` those
-    of the plain form. ``launches``, ``bytes_gb`` and the times are of one GPU and one optimiser step; ``optimiser_gb``:
-    what of the bytes comes after the backward passes; ``shares``: per cent of the device's time. ``days`` is None where
-    the length of the run is unknown.
+    """A forecast is a run in plain figures.
+
+    ``mfu_percent`` counts the FLOPs that the exact skips leave, ``plain_mfu_percent`` those of the plain form.
+    ``launches``, ``bytes_gb`` and the times are of one GPU and one optimiser step. ``optimiser_gb``: the part of the
+    bytes that comes after the backward passes. ``shares``: per cent of the device's time. ``days`` is None if the
+    length of the run is unknown.
     """
 
     gpu: str
@@ -103,7 +105,10 @@ class Forecast:
         memory_gib: float,
         trained_images: float | None,
     ) -> Forecast:
-        """From a step, with what only the model's configuration can tell. ``trained_images``: of the whole run."""
+        """Make the forecast of a step, with figures of the model's configuration.
+
+        ``trained_images``: of the whole run.
+        """
         found, speed = step.times, step.images_per_s
         utilisation = 100 * speed / (step.gpus * device.peak_flops)
         return cls(

@@ -1,4 +1,4 @@
-"""How much memory this process can still get, from whatever bounds it: the machine, a container, a limit, a GPU."""
+"""Tell how much memory this process can still get, whatever bounds it: the machine, a container, a limit, a GPU."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 
 # Control groups write "no limit" as a number near 2**63.
 _NO_LIMIT = 2**60
-# Address space that a run reserves from here on and never touches, mostly stacks and heaps of threads: 1.4 GiB were
+# From here on a run reserves address space that it never touches, mostly for stacks and heaps of threads: 1.4 GiB were
 # measured on two cores (VmPeak less VmHWM, at the end and when a run asks).
 RESERVED_ADDRESSES = 1.5 * 2**30
 
 
 @dataclass(frozen=True, order=True)
 class FreeMemory:
-    """``bytes`` that one rank may hold in all, what it holds now included; ``bound`` says by what, for a message."""
+    """One rank may hold ``bytes`` in all, what it holds now included; ``bound`` names the limit, for a message."""
 
     bytes: float
     bound: str
@@ -31,15 +31,16 @@ class FreeMemory:
 def free_memory(device: torch.device, local_ranks: int) -> FreeMemory:
     """Tell the memory that a rank on ``device`` may hold, one of ``local_ranks`` on this host.
 
-    On a CPU that is host memory, which the ranks of a host share.
+    On a CPU it is host memory, which the ranks of a host share.
     """
     return _free_on_gpu(device) if device.type == "cuda" else free_host_memory(local_ranks)
 
 
 def free_host_memory(local_ranks: int = 1, *, of_limits: bool = True) -> FreeMemory:
-    """Tell the least of what the machine, the control groups and the limits of this process leave to each rank.
+    """Tell the least that the machine, the control groups or the limits of this process leave to each rank.
 
-    of_limits: False for the first two alone, past which the kernel ends a process; past a limit an allocation fails.
+    of_limits: False leaves out the limits of the process. Past a limit an allocation fails; past the others the kernel
+    ends a process.
     """
     held, machine = psutil.Process().memory_info().rss, psutil.virtual_memory()
     rooms = [_Room(machine.available, machine.total, "free on this machine"), *_of_control_groups()]
@@ -48,7 +49,7 @@ def free_host_memory(local_ranks: int = 1, *, of_limits: bool = True) -> FreeMem
 
 
 def peak_host_memory() -> int:
-    """The most bytes of memory that this process held at a time.
+    """Return the most bytes of memory that this process held at a time.
 
     The kernel's ``ru_maxrss`` begins with what the parent held when it started this process (Linux, ``exec_mmap`` of
     fs/exec.c), gigabytes under a notebook or a test runner. ``VmHWM`` begins with the program.
@@ -62,14 +63,14 @@ def peak_host_memory() -> int:
 
 @dataclass(frozen=True)
 class _Room:
-    """Memory that the ranks of this host share: bytes ``left`` of ``limit``."""
+    """The ranks of this host share memory: bytes ``left`` of ``limit``."""
 
     left: float
     limit: float
     bound: str
 
     def of_a_rank(self, held: int, ranks: int) -> FreeMemory:
-        # Pages of libraries that a rank holds may be counted elsewhere: left and held together can exceed the limit.
+        # Pages of libraries that a rank holds may be counted elsewhere, so left and held together can exceed the limit.
         return FreeMemory(min(held + max(0, self.left) / ranks, self.limit / ranks), self.bound)
 
 
@@ -79,7 +80,7 @@ def _free_on_gpu(device: torch.device) -> FreeMemory:
 
 
 def _of_limits(held: int) -> Iterator[FreeMemory]:
-    """What ``ulimit -v`` and ``ulimit -d`` leave to this process."""
+    """Yield what ``ulimit -v`` and ``ulimit -d`` leave to this process."""
     sizes = _sizes_of_process()
     for kind, flag, used, reserved in (
         (resource.RLIMIT_AS, "v", sizes.get("VmSize", 0), RESERVED_ADDRESSES),
@@ -92,7 +93,7 @@ def _of_limits(held: int) -> Iterator[FreeMemory]:
 
 
 def addresses_are_limited() -> bool:
-    """Whether ``ulimit -v`` or ``ulimit -d`` bounds this process."""
+    """Say whether ``ulimit -v`` or ``ulimit -d`` bounds this process."""
     limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
     return any(limit != resource.RLIM_INFINITY for limit in limits)
 
@@ -101,7 +102,8 @@ def addresses_are_limited() -> bool:
 def bounded_by(free: FreeMemory) -> Iterator[None]:
     """Let allocations of this process fail past ``free``, in place of the kernel, which would end the process.
 
-    A machine or a control group that runs out kills without an exception. Only where /proc tells what is in use.
+    A machine or a control group that runs out kills without an exception. Without /proc, which tells what is in use,
+    nothing is bounded.
     """
     in_use, limits = _sizes_of_process().get("VmData"), resource.getrlimit(resource.RLIMIT_DATA)
     if in_use is None:
@@ -117,7 +119,7 @@ def bounded_by(free: FreeMemory) -> Iterator[None]:
 
 
 def _sizes_of_process() -> dict[str, int]:
-    """The sizes in /proc/self/status, in bytes; none where there is no such file."""
+    """Return the sizes in /proc/self/status, in bytes; none if the file is missing."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -133,13 +135,13 @@ def _sizes_of_process() -> dict[str, int]:
 
 
 def _of_control_groups(proc: Path = Path("/proc/self")) -> Iterator[_Room]:
-    """What is left of the limit of each control group that this process is in, version 1 or 2, from its own upwards."""
+    """Yield the rest of the limit of each control group of this process, version 1 or 2, from its own upwards."""
     for folder, root, read in _folders(proc):
         while True:
             try:
                 left = read(folder)
             except (OSError, ValueError, KeyError):
-                left = None  # no such file: the root of a hierarchy has none
+                left = None  # the root of a hierarchy has no such file
             if left is not None:
                 yield left
             if folder == root or root not in folder.parents:
@@ -148,7 +150,7 @@ def _of_control_groups(proc: Path = Path("/proc/self")) -> Iterator[_Room]:
 
 
 def _folders(proc: Path) -> Iterator[tuple[Path, Path, Callable[[Path], _Room | None]]]:
-    """``(folder of the process's group, mount point, reader)`` of each hierarchy that counts memory."""
+    """Yield ``(folder of the process's group, mount point, reader)`` of each hierarchy that counts memory."""
     try:
         groups = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
         mounts = [line.split(" ") for line in (proc / "mountinfo").read_text().splitlines()]
@@ -183,7 +185,10 @@ def _left_of_version_1(folder: Path) -> _Room | None:
 
 
 def _left(folder: Path, limit: int, used: int, prefix: str) -> _Room:
-    """Pages of files count as used in a group; the kernel drops them when a process needs the memory."""
+    """Return the rest of a group's limit, with the pages of files that count as used.
+
+    The kernel drops these pages when a process needs the memory.
+    """
     counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     files = sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
     bound = f"free in control group {folder.name}, limited to {limit / 2**30:.1f} GiB"

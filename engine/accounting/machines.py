@@ -1,4 +1,4 @@
-"""Which micro-batch fits where: on the machine at hand, and on three that many people have."""
+"""Find the micro-batch that fits on the machine at hand, and on three machines that many people have."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from mirl.engine.accounting.memory import GIB
 from mirl.engine.accounting.run_memory import Footprint, Placement, run_bytes
 
-# Share of what is free that a micro-batch of our choice may take. On a CPU other programs need memory too, and a larger
-# micro-batch is no faster there.
+# A micro-batch of our choice may take this share of the free memory. On a CPU other programs need memory too, and a
+# larger micro-batch is no faster there.
 ROOM_ON_CPU, ROOM_ON_GPU = 0.6, 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """A machine of one rank: its kind, the precision that it computes in, and the bytes that are usually free."""
+    """A machine has one rank: its kind of device, the precision it computes in, and the bytes that are usually free."""
 
     name: str
     on_gpu: bool
@@ -31,15 +31,15 @@ MACHINES = (
 
 
 def micro_batches(share: int, group: int = 1) -> list[int]:
-    """Divisors of ``share``, a rank's images of a step, the largest first; multiples of ``group`` if there are any."""
+    """List the divisors of ``share``, a rank's images of a step, largest first: multiples of ``group``, if any."""
     divisors = [size for size in range(share, 0, -1) if share % size == 0]
     return [size for size in divisors if size % group == 0] or divisors
 
 
 def largest_fitting(allowed: Sequence[int], need: Callable[[int], float], free: float, *, on_gpu: bool) -> int:
-    """The first of ``allowed`` micro-batches whose ``need`` in bytes leaves enough of ``free``; the last if none does.
+    """Return the first ``allowed`` micro-batch whose ``need`` in bytes leaves enough of ``free``, or else the last.
 
-    A model that fills a CPU's room by itself may have what a GPU's program has.
+    If nothing fits a CPU's share of the memory, the larger share of a GPU is allowed there too.
     """
     for share in (ROOM_ON_GPU,) if on_gpu else (ROOM_ON_CPU, ROOM_ON_GPU):
         for size in allowed:
@@ -49,7 +49,7 @@ def largest_fitting(allowed: Sequence[int], need: Callable[[int], float], free: 
 
 
 def fit(machine: Machine, footprint: Footprint, share: int, zero_stage: int = 2) -> tuple[int, float]:
-    """``(micro_batch, bytes)`` of a step of ``share`` images on ``machine``; the bytes may be more than it has."""
+    """Return ``(micro_batch, bytes)`` of a step of ``share`` images on ``machine``; these may be more than it has."""
     place = Placement(zero_stage=zero_stage, ranks=1, precision=machine.precision, on_gpu=machine.on_gpu)
 
     def need(size: int) -> float:
@@ -60,7 +60,7 @@ def fit(machine: Machine, footprint: Footprint, share: int, zero_stage: int = 2)
 
 
 def memory_by_machine(footprint_on: Callable[[Machine], Footprint], share: int) -> list[str]:
-    """What a run takes on each of `MACHINES`, one text each: "CPU with 16 GB 6.3 GiB at micro-batch 64"."""
+    """Say what a run takes on each of `MACHINES`, one text each: "CPU with 16 GB 6.3 GiB at micro-batch 64"."""
     texts = []
     for machine in MACHINES:
         micro, size = fit(machine, footprint_on(machine), share)

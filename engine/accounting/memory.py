@@ -1,18 +1,18 @@
-"""Memory of a training step on one GPU, by formula: model states by ZeRO stage, activations by micro-batch.
+"""Formulas give the memory of a training step on one GPU: model states by ZeRO stage, activations by micro-batch.
 
-States, bytes per parameter, AdamW, R ranks, under the files of ds_configs/:
+States take these bytes per parameter with AdamW on R ranks, under the files of ds_configs/:
 
 | part                                    | bf16 | fp32 | shared by the R ranks                            |
 |-----------------------------------------|------|------|--------------------------------------------------|
 | weights                                 | 2    | 4    | in stage 3, but see below                        |
 | master weights and two moments, float32 | 12   | 12   | in all                                           |
-| flat gradients of stages 1 and 2        | 2    | 4    | no; 4 in bf16 too where micro-batches add up     |
+| flat gradients of stages 1 and 2        | 2    | 4    | no; 4 in bf16 too if micro-batches add up        |
 | gradients of stage 3, float32           | 4    | 4    | yes                                              |
 
-Stage 3 gathers the weights on top of its share, and lets none go before the step has passed 1e9 of them. Its gradients
-travel in a bucket of 2e8 values whatever the size of the model.
+Stage 3 gathers the weights on top of its share, and lets no weight go before the step has passed 1e9 of them. Its
+gradients travel in a bucket of 2e8 values whatever the size of the model.
 
-Activations are counted in `mirl.engine.accounting.activations`.
+`mirl.engine.accounting.activations` counts the activations.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def state_bytes(
     accumulation: int = 1,
     bucket: int = BUCKET_VALUES,
 ) -> float:
-    """The `parameter_bytes` of a model that is pre-trained."""
+    """Return the `parameter_bytes` of a model that is pre-trained."""
     return parameter_bytes(
         pretraining_parameters(config), zero_stage, ranks, precision, accumulation=accumulation, bucket=bucket
     )
@@ -53,8 +53,9 @@ def parameter_bytes(
     accumulation: int = 1,
     bucket: int = BUCKET_VALUES,
 ) -> float:
-    """Weights, gradients, optimiser states and the bucket of stage 3 on one rank; the table above. ``accumulation``:
-    micro-batches of a step. UserError on an unknown stage or no rank.
+    """Count weights, gradients, optimiser states and the bucket of stage 3 on one rank, by the table above.
+
+    ``accumulation``: micro-batches of a step. UserError on an unknown stage or no rank.
     """
     if zero_stage not in ZERO_STAGES:
         raise UserError(f"zero_stage is {zero_stage}: choose one of {', '.join(map(str, ZERO_STAGES))}")
@@ -79,8 +80,10 @@ def reduction_bytes(
     bucket: int = BUCKET_VALUES,
     on_gpu: bool = True,
 ) -> float:
-    """Copies of gradients at the end of the backward pass, when activations are gone: in stage 3 those of a bucket,
-    else the last ones on their way into the flat buffer, or a rank's share of it in float32.
+    """Count the copies of gradients at the end of the backward pass, when activations are gone.
+
+    In stage 3 they are those of a bucket. Otherwise they are the last gradients on their way into the flat buffer, or a
+    rank's share of the buffer in float32, whichever is more.
     """
     size = VALUE_BYTES[precision]
     if zero_stage == 3:
@@ -92,7 +95,7 @@ def reduction_bytes(
 def activation_bytes(
     config: ModelConfig, micro_batch: int, checkpointing: str | int = "none", precision: str = "bf16"
 ) -> float:
-    """The most that ``micro_batch`` images take at a time, the uint8 pixels of the batch included."""
+    """Count the most that ``micro_batch`` images take at a time, the uint8 pixels of the batch included."""
     pixels = config.image_height * config.image_width * config.channels
     return micro_batch * (activations(config, checkpointing, precision).peak + pixels)
 
@@ -108,7 +111,7 @@ def step_gib(
     accumulation: int = 1,
     bucket: int = BUCKET_VALUES,
 ) -> float:
-    """States with activations, or with what comes after them if that is more: GiB of one GPU."""
+    """Count the GiB of one GPU: states and activations, or states and the later copies of gradients, if more."""
     parameters, gradients = pretraining_parameters(config), {"accumulation": accumulation, "bucket": bucket}
     states = parameter_bytes(parameters, zero_stage, ranks, precision, **gradients)
     work = activation_bytes(config, micro_batch, checkpointing, precision)

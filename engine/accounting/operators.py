@@ -1,7 +1,7 @@
-"""One operator of a training step: how many bytes it moves, how many FLOPs it has, how many kernels it launches.
+"""An operator of a training step moves so many bytes, has so many FLOPs, and launches so many kernels.
 
-Bytes are those of every tensor that is read, each counted once, and of every one that is written: what a kernel moves
-that keeps nothing in a cache between operators. An operator that only picks rows reads no more than it writes.
+Bytes are those of every tensor that is read, each counted once, and of every tensor that is written. A kernel moves
+them if no cache keeps anything between operators. An operator that only picks rows reads no more than it writes.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _CLASS_BY_PART = {
     "gather": "tokens", "scatter": "tokens", "assemble": "tokens", "embedding": "tokens", "index": "tokens",
     "sort": "tokens", "arange": "tokens",
 }  # fmt: skip
-# Allocations, and what only looks.
+# Allocations and views launch nothing.
 _FREE = {
     "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias", "lift_fresh",
     "_unsafe_view",
 }  # fmt: skip
-# Where an operator is more than one kernel: the second stage of a sum; the zero-fill, the main part and the conversion
-# of FlashAttention's gradient of q.
+# These operators are more than one kernel: a sum has a second stage; FlashAttention's gradient of q has a zero-fill,
+# the main part and a conversion.
 _LAUNCHES = {
     "native_layer_norm_backward": 2,
     "residual_layer_norm_backward": 2,
@@ -48,17 +48,17 @@ _LAUNCHES = {
     "sort": 3,
 }
 _PICKS_ROWS = {"embedding", "gather", "index", "index_select", "gather_tokens", "gather_patches", "assemble_tokens"}
-# Our attention kernels, and which of their arguments is the number of heads.
+# Our attention kernels, with the place of the number of heads among their arguments.
 OWN_ATTENTION = {
     "short_attention": 2, "short_attention_backward": 2, "decoder_attention": 2, "decoder_attention_backward": 5,
 }  # fmt: skip
-# The host has to wait for the device: their results are numbers, or tensors of a size that only the device knows.
+# The host has to wait for these: their results are numbers, or tensors of a size that only the device knows.
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_unique2", "masked_select"}
 
 
 @dataclass(frozen=True)
 class Operator:
-    """``shape``: of a product (rows, columns, inner size), of attention (B, H, queries, keys, head size); else ()."""
+    """``shape`` is (rows, columns, inner size) of a product, (B, H, queries, keys, head size) of attention, else ()."""
 
     name: str
     phase: str
@@ -70,14 +70,14 @@ class Operator:
 
 
 def class_of(name: str) -> str:
-    """The class of ATen or kernel operator ``name``, one of `CLASSES`."""
+    """Return the class of ATen or kernel operator ``name``, one of `CLASSES`."""
     if name in _CLASS_OF:
         return _CLASS_OF[name]
     return next((kind for part, kind in _CLASS_BY_PART.items() if part in name), "elementwise")
 
 
 def read_operator(func: Any, args: Any, kwargs: Any, out: Any, phase: str) -> Operator | None:
-    """What the call ``func(*args, **kwargs)`` that gave ``out`` costs; None where nothing is launched."""
+    """Return the cost of the call ``func(*args, **kwargs)``, whose result was ``out``; None if nothing is launched."""
     name = func._schema.name.split("::")[1].removesuffix(INLINED)
     read = {key: value for key, value in (kwargs or {}).items() if key != "out"}
     inputs, outputs = _tensors((args, read)), _tensors(out)
@@ -105,7 +105,7 @@ def _only_views(inputs: list[Tensor], outputs: list[Tensor]) -> bool:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of the elements that lie in memory: an expanded axis is read once."""
+    """Count the elements that lie in memory: an expanded axis is read once."""
     values = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         values *= size if stride != 0 else min(size, 1)
@@ -113,7 +113,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _work(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[float, tuple[int, ...]]:
-    """FLOPs of products and attention, with their shape. Other operators move bytes and have none."""
+    """Return the FLOPs of products and attention, with their shape. Other operators move bytes and have none."""
     if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
         left, right = inputs[-2:]
         batch = left.shape[0] if left.ndim == 3 else 1
@@ -131,14 +131,14 @@ def _work(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[float
         backward = "backward" in name
         query, key = inputs[1:3] if backward else inputs[:2]
         batch, heads, queries, size = query.shape
-        # Two products forward; backward has five, one of which makes the weights again.
+        # The forward pass has two products; the backward pass has five, one of which makes the weights again.
         flops = (10.0 if backward else 4.0) * batch * heads * queries * key.shape[2] * size
         return flops, (batch, heads, queries, key.shape[2], size)
     return 0.0, ()
 
 
 def _own_attention(name: str, args: Any) -> tuple[float, tuple[int, ...]]:
-    """As `_work`, of buffers that hold all heads side by side; without a second buffer keys and values are in q's."""
+    """Count as `_work` does, for buffers with all heads side by side. Without ``kv`` q's buffer holds all three."""
     query, heads = args[0], args[OWN_ATTENTION[name]]
     kv = args[1] if name.startswith("decoder") else None
     batch, queries, width = query.shape

@@ -1,12 +1,12 @@
-"""How long a listed step takes on a GPU: a roofline with the costs of launches. A prediction; nothing here is measured.
+"""Predict how long a listed step takes on a GPU, by a roofline with the costs of launches. Nothing here is measured.
 
 An operator takes as long as its bytes at the reachable bandwidth or its FLOPs at the reachable rate, whichever is more,
 and never less than a launch. Products fill the multiprocessors in waves of whole tiles, attention in tiles of 128 rows,
-so that small ones reach less; our own attention kernels by the instructions that they issue. The host launches while
-the device computes: a step is as long as the longer of the two.
+so that small ones reach less. Our own attention kernels take as long as the instructions that they issue. The host
+launches while the device computes: a step is as long as the longer of the two.
 
-The shares and costs below are assumptions, alike for every device. A run on a GPU prints what was measured beside what
-was predicted; that is where they are put right.
+The shares and costs below are assumptions, alike for every device. A run on a GPU prints the measured figures beside
+the predicted ones, by which the assumptions are put right.
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ from functools import lru_cache
 from mirl.engine.accounting.devices import Device
 from mirl.engine.accounting.operators import CLASSES, OWN_ATTENTION, Operator
 
-# Of the data sheet's peak, what a large product reaches (about 800 TFLOP/s of an H100); of the bandwidth, a copy.
+# A large product reaches this share of the data sheet's peak (about 800 TFLOP/s of an H100), a copy this share of the
+# bandwidth.
 GEMM_SHARE, COPY_SHARE = 0.81, 0.90
-# Of the data sheet's peak, what FlashAttention reaches forward and backward inside a tile.
+# FlashAttention reaches these shares of the data sheet's peak inside a tile, forward and backward.
 ATTENTION_SHARE, ATTENTION_BACKWARD_SHARE = 0.35, 0.30
-# A kernel's least time on the device, and what each adds to the work that it does.
+# A kernel takes at least this long on the device, and each launch adds this much to its work.
 LEAST_S, LAUNCH_S = 4e-6, 1.5e-6
-# Python, dispatcher and autograd, forward and backward, for one operator: 40 to 60 ms for 2,500 operators.
+# Python, dispatcher and autograd take so long for one operator, forward and backward: 40 to 60 ms for 2,500 operators.
 HOST_S = 18e-6
 # Rows and columns of a product's tiles, and the share of the best tile's rate that each reaches.
 TILES = (
     (128, 256, 1.0), (256, 128, 1.0), (128, 192, 0.97), (192, 128, 0.97), (128, 128, 0.9), (64, 256, 0.85),
     (128, 64, 0.7),
 )  # fmt: skip
-SPLITS = (1, 2, 3, 4, 6, 8)  # of the inner size among programs
+SPLITS = (1, 2, 3, 4, 6, 8)  # the inner size is split among so many programs
 LEAST_INNER = 512
 TILE_S = 0.8e-6  # prologue and epilogue of a tile
-# FlashAttention: rows of a tile; programs that a multiprocessor holds; start of a program, and each of its turns.
+# FlashAttention: the rows of a tile and of a turn of the backward pass; the time of a turn and of a program's start.
 ATTENTION_ROWS, BACKWARD_TURN_ROWS = 128, 64
 TURN_S, START_S, BACKWARD_START_S = 1.2e-6, 3.0e-6, 3.5e-6
 # Our attention kernels: warp instructions for each 64 x 64 tile of weights, by head size, counted in their machine code
-# for sm_90 (tests/kernels/test_machine_code_attention.py); what the schedulers of a multiprocessor issue in a second;
-# the share of it that a kernel reaches which waits for exponentials, products and memory as well.
+# for sm_90 (tests/kernels/test_machine_code_attention.py); the instructions that the schedulers of a multiprocessor
+# issue in a second; the share of these that a kernel reaches, as it waits for exponentials, products and memory, too.
 OWN_TILE = 64
 OWN_INSTRUCTIONS = {
     "short_attention": {32: 1900, 64: 2450}, "short_attention_backward": {32: 5000, 64: 7050},
@@ -51,7 +52,7 @@ ISSUED_PER_S, OWN_SHARE = 4 * 1.7e9, 0.5
 
 
 def seconds(operator: Operator, device: Device) -> float:
-    """Device time of one call of ``operator``, its further launches included."""
+    """Predict the device time of one call of ``operator``, its further launches included."""
     moved = operator.bytes / (COPY_SHARE * device.bandwidth)
     if operator.kind == "gemm" and operator.shape:
         return max(_product_seconds(*operator.shape, device) + LAUNCH_S, moved, LEAST_S)
@@ -64,7 +65,7 @@ def seconds(operator: Operator, device: Device) -> float:
 
 @lru_cache(maxsize=4096)
 def _product_seconds(rows: int, columns: int, inner: int, device: Device) -> float:
-    """The best tile and split of the inner size: waves of tiles, the last of which fills no whole device."""
+    """Predict a product by its best tile and split of the inner size: waves of tiles, the last of them partly idle."""
     rate = GEMM_SHARE * device.peak_flops / device.multiprocessors
     best = math.inf
     for tile_rows, tile_columns, share in TILES:
@@ -81,9 +82,10 @@ def _product_seconds(rows: int, columns: int, inner: int, device: Device) -> flo
 
 
 def _attention_seconds(operator: Operator, device: Device) -> float:
-    """FlashAttention with tiles of 128 rows: short sequences fill them badly.
+    """Predict FlashAttention with tiles of 128 rows, which short sequences fill badly.
 
-    Its backward pass adds the gradient of q up in float32, padded to whole tiles: cleared, added to, converted.
+    Its backward pass adds the gradient of q up in float32, padded to whole tiles: the sum is cleared, added to,
+    converted.
     """
     batch, heads, queries, keys, size = operator.shape
     backward = operator.launches > 1
@@ -107,7 +109,7 @@ def _attention_seconds(operator: Operator, device: Device) -> float:
 
 
 def _own_attention_seconds(operator: Operator, device: Device) -> float:
-    """Each tensor once through memory, or as long as the instructions take."""
+    """Predict our attention: each tensor goes once through memory, or the instructions take longer."""
     batch, heads, queries, keys, size = operator.shape
     tiles = batch * heads * math.ceil(queries / OWN_TILE) * math.ceil(keys / OWN_TILE)
     issued = tiles * OWN_INSTRUCTIONS[operator.name][size]
@@ -118,9 +120,10 @@ def _own_attention_seconds(operator: Operator, device: Device) -> float:
 
 @dataclass(frozen=True)
 class Times:
-    """Of one optimiser step on one GPU. ``shares``: of each class of operators in the device's time, sum 1.
+    """The fields are times and costs of one optimiser step on one GPU.
 
-    ``optimiser_bytes``: what of ``bytes`` comes after the backward passes.
+    ``shares``: of each class of operators in the device's time, sum 1. ``optimiser_bytes``: the part of ``bytes`` that
+    comes after the backward passes.
     """
 
     device_s: float
@@ -136,7 +139,7 @@ class Times:
 
 
 def times(operators: Counter[Operator], device: Device, *, accumulation: int = 1, step: Counter[Operator]) -> Times:
-    """``operators`` of a forward and backward pass ``accumulation`` times, and those of ``step`` once."""
+    """Add up ``operators`` of a forward and backward pass ``accumulation`` times, and those of ``step`` once."""
     everything = Counter({operator: count * accumulation for operator, count in operators.items()}) + step
     by_class: dict[str, float] = dict.fromkeys(CLASSES, 0.0)
     for operator, count in everything.items():

@@ -1,4 +1,4 @@
-"""Classes of operators and kernels in a trace of torch's profiler, by their names."""
+"""Sort the operators and kernels in a trace of torch's profiler into classes, by their names."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 
 CLASSES = ("gemm", "attention", "norm_elementwise", "masked_kernels", "loss", "optimizer", "communication", "other")
 
-# First match wins. Kernel names of a GPU (cuBLAS, CUTLASS, FlashAttention, cuDNN, ours, inductor's, torch's) and
-# operator names of a CPU together: they do not meet.
+# The first match wins. Kernel names of a GPU (cuBLAS, CUTLASS, FlashAttention, cuDNN, ours, inductor's, torch's) and
+# operator names of a CPU stand in one list, because no name is both.
 _PATTERNS: tuple[tuple[str, str], ...] = (
     ("communication", r"nccl|all_reduce|allreduce|reduce_scatter|all_gather|gloo|c10d"),
     ("optimizer", r"adam|multi_tensor|_foreach"),
@@ -32,10 +32,10 @@ _OPERATORS = ("aten::", "mkldnn::", "mirl_kernels::", "c10d::", "cpp_fused", "Sh
 
 
 def is_operator(name: str) -> bool:
-    """Whether an event of the host is an operator, rather than Python's or autograd's own work."""
+    """Say whether an event of the host is an operator, rather than Python's or autograd's own work."""
     return name.startswith(_OPERATORS)
 
 
 def classify(name: str) -> str:
-    """The class of a kernel or operator, by its name; one of `CLASSES`."""
+    """Return the class of a kernel or operator, by its name; one of `CLASSES`."""
     return next((kind for kind, pattern in _PATTERNS if re.search(pattern, name)), "other")

@@ -1,4 +1,4 @@
-"""Memory of one rank of a whole run, by formula: a training step, and what stands beside it.
+"""Formulas give the memory of one rank of a whole run: a training step, and what the process holds beside it.
 
 | part                                   | on a CPU                          | on a GPU                               |
 |----------------------------------------|-----------------------------------|----------------------------------------|
@@ -9,7 +9,7 @@
 | activations of a micro-batch           | all                               | all, and a tenth for the allocator     |
 | batches of the loader                  | decoded windows, finished batches | the same                               |
 
-`tests/engine/accounting/test_run_memory.py` compares it with the peak of real processes.
+`tests/engine/accounting/test_run_memory.py` compares the formulas with the peak of real processes.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from mirl.engine.models.compute_choices import spares_matrix
 from mirl.engine.models.config import ModelConfig
 
 # Resident after a step of a tiny model, with torch 2.14, DeepSpeed 0.19.8 and DALI on Linux: pages of the libraries'
-# files, and what the process has of its own. Of the former 0.35 GiB more after a fresh installation, by how the page
-# cache came by them; they are the first that the kernel takes back.
+# files, and the process's own memory. After a fresh installation the pages are 0.35 GiB more, depending on how the page
+# cache came by them; the kernel takes them back first.
 LIBRARY_BYTES, OWN_BYTES = 0.5 * GIB, 0.6 * GIB
 PROCESS_BYTES = LIBRARY_BYTES + OWN_BYTES
 GPU_BYTES = 1.0 * GIB  # not measured: CUDA's context and the work space of its libraries
 GPU_ALLOCATOR = 1.1  # work space of kernels and rounding of torch's allocator
 FINISHED_BATCHES = 4  # two that wait, one in use, one in the making
 DECODED_BATCHES = 3  # two in DALI's pipeline, one handed out
-DECODED_BYTES = 500 * 400 * 3  # of an image as it is stored, where nothing is known of the data: that of ImageNet
-VGG_VALUES_PER_PIXEL = 264  # of VGG-16 up to relu4_3
+DECODED_BYTES = 500 * 400 * 3  # a stored image of ImageNet, if nothing is known of the data
+VGG_VALUES_PER_PIXEL = 264  # VGG-16 up to relu4_3 has so many
 VGG_WEIGHTS = 7_635_264
 
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """What a kind of run holds on a rank, whatever the micro-batch is.
+    """A footprint is what a kind of run holds on a rank, whatever the micro-batch is.
 
-    image_bytes: the most that an image of the micro-batch takes at a time. pixel_bytes: of a finished image of the
-    loader. model_bytes: further weights, all of them on every rank. saved_values: float32 values a parameter in a
-    checkpoint. group: micro-batches are multiples of it.
+    image_bytes: the most that an image of the micro-batch takes at a time. pixel_bytes: a finished image of the loader.
+    model_bytes: further weights, all of them on every rank. saved_values: float32 values a parameter in a checkpoint.
+    group: micro-batches are multiples of it.
     """
 
     parameters: int
@@ -57,7 +57,7 @@ class Footprint:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where the states of a model are: the ZeRO stage and its bucket, the ranks, the precision, the kind of device."""
+    """A placement says where a model's states are: ZeRO stage and bucket, ranks, precision, kind of device."""
 
     zero_stage: int
     ranks: int
@@ -68,13 +68,13 @@ class Placement:
 
     @classmethod
     def of(cls, ds_config: dict[str, Any], *, ranks: int, precision: str, on_gpu: bool) -> Placement:
-        """The placement that a resolved DeepSpeed configuration asks for."""
+        """Return the placement that a resolved DeepSpeed configuration asks for."""
         zero = ds_config["zero_optimization"]
         bucket = zero.get("reduce_bucket_size", BUCKET_VALUES)
         offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
         return cls(
             zero_stage=zero["stage"], ranks=ranks, precision=precision, on_gpu=on_gpu,
-            # Anything else than a number DeepSpeed itself refuses.
+            # DeepSpeed itself refuses anything but a number.
             bucket=int(bucket) if isinstance(bucket, int | float) else BUCKET_VALUES, offload=offload,
         )  # fmt: skip
 
@@ -87,9 +87,9 @@ def run_bytes(
     *,
     decoded_bytes: float = DECODED_BYTES,
 ) -> float:
-    """Bytes of the device of one rank: on a CPU all of the process, on a GPU what is on the GPU.
+    """Count the bytes of one rank's device: on a CPU all of the process, on a GPU what lies on the GPU.
 
-    ``decoded_bytes``: of one image of the data as it is decoded, before it is resized.
+    ``decoded_bytes``: one image of the data as it is decoded, before it is resized.
     """
     parameters, gradients = footprint.parameters, {"accumulation": accumulation, "bucket": place.bucket}
     states = parameter_bytes(parameters, place.zero_stage, place.ranks, place.precision, **gradients)
@@ -107,7 +107,7 @@ def run_bytes(
 
 
 def pretraining_footprint(config: PretrainConfig, precision: str, *, on_gpu: bool, ranks: int = 1) -> Footprint:
-    """The footprint of a pre-training run. UserError on an unknown form of activation checkpointing."""
+    """Return the footprint of a pre-training run. UserError on an unknown form of activation checkpointing."""
     model, size = config.model, VALUE_BYTES[precision]
     pixels = model.image_height * model.image_width
     kept = activations(
@@ -141,7 +141,7 @@ def classifier_footprint(
     paired: bool = False,
     ranks: int = 1,
 ) -> Footprint:
-    """The footprint of a fine-tuning run of encoder ``model``, which has one segment and no decoders.
+    """Return the footprint of a fine-tuning run of encoder ``model``, which has one segment and no decoders.
 
     averaged: an average of the weights is kept. paired: images of a micro-batch are mixed in pairs.
     """
@@ -150,10 +150,11 @@ def classifier_footprint(
     kept = classifier_activations(
         model, checkpointing, precision, math=writes_out_attention(model, on_gpu=on_gpu), recompute=recompute
     )
-    average = (4 / ranks + VALUE_BYTES[precision]) * parameters if averaged else 0.0  # with what is swapped out for it
+    # The average is in float32; while it is evaluated, the swapped-out weights stay beside it.
+    average = (4 / ranks + VALUE_BYTES[precision]) * parameters if averaged else 0.0
     return Footprint(
         parameters=parameters,
-        # The normalised image, a copy to write into, and the one it is mixed with: float32.
+        # In float32: the normalised image, a copy to write into, and the image that it is mixed with.
         image_bytes=kept.peak + pixels + 3 * 4 * pixels,
         pixel_bytes=pixels,
         model_bytes=average,
@@ -173,7 +174,7 @@ def segmenter_footprint(
     recompute: bool = False,
     group: int = 1,
 ) -> Footprint:
-    """The footprint of a segmentation run of encoder ``model``, at the size of its crops."""
+    """Return the footprint of a segmentation run of encoder ``model``, at the size of its crops."""
     pixels = model.image_height * model.image_width
     kept = segmenter_activations(
         model, classes, head_channels, checkpointing, precision, math=writes_out_attention(model, on_gpu=on_gpu),
@@ -182,12 +183,15 @@ def segmenter_footprint(
     return Footprint(
         parameters=segmenter_parameters(model, classes, head_channels),
         image_bytes=kept.peak + pixels * (model.channels + 8),  # labels as int64
-        pixel_bytes=pixels * (model.channels + 2),  # and as int16, with which they come
+        pixel_bytes=pixels * (model.channels + 2),  # labels come as int16
         group=group,
     )
 
 
 def writes_out_attention(model: ModelConfig, *, on_gpu: bool) -> bool:
-    """Whether attention keeps its weights: the backend "math", which a CPU chooses first for all but long sequences."""
+    """Say whether attention keeps its weights.
+
+    The backend "math" does, which a CPU chooses first for all but long sequences.
+    """
     chosen = model.attention == "auto" and not on_gpu and not spares_matrix(model, on_gpu=on_gpu)
     return model.attention == "math" or chosen

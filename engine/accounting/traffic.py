@@ -1,7 +1,8 @@
-"""What ZeRO sends in a step, and how long that takes beyond the computation it hides behind.
+"""Count the bytes that ZeRO sends in a step, and the time that they take beyond the computation that hides them.
 
-Bytes that one rank sends, P parameters, R ranks, ring collectives of (R - 1) / R each; weights travel in bf16 (2
-bytes), gradients in bf16, but in float32 where stages 1 and 2 add up several micro-batches before they send:
+One rank sends these bytes, for P parameters and R ranks, by ring collectives of (R - 1) / R each. Weights travel in
+bf16 (2 bytes). Gradients travel in bf16, but in float32 if stages 1 and 2 add up several micro-batches before they
+send:
 
 | stage | collectives                                                  | bytes, times P (R - 1) / R           |
 |-------|--------------------------------------------------------------|--------------------------------------|
@@ -22,7 +23,7 @@ BUCKET, PREFETCH = 200_000_000, 50_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """What is assumed of the links, none of it measured.
+    """The figures of the links are assumptions, none of them measured.
 
     node_bytes_per_s: between GPUs of a node; two thirds of an H100's NVLink, 450 GB/s a direction. network_bytes_per_s:
     of a node; eight ports of 400 Gbit/s are 400 GB/s, four fifths of which are reached. hidden: the share of gradient
@@ -36,14 +37,14 @@ class Links:
 
 
 def sent_bytes(parameters: int, stage: int, ranks: int, accumulation: int) -> float:
-    """Bytes that one rank sends in an optimiser step."""
+    """Count the bytes that one rank sends in an optimiser step."""
     reduced = 2 * accumulation if stage == 3 else 2 if accumulation == 1 else 4
     gathered = 2 * 2 * accumulation if stage == 3 else 2
     return (reduced + gathered) * parameters * (ranks - 1) / ranks
 
 
 def hops(parameters: int, stage: int, ranks: int, accumulation: int) -> float:
-    """Steps of all rings, one after another."""
+    """Count the steps of all rings, one after another."""
     buckets, prefetches = -(-parameters // BUCKET), -(-parameters // PREFETCH)
     reductions = buckets * (accumulation if stage == 3 else 1)
     gathers = 2 * accumulation * prefetches if stage == 3 else buckets
@@ -51,12 +52,12 @@ def hops(parameters: int, stage: int, ranks: int, accumulation: int) -> float:
 
 
 def link_seconds(parameters: int, stage: int, ranks: int, accumulation: int, links: Links) -> float:
-    """Seconds that the traffic of an optimiser step takes on the slowest link."""
+    """Count the seconds that the traffic of an optimiser step takes on the slowest link."""
     slowest = min(links.node_bytes_per_s, links.network_bytes_per_s if ranks > NODE else float("inf"))
     sent = sent_bytes(parameters, stage, ranks, accumulation)
     return sent / slowest + links.hop_s * hops(parameters, stage, ranks, accumulation)
 
 
 def shown_seconds(link_s: float, compute_s: float, links: Links) -> float:
-    """What of ``link_s`` is seen: it hides behind computation, never more than there is to hide behind."""
+    """Return the part of ``link_s`` that adds to the step. The rest hides behind computation, ``compute_s`` at most."""
     return link_s - min(links.hidden * link_s, compute_s)

@@ -1,1 +1,1 @@
-"""What looks inside a trained encoder: features, a linear probe, nearest neighbours, and what each block is worth."""
+"""This room looks inside a trained encoder: features, linear probe, nearest neighbours, the worth of each block."""

@@ -1,9 +1,9 @@
-"""What the blocks of a pre-trained encoder do, one by one: whether its depth is of use.
+"""Measure the blocks of a pre-trained encoder one by one, to tell whether its depth is of use.
 
-Three measurements. Gradient norms (the paper's appendix C): a block that pre-training hardly moves has little to learn
-from it. Linear probes on every block: accuracy that falls towards the end says that late features serve the
+There are three measurements. Gradient norms (the paper's appendix C): a block that pre-training hardly moves has little
+to learn from it. Linear probes on every block: accuracy that falls towards the end says that late features serve the
 reconstruction and nothing else. Fine-tuning with the blocks from some depth on initialised afresh (the paper's Fig. 2):
-where that does no harm, or even helps, what pre-training wrote into those blocks was worth nothing.
+if the fresh blocks do no harm, or even help, then their pre-trained weights were worth nothing.
 
 Letters: n images, L blocks, B of a batch.
 """
@@ -35,8 +35,12 @@ FEATURE_BATCH = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledImages:
-    """uint8 [n, H, W, C] or normalised float32 [n, C, H, W]; labels int64 [n]; classes: names, None without folders.
-    account: how many files there are, as text (see `Ledger`)."""
+    """The images of a data set are in memory with their labels.
+
+    images: uint8 [n, H, W, C] or normalised float32 [n, C, H, W]. labels: int64 [n]. classes: names, None without
+    folders.
+    account: how many files there are, as text (see `Ledger`).
+    """
 
     images: Tensor
     labels: Tensor
@@ -55,13 +59,13 @@ def load_labelled(
     index_dir: Path | None = None,
     batch_size: int = 64,
 ) -> LabelledImages:
-    """At most ``limit`` images of ``data``, spread evenly over it, centre-cropped to the size of ``config``.
+    """Load at most ``limit`` images of ``data``, spread evenly over it, centre-cropped to the size of ``config``.
 
-    split: "train" or "val", what a folder stands for that holds both. index_dir: the indexes of tar shards, where they
-    are not beside them.
+    split: "train" or "val", the part to take of a folder with both. index_dir: the indexes of tar shards, if they are
+    not beside the shards.
 
     Raises:
-        UserError: no images or, where they are wanted, no labels.
+        UserError: no images or, if they are wanted, no labels.
     """
     source = open_source(data, labels=labels, split=split, index_dir=index_dir)
     count = min(limit, source.num_images)
@@ -85,10 +89,11 @@ def load_labelled(
 
 @dataclasses.dataclass(frozen=True)
 class GradientNorms:
-    """Of each block: ``norm`` of the gradient over all images, and ``noise``, the norm of its sampling error.
+    """Each block has the ``norm`` of its gradient over all images, and ``noise``, the norm of its sampling error.
 
     The error is half the difference between the mean gradients of two halves of the images, which has the variance of
-    their mean: norm^2 is about that of the true gradient + noise^2. None where the images are one batch.
+    their mean. So norm^2 is about (norm of the true gradient)^2 + noise^2. ``noise`` is None if the images are one
+    batch.
     """
 
     norm: list[float]
@@ -98,10 +103,10 @@ class GradientNorms:
 def gradient_norms(
     model: MIRL, images: Tensor, *, seed: int, batch_size: int = GRADIENT_BATCH, advance: Advance = ignore
 ) -> GradientNorms:
-    """Norms of the pre-training loss's gradient in each block's parameters, the loss averaged over all of ``images``.
+    """Measure the norm of the gradient in each block's parameters, for the pre-training loss averaged over ``images``.
 
     Masks are those of ``seed``. The teacher of a feature loss is a copy of the encoder itself; a VGG loss is left out.
-    advance: told how many images were done.
+    advance: is told how many images were done.
     """
     config = model.config
     teacher = EmaTeacher(model, config, decay=0.0) if config.feature_loss else None
@@ -109,7 +114,7 @@ def gradient_norms(
     model.zero_grad()
     parameters = [list(block.parameters()) for block in model.encoder.blocks]
     starts = list(range(0, len(images), batch_size))
-    middle = starts[len(starts) // 2]  # 0 where there is one batch
+    middle = starts[len(starts) // 2]  # 0 if there is one batch
     first_half: list[list[Tensor]] = []
     for first in starts:
         if first == middle and middle:
@@ -117,14 +122,15 @@ def gradient_norms(
         batch = images[first : first + batch_size]
         noise = mask_noise(seed, 0, first, len(batch), config.num_patches).to(batch.device)
         features = {} if teacher is None else {"teacher_features": teacher(batch)}
-        # A full pass has the same loss, and does without the VGG-16, which a checkpoint does not hold.
+        # A full pass has the same loss and needs no VGG-16, which a checkpoint does not hold.
         output = model(batch, noise=noise, full=bool(config.vgg_loss), **features)
         (output.loss * (len(batch) / len(images))).backward()
         advance(len(batch))
     norms = [_norm(_gradient(parameter) for parameter in block) for block in parameters]
     noises = None
     if middle:
-        # The sum of both halves is g. Of their means a / share and (g - a) / (1 - share), half the difference.
+        # The sum of both halves is g. The noise is half the difference of their means, a / share and (g - a) / (1 -
+        # share).
         share = middle / len(images)
         noises = [
             _norm((half / share - (_gradient(parameter) - half) / (1 - share)) / 2 for parameter, half in pairs)
@@ -146,7 +152,7 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 def features_by_block(
     encoder: Classifier, data: LabelledImages, *, batch_size: int = FEATURE_BATCH, advance: Advance = ignore
 ) -> list[LabelledFeatures]:
-    """The mean patch token of each image after each block. advance: told how many images were done."""
+    """Return the mean patch token of each image after each block. advance: is told how many images were done."""
     encoder.eval()
     batches = []
     for part in data.images.split(batch_size):
@@ -166,8 +172,9 @@ def probe_accuracies(
     seed: int,
     advance: Advance = ignore,
 ) -> list[float]:
-    """Top-1 in per cent on ``val`` of a linear probe of the features after each block, as `features_by_block` gives
-    them. advance: told of each block.
+    """Return the top-1 in per cent on ``val`` of a linear probe after each block.
+
+    train, val: as `features_by_block` returns them. advance: is told of each block.
     """
     accuracies = []
     for seen, unseen in zip(train, val, strict=True):
@@ -180,14 +187,14 @@ def probe_accuracies(
 
 
 def cut_depths(depth: int, cuts: int) -> list[int]:
-    """Where blocks are initialised afresh from: ``cuts`` depths spread evenly over 0 .. depth - 1, and depth (none)."""
+    """Return the first fresh blocks to try: ``cuts`` depths, spread evenly over 0 .. depth - 1, and depth (none)."""
     return sorted({round(depth * number / cuts) for number in range(cuts)} | {depth})
 
 
 def fresh_from(
     source: ModelConfig, encoder_weights: dict[str, Tensor], data: LabelledImages, *, first: int, seed: int
 ) -> Classifier:
-    """A classifier of the classes of ``data``, on its device: pre-trained, but for the blocks from ``first`` on."""
+    """Make a classifier of the classes of ``data``, on its device: pre-trained, but fresh from block ``first`` on."""
     classes = int(data.labels.max()) + 1 if data.classes is None else len(data.classes)
     config = dataclasses.replace(encoder_config(source), depth=source.built_depth)
     torch.manual_seed(seed)
@@ -208,9 +215,9 @@ def reinit_accuracies(
     seed: int,
     advance: Advance = ignore,
 ) -> dict[int, float]:
-    """{first fresh block: top-1 in per cent on ``val`` after a short fine-tuning}; the depth itself: none is fresh.
+    """Return {first fresh block: top-1 in per cent on ``val`` after a short fine-tuning}; the depth means none.
 
-    advance: told of each step.
+    advance: is told of each step.
     """
     accuracies = {}
     for first in cut_depths(source.built_depth, cuts):

@@ -1,4 +1,4 @@
-"""How long the measurements of a depth report will take, from a few of their steps."""
+"""Predict how long the measurements of a depth report will take, from a few of their steps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def forecast(
     recipe: ShortFinetune | None = None,
     seed: int = 0,
 ) -> Forecast:
-    """Time a few steps of each measurement that is to be made; nothing that the measurements start from is changed.
+    """Time a few steps of each measurement that is to be made, without changing what the measurements start from.
 
     Each first step is made and not timed. The arguments are those of the functions in `mirl.engine.analysis.depth`; a
     measurement whose arguments are None is not made.

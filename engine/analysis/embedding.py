@@ -1,7 +1,7 @@
-"""Features of every image of a data set, in parts on disk, so that an interrupted command goes on where it stopped.
+"""Write the features of every image of a data set in parts, so that an interrupted command goes on where it stopped.
 
-The data set is cut into parts of `PART` images by their numbers. Which rank makes a part does not show in it, and a
-part that is whole is not made again. `Parts` reads them back in the order of the data set.
+The data set is cut into parts of `PART` images by their numbers. A part is the same whichever rank makes it, and a
+whole part is not made again. `Parts` reads them back in the order of the data set.
 
 Letters: n images, D features.
 """
@@ -34,7 +34,10 @@ PART = 2048
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of an embedding in ``folder``; ``plan`` says of what, and must be that of an earlier start."""
+    """The parts of an embedding are in ``folder``.
+
+    ``plan`` says what was embedded, and must equal that of an earlier start.
+    """
 
     folder: Path
     images: int
@@ -47,7 +50,7 @@ class Parts:
         return self.folder / f"part-{part:06d}.safetensors"
 
     def begin(self) -> int:
-        """Make the folder, or take the one of an earlier start; returns how many parts are there already.
+        """Make the folder, or take that of an earlier start; return how many parts are there already.
 
         Raises:
             UserError: the folder holds parts of another checkpoint, data set or kind of features.
@@ -70,7 +73,7 @@ class Parts:
         return [part for part in range(len(self)) if not self.path(part).is_file()]
 
     def numbers(self, part: int) -> range:
-        """The images of a part."""
+        """Return the numbers of the images of a part."""
         return range(part * PART, min((part + 1) * PART, self.images))
 
     def write(self, part: int, features_nD: np.ndarray, index_n: np.ndarray) -> None:
@@ -79,7 +82,7 @@ class Parts:
         os.replace(partial, self.path(part))
 
     def read(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(features float32 [n, D], index int64 [n]) of each part, in order."""
+        """Yield (features float32 [n, D], index int64 [n]) of each part, in order."""
         for part in range(len(self)):
             tensors = load_file(self.path(part))
             yield tensors["features"], tensors["index"]
@@ -93,10 +96,10 @@ def embed_parts(
     parts: Parts, missing: list[int], model: Classifier, source: Source, function: Callable[[Tensor], Tensor], *,
     ranks: Ranks, batch_size: int, threads: int, advance: Callable[[int], None],
 ) -> list[BadImage]:  # fmt: skip
-    """Make this rank's share of the ``missing`` parts; returns the images that are broken, which have no row.
+    """Make this rank's share of the ``missing`` parts; return the broken images, which have no row.
 
-    function: a batch of images, as the model takes them, to features float32 [B, D]. advance: told how many images of
-    this rank were done.
+    function: maps a batch of images, as the model takes them, to features float32 [B, D]. advance: is told how many
+    images of this rank were done.
     """
     mine = missing[ranks.rank :: ranks.world_size]
     if not mine:

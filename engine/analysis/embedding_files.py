@@ -1,4 +1,4 @@
-"""Files of features: .npz for numpy, .safetensors, and .parquet for tables. Each has one row for each image.
+"""Write files of features: .npz for numpy, .safetensors, and .parquet for tables. Each has one row for each image.
 
 | what | .npz and .safetensors | .parquet |
 |---|---|---|
@@ -9,8 +9,7 @@
 | classes: names by class number | array of text; metadata | metadata |
 | about: checkpoint, block, pool, data | one JSON text; metadata | metadata |
 
-A path whose bytes are no UTF-8 keeps them: in .npz as `os.fsdecode` gives it, and in .parquet, whose column is then
-binary.
+A path whose bytes are no UTF-8 keeps them: in .npz as `os.fsdecode` gives it, in .parquet in a binary column.
 """
 
 from __future__ import annotations
@@ -30,7 +29,10 @@ from mirl.errors import UserError
 
 @dataclass(frozen=True)
 class Table:
-    """What is written. ``batches``: features float32 [n, D] part by part, so that not all of them are in memory."""
+    """The table has the rows to write.
+
+    ``batches`` yields features float32 [n, D] part by part, so that memory need not hold all of them.
+    """
 
     batches: Callable[[], Iterator[np.ndarray]]
     width: int
@@ -45,7 +47,7 @@ class Table:
 
 
 def write_npz(table: Table, path: Path) -> None:
-    """Uncompressed, one part after the other."""
+    """Write uncompressed, one part after the other."""
     small = {
         "index": table.index, "label": table.labels, "path": _text(table.paths), "classes": _text(table.classes),
         "about": np.array(json.dumps(table.about)),
@@ -62,7 +64,7 @@ def write_npz(table: Table, path: Path) -> None:
 
 
 def write_safetensors(table: Table, path: Path) -> None:
-    """All features are in memory once."""
+    """Write all features at once, for which memory holds all of them."""
     from safetensors.numpy import save_file
 
     encoded = [os.fsencode(name) for name in table.paths]
@@ -74,7 +76,7 @@ def write_safetensors(table: Table, path: Path) -> None:
 
 
 def write_parquet(table: Table, path: Path) -> None:
-    """A row group for each part.
+    """Write a row group for each part.
 
     Raises:
         UserError: pyarrow is not installed.
@@ -108,7 +110,7 @@ def write_parquet(table: Table, path: Path) -> None:
 
 
 def require_pyarrow() -> tuple[Any, Any]:
-    """pyarrow and its parquet module; UserError with the line that installs them."""
+    """Return pyarrow and its parquet module; UserError with the line that installs them."""
     try:
         import pyarrow
         from pyarrow import parquet

@@ -1,4 +1,4 @@
-"""Features of a labelled set under a frozen encoder, extracted once.
+"""Extract the features of a labelled set under a frozen encoder once.
 
 Letters: n images, D width.
 """
@@ -25,10 +25,11 @@ HEAD = "head"
 
 
 def load_frozen_encoder(checkpoint: Path | str, device: torch.device | str = "cpu") -> Classifier:
-    """The encoder of a checkpoint or run in eval mode, the blocks that it has and the last norm; its head is unused.
+    """Load the encoder of a checkpoint or run in eval mode: all its blocks and the last norm. Its head is unused.
 
     Raises:
-        UserError: no whole encoder there, or that of a classifier which pools the mean: its norm is the head's.
+        UserError: the checkpoint has no whole encoder, or is a classifier that pools the mean, whose norm is the
+        head's.
     """
     config, weights = load_encoder(checkpoint)
     if "norm.weight" not in weights:
@@ -42,10 +43,10 @@ def load_frozen_encoder(checkpoint: Path | str, device: torch.device | str = "cp
 
 @torch.no_grad()
 def features(model: Classifier, images: Tensor, *, pool: str = "avg") -> Tensor:
-    """The features float32 [B, D] of a batch under a model of `load_frozen_encoder`.
+    """Compute the features float32 [B, D] of a batch under a model of `load_frozen_encoder`.
 
-    images: uint8 [B, H, W, C], or float [B, C, H, W] normalised. pool: "avg", the mean of the normed patch tokens, or
-    "token", the class token; `HEAD` for those of a fine-tuned classifier that its head sees, whatever its pool.
+    images: uint8 [B, H, W, C], or float [B, C, H, W] normalised. pool: "avg", the mean of the normed patch tokens;
+    "token", the class token; or `HEAD`, the features that a fine-tuned classifier's head sees, whatever its pool.
     """
     if pool == HEAD:
         return model.features(images).float()
@@ -63,10 +64,10 @@ def extract_features(
     split: str = "train",
     index_dir: Path | None = None,
 ) -> LabelledFeatures:
-    """`features` of every image of ``data``: short side resized, centre crop.
+    """Compute `features` of every image of ``data``: short side resized, centre crop.
 
-    split: "train" or "val", what a folder stands for that holds both. index_dir: the indexes of tar shards, where they
-    are not beside them.
+    split: "train" or "val", the part to take of a folder with both. index_dir: the indexes of tar shards, if they are
+    not beside the shards.
 
     Raises:
         UserError: no images or no labels; every image broken.
@@ -103,7 +104,7 @@ def extract_features(
 
 
 def count_classes(train: LabelledFeatures, val: LabelledFeatures, *, names: tuple[str, str]) -> int:
-    """Classes of both sets. UserError where those of ``val`` are not those of ``train``; ``names``: of the two sets."""
+    """Count the classes of both sets. UserError if they differ. ``names``: of the two sets."""
     require_same_classes(train.classes, val.classes, train=names[0], val=names[1])
     if train.classes is not None:
         return len(train.classes)

@@ -1,4 +1,4 @@
-"""How long a report of several parts will take, told before it begins and while it goes on."""
+"""Tell how long a report of several parts will take, before it begins and while it goes on."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def ignore(units: int) -> None:
 
 @dataclass(kw_only=True)
 class Part:
-    """``units`` pieces of work of ``seconds`` each: a guess before the first is done, then what they took.
+    """A part has ``units`` pieces of work of ``seconds`` each.
 
-    unit: the name of one, for a line of progress.
+    seconds: a guess before the first is done, then the measured mean. unit: the name of one, for a line of progress.
     """
 
     name: str
@@ -28,12 +28,12 @@ class Part:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Return the seconds that are left."""
         return (self.units - self.done) * self.seconds
 
 
 class Forecast:
-    """Parts that are done one after the other. A line is said now and then, never twice within ``every`` seconds."""
+    """The parts are done one after the other. A line is said now and then, never twice within ``every`` seconds."""
 
     def __init__(
         self,
@@ -43,22 +43,22 @@ class Forecast:
         every: float = 10.0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """clock: seconds from any origin."""
+        """Start the clock. clock: seconds from any origin."""
         self.parts, self._say, self._every, self._clock = list(parts), say, every, clock
         self._began = self._said = clock()
 
     @property
     def seconds(self) -> float:
-        """What is left of all parts."""
+        """Return the seconds that are left of all parts."""
         return sum(part.left for part in self.parts)
 
     def __str__(self) -> str:
-        """The whole and its parts, as minutes and seconds."""
+        """Return the whole and its parts, as minutes and seconds."""
         parts = ", ".join(f"{part.name} {minutes(part.left)}" for part in self.parts)
         return f"about {minutes(self.seconds)}: {parts}"
 
     def begin(self, name: str) -> Advance:
-        """Begin the part called ``name``; what is returned is told how many of its units were done since."""
+        """Begin the part called ``name``; return a function to tell how many more of its units are done."""
         part = next(part for part in self.parts if part.name == name)
         self._began = self._clock()
 
@@ -74,14 +74,14 @@ class Forecast:
 
 
 def minutes(seconds: float) -> str:
-    """M:SS, or H:MM:SS."""
+    """Format seconds as M:SS, or H:MM:SS."""
     whole, seconds = divmod(round(seconds), 60)
     hours, whole = divmod(whole, 60)
     return f"{hours}:{whole:02d}:{seconds:02d}" if hours else f"{whole}:{seconds:02d}"
 
 
 def timed(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds of ``call``, which leaves no work of the device behind: it reads a result."""
+    """Measure the seconds of ``call``, which must read a result, so that no work of the device is left behind."""
     began = clock()
     call()
     return clock() - began

@@ -1,4 +1,4 @@
-"""A short fine-tuning in one process on images that fit into memory: what a report or an experiment runs many times.
+"""Fine-tune shortly in one process on images that fit into memory; a report or an experiment does so many times.
 
 Letters: n images, B of a batch, H W pixels, C channels.
 """
@@ -21,7 +21,7 @@ from mirl.engine.transfer.layer_decay import layer_decay_groups
 
 @dataclass(frozen=True, kw_only=True)
 class ShortFinetune:
-    """A recipe in optimiser steps: AdamW, a tenth of warm-up, half a cosine; shifts and flips for augmentation.
+    """The recipe counts optimiser steps: AdamW, a tenth of warm-up, half a cosine; shifts and flips for augmentation.
 
     shift: largest translation in pixels, either way, in each direction; the border is repeated.
     """
@@ -49,7 +49,7 @@ def finetune_in_memory(
     """Train ``model`` in place, as a function of ``seed``.
 
     images: uint8 [n, H, W, C] or normalised float [n, C, H, W]; labels: int64 [n]; both on the model's device. advance:
-    told of each step.
+    is told of each step.
     """
     device = images.device
     optim = OptimConfig(steps=recipe.steps, lr=recipe.lr, betas=(0.9, 0.999), weight_decay=recipe.weight_decay)
@@ -81,7 +81,7 @@ def finetune_in_memory(
 
 @torch.no_grad()
 def accuracy_percent(model: Classifier, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
-    """Top-1 of ``model`` on uint8 images [n, H, W, C]."""
+    """Measure the top-1 in per cent of ``model`` on images as `finetune_in_memory` takes them."""
     model.eval()
     correct = 0
     for first in range(0, len(images), batch_size):
@@ -92,12 +92,15 @@ def accuracy_percent(model: Classifier, images: Tensor, labels: Tensor, batch_si
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on a GPU; float32 on a CPU, where narrow models gain nothing from it."""
+    """Return bfloat16 autocast on a GPU; float32 on a CPU, where narrow models gain nothing from bfloat16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def shift_and_flip(images: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to ``shift`` pixels, mirrored at even odds: uint8 [B, H, W, C] or float [B, C, H, W]."""
+    """Move each image by up to ``shift`` pixels and mirror it at even odds.
+
+    images: uint8 [B, H, W, C] or float [B, C, H, W].
+    """
     images_BHWC = images if images.dtype == torch.uint8 else images.permute(0, 2, 3, 1)
     batch, height, width, _ = images_BHWC.shape
     offsets_B2 = torch.randint(-shift, shift + 1, (batch, 2), generator=generator)

@@ -1,7 +1,7 @@
-"""Runs as one HTML page that needs nothing else: curves over each other, pictures by step, settings, events.
+"""Write runs as one HTML page that needs nothing else: curves over each other, pictures by step, settings, events.
 
 Every text that comes from a run is escaped. Curves are SVG, pictures JPEG inside of the page; the one script moves the
-slider. It prints.
+slider. The page can be printed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mirl.engine.version import __version__
 
 MOST_PICTURES, PICTURE_WIDTH, QUALITY = 16, 1000, 85
 MOST_EVENTS = 200
-# Measurements that only count, or that the page tells in another way.
+# These measurements only count, or the page tells them in another way.
 NO_CURVE = frozenset(
     {"step", "images", "epoch", "seconds_left", "skipped_steps", "bad_images", "micro_batches", "val_images"}
 )
@@ -72,7 +72,7 @@ for (const box of document.querySelectorAll("[data-slider]")) {
 
 
 def page(runs: Sequence[RunRecord], *, made: str) -> str:
-    """The page of ``runs``, the first of which is compared with the others; ``made``: date and time, as text."""
+    """Return the page of ``runs``, the first of which is compared with the others; ``made``: date and time, as text."""
     title = ", ".join(shown(run.name) for run in runs)
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8>",
@@ -113,7 +113,7 @@ def _curves(runs: Sequence[RunRecord]) -> str:
 
 
 def _curve(key: str, runs: Sequence[RunRecord]) -> str:
-    """One measurement over the steps, a line a run, as SVG whose text stays text."""
+    """Draw one measurement over the steps, a line a run, as SVG whose text stays text."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -221,7 +221,7 @@ def _text(value: Any) -> str:
 
 
 def shown_lines(text: str) -> str:
-    """Each line as it may be shown; see `shown`."""
+    """Return each line as it may be shown; see `shown`."""
     return "\n".join(map(shown, text.splitlines()))
 
 
@@ -249,14 +249,14 @@ def _number(value: Any) -> str:
 
 
 def _spread(steps: list[int]) -> list[int]:
-    """At most `MOST_PICTURES` of the steps, first and last among them."""
+    """Choose at most `MOST_PICTURES` of the steps, first and last among them."""
     if len(steps) <= MOST_PICTURES:
         return steps
     return [steps[round(i * (len(steps) - 1) / (MOST_PICTURES - 1))] for i in range(MOST_PICTURES)]
 
 
 def _embedded(path: Path) -> str:
-    """The picture as a data URL, no wider than `PICTURE_WIDTH`."""
+    """Return the picture as a data URL, no wider than `PICTURE_WIDTH`."""
     with Image.open(path) as image:
         image = image.convert("RGB")
         if image.width > PICTURE_WIDTH:

@@ -1,4 +1,4 @@
-"""What a run left in its folder, read back: measurements, events, settings, pictures and the log's opening lines."""
+"""Read back what a run left in its folder: measurements, events, settings, pictures and the log's opening lines."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from mirl.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """``records``: measurements by step, each a mapping with "step"; where a run was resumed the later one counts.
-    ``settings``: SECTION.FIELD to value. ``pictures``: by step. ``opening``: the log's lines before the first step, of
-    the latest start. ``history``: (step, what config.json said until then).
+    """A record has what a run left in its folder.
+
+    ``records``: measurements by step, each a mapping with "step"; after a resumption the later one counts.
+    ``settings``: SECTION.FIELD to value. ``pictures``: by step. ``opening``: the log's lines before the first step of
+    the latest start. ``history``: (step, settings until then).
     """
 
     name: str
@@ -28,23 +30,23 @@ class RunRecord:
     depth_report: Path | None
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of measurement ``key``, without those that are null."""
+        """Return steps and values of measurement ``key``, without those that are null."""
         points = [(record["step"], record[key]) for record in self.records if _is_number(record.get(key))]
         return [step for step, _ in points], [value for _, value in points]
 
     @property
     def keys(self) -> list[str]:
-        """The measurements that the run has, in the order in which they first came."""
+        """List the measurements of the run, in the order in which they first came."""
         return list(dict.fromkeys(key for record in self.records for key, value in record.items() if _is_number(value)))
 
 
 def read_run(folder: Path) -> RunRecord:
-    """The record of the run in ``folder``.
+    """Read the record of the run in ``folder``.
 
     A last line that was cut off by a kill is left out.
 
     Raises:
-        UserError: there is no run in it.
+        UserError: the folder has no run.
     """
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file() or not (folder / "config.json").is_file():
@@ -76,14 +78,14 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def differences(runs: list[RunRecord]) -> dict[str, list[Any]]:
-    """The settings in which ``runs`` are not all alike: the value of each run, None where it has no such setting."""
+    """Return the settings in which ``runs`` differ: the value of each run, None if it has no such setting."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = {name: [run.settings.get(name) for run in runs] for name in names}
     return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
 
 
 def flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings by SECTION.FIELD."""
+    """Flatten nested settings to SECTION.FIELD."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):

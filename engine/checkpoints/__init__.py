@@ -1,1 +1,1 @@
-"""Checkpoints on disk: written by all ranks, verified, and read back under any number of ranks and ZeRO stage."""
+"""All ranks write a checkpoint here; it is verified, and any number of ranks and any ZeRO stage reads it back."""

@@ -1,4 +1,4 @@
-"""Weights averaged over several checkpoints, or the average that a run kept itself, as a checkpoint of their own."""
+"""Write weights averaged over several checkpoints, or a run's own average, as a checkpoint of their own."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mirl.engine.checkpoints.reader import CheckpointReader
 from mirl.errors import UserError
 
 EMA = "ema"
-"""Kind of the fragments of a run's own average of its weights."""
+"""The fragments of a run's own average of its weights have this kind."""
 
 
 def newest_of(run: Path, count: int) -> list[Path]:
-    """The newest ``count`` checkpoints of a run, oldest first.
+    """Return the newest ``count`` checkpoints of a run, oldest first.
 
     Raises:
-        UserError: there are fewer, or one of them is damaged: an average of others would not be what was asked for.
+        UserError: there are fewer, or one of them is damaged. An average of others is not what was asked for.
     """
     if count < 2:
         raise UserError(f"average is {count}: give 2 checkpoints or more")
@@ -44,7 +44,7 @@ def newest_of(run: Path, count: int) -> list[Path]:
 
 
 def mean_weights(checkpoints: Sequence[Path]) -> dict[str, Tensor]:
-    """The mean of each parameter over checkpoints of one architecture, added up in float64: fp32, by name."""
+    """Average each parameter over checkpoints of one architecture, added up in float64: fp32, by name."""
     readers = [CheckpointReader(path) for path in checkpoints]
     for reader in readers:
         require_kind(reader.state, reader.path, "an average", PRETRAINED, ENCODER)
@@ -60,10 +60,10 @@ def mean_weights(checkpoints: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def ema_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The average that a pre-training run with --ema kept: fp32, by name.
+    """Return the average that a pre-training run with --ema kept: fp32, by name.
 
     Raises:
-        UserError: the checkpoint has none.
+        UserError: the checkpoint has no average.
     """
     reader = CheckpointReader(checkpoint)
     require_kind(reader.state, checkpoint, "an average", PRETRAINED, ENCODER)
@@ -78,8 +78,8 @@ def ema_weights(checkpoint: Path) -> dict[str, Tensor]:
 def write_average(out: Path, checkpoints: Sequence[Path], *, ema: bool = False) -> None:
     """Write the mean of ``checkpoints``, or the ``ema`` of the one, as a checkpoint that every command takes.
 
-    It has no moments: a run starts from it by --init-from, and cannot go on from it. UserError as above, and where
-    ``out`` exists.
+    The checkpoint has no moments: a run starts from it by --init-from, and cannot go on from it. Raises the UserErrors
+    of the functions above, and one if ``out`` exists.
     """
     weights = ema_weights(checkpoints[0]) if ema else mean_weights(checkpoints)
     last = CheckpointReader(checkpoints[-1]).state

@@ -1,4 +1,4 @@
-"""The best checkpoint of a run by validation: a record beside the checkpoints that names one of them."""
+"""A record beside the checkpoints of a run names the best one by validation."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ NAMES = {"last": "the weights as trained", "ema": "the average of the weights (E
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """What an evaluation found. weights: the better ones, "last" as training left them, or "ema" their average.
+    """A standing is the result of an evaluation.
 
-    score_percent: the higher the better; ``metric`` says what it is. images: of the set that it was measured on.
+    weights: the better ones, "last" as training left them, or "ema" their average. score_percent: the higher the
+    better; ``metric`` names it. images: the size of the evaluated set.
     """
 
     weights: str
@@ -28,14 +29,14 @@ class Standing:
 
 @dataclass(frozen=True, kw_only=True)
 class Best(Standing):
-    """The best evaluation of a run, after ``step`` optimiser steps, which are ``epoch`` epochs."""
+    """The best evaluation of a run came after ``step`` optimiser steps, which are ``epoch`` epochs."""
 
     step: int
     epoch: float
 
     @property
     def checkpoint(self) -> str:
-        """The name of the folder of its checkpoint."""
+        """Return the name of the folder of its checkpoint."""
         return name_of(self.step)
 
     def __str__(self) -> str:
@@ -46,10 +47,13 @@ class Best(Standing):
 
 
 def read_best(folder: Path) -> Best | None:
-    """The record in a folder of checkpoints; None where there is none, or none that can be read."""
+    """Return the record in a folder of checkpoints; None if there is no record, or none that can be read."""
     try:
         values = json.loads((folder / RECORD).read_text())
-        values = {"metric": "top-1", "score_percent": values.get("top1_percent")} | values  # as records were before
+        values = {
+            "metric": "top-1",
+            "score_percent": values.get("top1_percent"),
+        } | values  # as in older records
         found = Best(**{item.name: values[item.name] for item in fields(Best)})
         return found if found.weights in NAMES else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -62,6 +66,6 @@ def write_best(folder: Path, best: Best) -> None:
 
 
 def remove_best(folder: Path) -> None:
-    """Take the record away; its checkpoint stays. A folder that cannot be written keeps it."""
+    """Take the record away; its checkpoint stays. A folder that cannot be written keeps the record."""
     with contextlib.suppress(OSError):
         (folder / RECORD).unlink(missing_ok=True)

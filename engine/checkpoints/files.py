@@ -1,4 +1,4 @@
-"""What a checkpoint's folder holds, and how one is published: written aside, described, renamed into place."""
+"""Publish the files of a checkpoint's folder: write them aside, describe them, and rename the folder into place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mirl.disk import set_mode, sync
 from mirl.errors import UserError
 
-if TYPE_CHECKING:  # commands look for a checkpoint before they import torch, and a wrong one is told at once
+if TYPE_CHECKING:  # commands look for a checkpoint before they import torch, so that a wrong one is told at once
     from torch import Tensor
 
 FORMAT = 1
@@ -24,7 +24,7 @@ POINTER = "latest"
 
 @contextmanager
 def aside(final: Path) -> Iterator[Path]:
-    """A name beside ``final`` to write a file or a folder under; it becomes ``final`` at the end, or is removed.
+    """Give a name beside ``final`` for a file or a folder, which becomes ``final`` at the end, or is removed.
 
     Raises:
         UserError: ``final`` exists.
@@ -47,9 +47,10 @@ def aside(final: Path) -> Iterator[Path]:
 
 
 def write_weights(final: Path, weights: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-    """A checkpoint of whole parameters, made by one process: no moments, so that a run can start from it but not go on.
+    """Write a checkpoint of whole parameters in one process.
 
-    weights: fp32, by parameter name. state: at least ``config``; the shapes are added to it.
+    It has no moments, so a run can start from it but not go on. weights: fp32, by parameter name. state: at least
+    ``config``; the shapes are added to it.
 
     Raises:
         UserError: ``final`` exists.
@@ -63,8 +64,9 @@ def write_weights(final: Path, weights: Mapping[str, Tensor], state: dict[str, A
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file that whoever may read other files of this process may read: safetensors makes its files for
-    their owner alone.
+    """Write a safetensors file with the usual read permissions of this process's files.
+
+    safetensors itself makes its files readable by their owner alone.
     """
     from safetensors.torch import save_file
 
@@ -75,7 +77,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
 
 def write_manifest(folder: Path, state: dict[str, Any], files: dict[str, Any], *, world_size: int) -> None:
-    """State and manifest of a checkpoint, beside its other ``files`` (name -> `describe`)."""
+    """Write state and manifest of a checkpoint, beside its other ``files`` (name -> `describe`)."""
     write_json(folder / "state.json", state)
     config = json.dumps(state.get("config"), sort_keys=True).encode()
     manifest = {
@@ -88,12 +90,12 @@ def write_manifest(folder: Path, state: dict[str, Any], files: dict[str, Any], *
 
 
 def name_of(step: int) -> str:
-    """The name of the folder of a checkpoint, which sorts by step."""
+    """Return the name of the folder of a checkpoint, which sorts by step."""
     return f"step-{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Published checkpoints in ``folder``, oldest first."""
+    """List the published checkpoints in ``folder``, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
@@ -103,7 +105,7 @@ def sha256_of(path: Path) -> str:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What the manifest says of a file."""
+    """Return the manifest's entry of a file."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
@@ -112,7 +114,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """All of ``text`` or nothing."""
+    """Write all of ``text`` or nothing."""
     aside = path.with_name(f".{path.name}.tmp")
     with aside.open("w") as stream:
         stream.write(text)

@@ -1,4 +1,4 @@
-"""Finding checkpoints: the newest good one of a run, the one that a user names, each checked whole. Needs no torch."""
+"""Find the newest good checkpoint of a run, or the one that a user names, and check it whole. This needs no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mirl.errors import UserError
 
 
 def verify(path: Path) -> str | None:
-    """None when every file of ``path`` is as its manifest says, else what is wrong."""
+    """Return None if every file of ``path`` is as its manifest says, else say what is wrong."""
     manifest_path = path / "manifest.json"
     if not manifest_path.is_file():
         return "manifest.json is missing"
@@ -34,7 +34,7 @@ def verify(path: Path) -> str | None:
 
 
 def find_newest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """``(path, remarks)``: the newest checkpoint in ``folder`` that verifies, and why newer ones were passed over."""
+    """Return ``(path, remarks)``: the newest checkpoint in ``folder`` that verifies, and why newer ones did not."""
     remarks: list[str] = []
     candidates = list_checkpoints(folder)[::-1] if folder.is_dir() else []
     pointer = folder / POINTER
@@ -53,10 +53,10 @@ def find_newest_good(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def locate(path: Path) -> Path:
-    """The checkpoint that a user means by ``path``: a checkpoint folder, or a run, whose newest good one is taken.
+    """Return the checkpoint that a user means by ``path``: a checkpoint's folder, or the newest good one of a run.
 
     Raises:
-        UserError: there is none, or the named one is damaged. A named checkpoint is never replaced by another.
+        UserError: there is no checkpoint, or the named one is damaged. A named checkpoint is never replaced by another.
     """
     if (path / "manifest.json").is_file() or (path / "state.json").is_file():
         problem = verify(path)
@@ -76,7 +76,7 @@ def locate(path: Path) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Everything that a checkpoint holds but the tensors. UserError where it cannot be read."""
+    """Return everything that a checkpoint holds but the tensors. UserError if it cannot be read."""
     path = checkpoint / "state.json"
     try:
         return json.loads(path.read_text())

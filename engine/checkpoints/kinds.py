@@ -1,4 +1,4 @@
-"""What kind of checkpoint a user has given, and what is said where a command needs another one. Needs no torch."""
+"""Tell the kind of a checkpoint that a user has given, and refuse it if another is needed. This needs no torch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mirl.errors import UserError
 
 PRETRAINED, ENCODER = "pre-trained model", "encoder"
 CLASSIFIER, SEGMENTER, DETECTOR = "classifier", "segmenter", "detector"
-# The section of a run's settings that tells its kind.
+# A section of a run's settings tells its kind.
 _SECTIONS = {"finetune": CLASSIFIER, "segment": SEGMENTER, "detect": DETECTOR}
-# What each kind is called in a sentence, and what gives one.
+# Each kind has a name in a sentence, and a command that makes one.
 _NAMES = {
     PRETRAINED: "a pre-trained model with its decoders",
     ENCODER: "a pre-trained encoder without decoders",
@@ -38,7 +38,7 @@ WHICH = ("best", "last")
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """A checkpoint that a user named. ``best``: what made it the best of its run, where it was taken for that."""
+    """A user named this checkpoint. ``best``: its record, if it was taken as the best of its run."""
 
     asked: Path
     checkpoint: Path
@@ -47,16 +47,19 @@ class Given:
 
     @property
     def kind(self) -> str:
-        """PRETRAINED, ENCODER, CLASSIFIER, SEGMENTER or DETECTOR."""
+        """Return PRETRAINED, ENCODER, CLASSIFIER, SEGMENTER or DETECTOR."""
         return kind_of(self.state)
 
     @property
     def weights(self) -> str:
-        """Of a classifier: "ema" where its average of the weights made it the best of its run, else "last"."""
+        """Return "ema" if a classifier's average of the weights made it the best of its run, else "last"."""
         return self.best.weights if self.best else "last"
 
     def require(self, command: str, *kinds: str) -> Given:
-        """Itself. UserError that says what ``command`` needs and what this is, unless it is one of ``kinds``."""
+        """Return itself if it is one of ``kinds``.
+
+        Otherwise raise UserError that says what ``command`` needs and what this is.
+        """
         require_kind(self.state, self.asked, command, *kinds)
         return self
 
@@ -67,13 +70,13 @@ class Given:
 
 
 def given(path: Path | str, which: str | None = None) -> Given:
-    """The checkpoint that a user means by ``path``, a checkpoint or a run.
+    """Return the checkpoint that a user means by ``path``, a checkpoint or a run.
 
-    which: of a run, "best" by validation or "last", the newest good one; None: the best where the run has recorded
-    one, else the last.
+    which: of a run, "best" by validation or "last", the newest good one; None: the best if the run has recorded one,
+    else the last.
 
     Raises:
-        UserError: there is none, it is damaged, or ``which`` is given for a path that is one checkpoint.
+        UserError: there is no checkpoint, it is damaged, or ``which`` is given for a path that is one checkpoint.
     """
     path = Path(path)
     if (path / "manifest.json").is_file() or (path / "state.json").is_file():
@@ -97,7 +100,7 @@ def given(path: Path | str, which: str | None = None) -> Given:
 
 
 def _best_of(path: Path) -> tuple[Path, Best] | None:
-    """The folder of checkpoints, and what is recorded there."""
+    """Return the folder of checkpoints and the record in it."""
     for folder in (path, path / "checkpoints"):
         if record := read_best(folder):
             return folder, record
@@ -105,7 +108,7 @@ def _best_of(path: Path) -> tuple[Path, Best] | None:
 
 
 def kind_of(state: dict[str, Any]) -> str:
-    """PRETRAINED, ENCODER, CLASSIFIER, SEGMENTER or DETECTOR, of the state of a checkpoint."""
+    """Tell the kind of a checkpoint by its state: PRETRAINED, ENCODER, CLASSIFIER, SEGMENTER or DETECTOR."""
     for section, kind in _SECTIONS.items():
         if section in (state.get("config") or {}):
             return kind
@@ -114,7 +117,7 @@ def kind_of(state: dict[str, Any]) -> str:
 
 
 def describe(state: dict[str, Any]) -> str:
-    """What a checkpoint is, in a few words, with what it was made from."""
+    """Say in a few words what a checkpoint is, and what it was made from."""
     config, kind = state.get("config") or {}, kind_of(state)
     if kind in (PRETRAINED, ENCODER):
         model = _label(config.get("model") or {})
@@ -127,13 +130,13 @@ def describe(state: dict[str, Any]) -> str:
 
 
 def _source(config: dict[str, Any]) -> str | None:
-    """The checkpoint that a run of transfer started from."""
+    """Return the checkpoint from which a run of transfer started."""
     sections = (config.get(section) or {} for section in _SECTIONS)
     return next((section["checkpoint"] for section in sections if section.get("checkpoint")), None)
 
 
 def _label(model: dict[str, Any]) -> str | None:
-    """The name of the size, or that it was changed; of a model that this version cannot read, the name it was given."""
+    """Return the name of the size, or that it was changed; the given name if this version cannot read the model."""
     try:
         return section_from_dict(ModelConfig, model, source="").label if model else None
     except (UserError, TypeError):
@@ -141,7 +144,7 @@ def _label(model: dict[str, Any]) -> str | None:
 
 
 def require_kind(state: dict[str, Any], asked: Path | str, command: str, *kinds: str) -> None:
-    """UserError in one line unless a checkpoint is one of ``kinds``: what it is, what is needed, what to give."""
+    """Raise a one-line UserError unless a checkpoint is one of ``kinds``: what it is, what is needed, what to give."""
     kind = kind_of(state)
     if kind in kinds:
         return

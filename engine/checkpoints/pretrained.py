@@ -1,4 +1,4 @@
-"""Models and encoders from checkpoints of this engine, in one call and without a process group."""
+"""Load models and encoders from checkpoints of this engine, in one call and without a process group."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _ENCODER = "encoder."
 
 
 def load_pretrained(path: Path | str, *, device: torch.device | str = "cpu") -> MIRL:
-    """The whole model (encoder and decoders, fp32, in eval mode) of a checkpoint or of a run's newest good checkpoint.
+    """Load the whole model (encoder and decoders, fp32, in eval mode) of a checkpoint, or of a run's newest good one.
 
     Every weight must be there: a checkpoint that lacks the decoders is refused, because its reconstructions would be
     noise.
 
     Raises:
-        UserError: no checkpoint at ``path``, a damaged or an incomplete one.
+        UserError: ``path`` has no checkpoint, or a damaged or incomplete one.
 
     >>> model = load_pretrained("runs/demo")                                     # doctest: +SKIP
     >>> output = model(images, noise=torch.rand(len(images), 144), full=True)    # doctest: +SKIP
@@ -54,16 +54,18 @@ def load_weights(model: nn.Module, reader: CheckpointReader) -> None:
 
 
 def load_encoder(path: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The encoder of a checkpoint, or of a run's newest good one: its configuration and its weights, fp32 on the CPU.
+    """Load the encoder of a checkpoint, or of a run's newest good one: its configuration and weights, fp32 on the CPU.
 
     Keys are timm's: ``patch_embed.proj.*``, ``cls_token``, ``blocks.i.*``, ``norm.*``. The norms of the inner segments
     are left out: only decoders read them. There are ``config.built_depth`` blocks: a truncated model has its first ones
-    only. A checkpoint without decoders is good enough, and so is a fine-tuned classifier, which has no ``norm.*`` where
-    it pools the mean, and a segmenter or a detector, which have none: of these the configuration has the image size of
-    pre-training, whose positions they stretch over every other. Reads nothing else.
+    only. Nothing else is read.
+
+    A checkpoint without decoders is good enough. So is a fine-tuned classifier, which has no ``norm.*`` if it pools the
+    mean. So are a segmenter and a detector, which have no ``norm.*`` either: their configuration has the image size of
+    pre-training, whose positions they stretch over every other size.
 
     Raises:
-        UserError: no checkpoint at ``path``, a damaged one, or one that lacks a weight of the encoder.
+        UserError: ``path`` has no checkpoint, a damaged one, or one that lacks a weight of the encoder.
     """
     reader = CheckpointReader(locate(Path(path)))
     config = _model_config(reader)
@@ -73,7 +75,7 @@ def load_encoder(path: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
         config = dataclasses.replace(config, image_height=source.image_height, image_width=source.image_width)
     stored = {name.removeprefix(_ENCODER): shape for name, shape in reader.shapes.items() if name.startswith(_ENCODER)}
     wanted = encoder_shapes(config)
-    # A classifier whose norm follows the pooling, and a segmenter, which reads the blocks themselves.
+    # The norm is missing in a classifier that normalises after pooling, and in dense models, which read the blocks.
     if kind_of(reader.state) not in (PRETRAINED, ENCODER) and "norm.weight" not in stored:
         wanted = {name: shape for name, shape in wanted.items() if not name.startswith("norm.")}
     for name, shape in wanted.items():
@@ -87,7 +89,7 @@ def load_encoder(path: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 
 def _require_fixed_positions(reader: CheckpointReader, config: ModelConfig) -> None:
-    """UserError for a classifier whose positions are not those of its grid, which a taker of its encoder would use."""
+    """Refuse a classifier whose positions are not those of its grid: a user of its encoder would take the latter."""
     section = reader.state["config"].get("finetune")
     if section is None:
         return
@@ -100,12 +102,12 @@ def _require_fixed_positions(reader: CheckpointReader, config: ModelConfig) -> N
 
 
 def _source_config(reader: CheckpointReader) -> ModelConfig:
-    """Of the encoder that a run of transfer started from."""
+    """Return the configuration of the encoder from which a run of transfer started."""
     return section_from_dict(ModelConfig, reader.state["config"]["source"], source=str(reader.path / "state.json"))
 
 
 def encoder_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of each weight that `load_encoder` returns."""
+    """Return the shape of each weight that `load_encoder` returns."""
     width, hidden, side = config.width, config.mlp_width, config.patch_size
     norm = {"weight": (width,), "bias": (width,)}
     layers = {
@@ -133,7 +135,7 @@ def _model_config(reader: CheckpointReader) -> ModelConfig:
     except (KeyError, TypeError):
         raise UserError(f"{source} describes no model: give a checkpoint that this engine wrote") from None
     if kind_of(reader.state) == SEGMENTER:
-        # Its positions are those of the grid that it was pre-trained on, stretched over any other.
+        # A segmenter's positions are those of the grid of pre-training, stretched over any other.
         sizes = {name: reader.state["config"]["source"][name] for name in ("image_height", "image_width")}
         values = values | sizes
     return section_from_dict(ModelConfig, values, source=source)

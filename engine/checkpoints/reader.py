@@ -1,4 +1,4 @@
-"""Reading checkpoints: assembling any part of any parameter from the files of any number of ranks."""
+"""Read checkpoints: assemble any part of any parameter from the files of any number of ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["CheckpointReader", "find_newest_good", "locate", "verify"]
 
 
 class CheckpointReader:
-    """One checkpoint folder. Tensors are read from disk as they are asked for."""
+    """A reader opens one checkpoint folder, and reads tensors from disk as they are asked for."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,11 +39,11 @@ class CheckpointReader:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter, by name."""
+        """Return the shape of every parameter, by name."""
         return {name: tuple(shape) for name, shape in self.state["parameters"].items()}
 
     def read(self, name: str, kind: str, start: int, numel: int) -> torch.Tensor:
-        """Elements ``start`` to ``start + numel`` of a flattened parameter's ``kind``, fp32 on the CPU.
+        """Return elements ``start`` to ``start + numel`` of a flattened parameter's ``kind``, fp32 on the CPU.
 
         Raises:
             UserError: the checkpoint does not hold all of them.
@@ -53,7 +53,7 @@ class CheckpointReader:
         for piece_start, piece_numel, key, file in self._index.get((kind, name), ()):
             low, high = max(start, piece_start), min(start + numel, piece_start + piece_numel)
             if low < high:
-                if low < end:  # counted twice, it would make up for one that is missing
+                if low < end:  # an element counted twice would make up for a missing one
                     raise UserError(
                         f"{self.path} holds element {low} of {kind} {name} twice, in {file.name} and before: the "
                         "checkpoint is damaged; give another one"
@@ -70,14 +70,14 @@ class CheckpointReader:
         return result
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Every parameter whole, in fp32."""
+        """Return every parameter whole, in fp32."""
         return {
             name: self.read(name, "weight", 0, torch.Size(shape).numel()).reshape(shape)
             for name, shape in self.shapes.items()
         }
 
     def require_same_model(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """UserError that names the first difference, where the checkpoint's parameters are not ``expected``."""
+        """Raise a UserError that names the first difference, unless the checkpoint's parameters are ``expected``."""
         ours, theirs = expected, self.shapes
         for name in sorted(set(ours) | set(theirs)):
             if ours.get(name) != theirs.get(name):

@@ -1,15 +1,15 @@
-"""Checkpoints that are whole or absent: written aside, described by a manifest, renamed into place, pointed to last.
+"""A checkpoint is whole or absent: written aside, described by a manifest, renamed into place, pointed to last.
 
     OUT/checkpoints/latest                          name of the newest whole checkpoint
-    OUT/checkpoints/best.json                       which one is the best by validation, and by what (see best.py)
+    OUT/checkpoints/best.json                       which one is the best by validation, and its score (see best.py)
     OUT/checkpoints/step-00000300/manifest.json     size and sha256 of every other file
     OUT/checkpoints/step-00000300/state.json        step counters, loader position, configuration, parameter shapes
     OUT/checkpoints/step-00000300/rank-00000-of-00002.safetensors
                                                     fp32 weights and AdamW moments owned by that rank, keyed
                                                     KIND/NAME@START
 
-A fragment file says which elements of which parameter it holds, so any number of ranks and any ZeRO stage can read what
-any other wrote. Nothing is pickled.
+A fragment file says which elements of which parameter it holds, so any number of ranks and any ZeRO stage can read the
+files of any other. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ ABANDON_GRACE_S = 10.0
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run in the background; one at a time.
+    """Write the checkpoints of one run in the background, one at a time.
 
     `save` copies the state to host memory and returns; a thread writes it. Rank 0's thread publishes the checkpoint
-    once every rank's file is on disk. A save that fails leaves every earlier checkpoint as it was, and is told by
-    `poll`.
+    once every rank's file is on disk. A save that fails leaves every earlier checkpoint as it was, and `poll` tells of
+    it.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, *, keep: int) -> None:
@@ -59,7 +59,7 @@ class CheckpointWriter:
         # Names of checkpoints that are not pruned, and of those that this writer has published.
         self.spared: frozenset[str] = frozenset()
         self.published: set[str] = set()
-        # Names the unfinished folders of this run, so that the leftovers of a killed one cannot be taken for ours.
+        # The token names the unfinished folders of this run, so that those of a killed run cannot be taken for ours.
         self._token = ranks.broadcast(secrets.token_hex(4))
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
@@ -73,19 +73,19 @@ class CheckpointWriter:
         ranks.barrier()
 
     def save(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any]) -> None:
-        """Start writing the checkpoint of ``step``; waits first for the one before it."""
+        """Start writing the checkpoint of ``step``, after waiting for the one before it."""
         started = time.perf_counter()
         self.wait()
         copies = {fragment.key: fragment.tensor.detach().to("cpu", copy=True) for fragment in fragments}
         thread = threading.Thread(target=self._write, args=(step, copies, state), name="checkpoint")
-        thread.start()  # it may not: where addresses are limited there may be no room for its stack
+        thread.start()  # this may fail: if addresses are limited, there may be no room for its stack
         self._thread = thread
         stall_seconds = time.perf_counter() - started
         self.stall_seconds += stall_seconds
         self._stalls_ms[name_of(step)] = 1000 * stall_seconds
 
     def wait(self) -> None:
-        """Until this rank's part of the last save is written (on rank 0: until it is published)."""
+        """Wait until this rank's part of the last save is written (on rank 0: until it is published)."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -96,11 +96,11 @@ class CheckpointWriter:
         self.wait()
 
     def stall_ms(self, published: Path) -> float:
-        """How long this rank's training stood still for a checkpoint that `poll` returned."""
+        """Return how long this rank's training stood still for a checkpoint that `poll` returned."""
         return self._stalls_ms.pop(published.name)
 
     def poll(self) -> tuple[Path | None, str | None]:
-        """``(published, failure)`` since the last call: the path of a new checkpoint, the reason of a failed one."""
+        """Return ``(published, failure)`` since the last call: a new checkpoint's path, a failed one's reason."""
         result = self._published, self._failure
         self._published = self._failure = None
         return result
@@ -116,7 +116,7 @@ class CheckpointWriter:
             write_json(partial / f"{path.stem}.done", describe(path))
             if self.ranks.is_main:
                 self._publish(partial, self.folder / name, state)
-        except Exception as error:  # whatever it is (safetensors has a type of its own), a thread must hand it on
+        except Exception as error:  # a thread must hand on every error (safetensors has a type of its own)
             self._failure = f"the checkpoint of step {step} was not written: {error}"
             if self.ranks.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -129,7 +129,7 @@ class CheckpointWriter:
         for marker in partial.glob("*.done"):
             marker.unlink()
         sync(partial)
-        if final.exists():  # a checkpoint of the same step, from before the run was resumed at an earlier one
+        if final.exists():  # the run had saved this step already, before it was resumed at an earlier step
             shutil.rmtree(final)
         os.replace(partial, final)
         sync(self.folder)
@@ -140,7 +140,7 @@ class CheckpointWriter:
         self.prune()
 
     def _await_all(self, partial: Path) -> dict[str, Any]:
-        """Descriptions of all ranks' files, once all are there."""
+        """Return the descriptions of all ranks' files, once all are there."""
         deadline = time.monotonic() + COMMIT_TIMEOUT_S
         while True:
             failed = list(partial.glob("*.failed"))
@@ -159,7 +159,7 @@ class CheckpointWriter:
             time.sleep(0.02)
 
     def prune(self) -> None:
-        """Remove all but the newest checkpoints and those that are spared; on rank 0."""
+        """Remove all but the newest checkpoints and the spared ones, on rank 0."""
         if self.keep:
             for old in list_checkpoints(self.folder)[: -self.keep]:
                 if old.name in self.spared:
@@ -172,7 +172,7 @@ def _name(step: int) -> str:
 
 
 def _mark_failed(path: Path, reason: str) -> None:
-    """Tell rank 0, which waits for file ``path``. On a full disk there is room for no new file, but for a new name."""
+    """Tell rank 0, which waits for file ``path``. A full disk has no room for a new file, but for a new name."""
     marker = path.with_suffix(".failed")
     try:
         if path.exists():

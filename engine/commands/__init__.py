@@ -1,1 +1,1 @@
-"""One file for each command of `mirl` that is not a training run."""
+"""Each command of `mirl` that is not a training run has one file here."""

@@ -1,5 +1,6 @@
-"""`mirl average RUN --last N --out DIR`: the mean of a run's last checkpoints, or the average that the run kept
-(--ema), as a checkpoint of its own.
+"""`mirl average RUN --last N --out DIR` writes an average of a run's weights as a checkpoint of its own.
+
+It is the mean of the run's last checkpoints, or the average that the run kept (--ema).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from mirl.errors import UserError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the checkpoint and say what is in it. UserError where there is nothing to average."""
+    """Write the checkpoint and say what is in it. UserError if there is nothing to average."""
     arguments = _parser().parse_args(argv)
     if arguments.out.exists():
         raise UserError(f"out is {arguments.out}, which exists: give another name")

@@ -1,4 +1,4 @@
-"""The flags by which a command is told its checkpoint, alike for all of them."""
+"""All commands are told their checkpoint by the same flags."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mirl.engine.checkpoints.kinds import WHICH
 
 
 def add_checkpoint(parser: argparse.ArgumentParser, wanted: str) -> None:
-    """CHECKPOINT and --which. ``wanted``: the kinds that the command takes, for the help."""
+    """Add CHECKPOINT and --which. ``wanted``: the kinds that the command takes, for the help."""
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help=f"{wanted}: a checkpoint, or the folder of a run"
     )

@@ -1,4 +1,4 @@
-"""`mirl config [pretrain|finetune|segment|detect] FLAGS`: the configuration that such a run would have, as JSON."""
+"""`mirl config [pretrain|finetune|segment|detect] FLAGS` prints the configuration of such a run as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Prints the resolved configuration as JSON, and starts nothing: all settings, wit
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the configuration of ``argv``; the kind of run comes first and is pretrain where it is left out."""
+    """Print the configuration of ``argv``; the kind of run comes first and defaults to pretrain."""
     words = list(argv)
     if words and words[0] in ("-h", "--help"):
         print(USAGE)

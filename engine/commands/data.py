@@ -1,4 +1,4 @@
-"""`mirl validate-data`, `prepare-data`, `make-index` and `bench-loader`: the tools of `dataloaders` as commands."""
+"""`mirl validate-data`, `prepare-data`, `make-index` and `bench-loader` run the tools of `dataloaders`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _windowed(places: Sequence[Path], window: Sequence[float] | None) -> list[Pa
 
 
 def validate_data(argv: Sequence[str]) -> int:
-    """Exit code 1 if an image is broken."""
+    """Decode every image and write a manifest; exit code 1 if an image is broken."""
     parser = _parser(
         "validate-data", "Decode every image in full and write a manifest; training leaves the broken ones out."
     )

@@ -1,4 +1,4 @@
-"""The picture of `mirl depth-report`: a panel for each measurement, its noise a band, segments by number."""
+"""`mirl depth-report` draws this picture: a panel for each measurement, its noise a band, segments by number."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ TITLES = {
 
 
 def noise_of_accuracies(percent: float, images: int) -> float:
-    """Points by which two accuracies near ``percent``, each measured on ``images`` images, may differ by chance.
+    """Return the points by which two accuracies near ``percent``, each on ``images`` images, may differ by chance.
 
-    Two standard errors of the difference; what the seed does comes on top.
+    They are two standard errors of the difference; the effect of the seed comes on top.
     """
     return 2 * (2 * percent * (100 - percent) / images) ** 0.5
 
 
 def bands(report: dict[str, Any], name: str) -> tuple[Sequence[float], Sequence[float], str] | None:
-    """Lower and upper end of the noise at each point of panel ``name``, and what it is; None where it is not known.
+    """Return lower and upper end of the noise at each point of panel ``name``, and its name; None if it is unknown.
 
-    A gradient's norm holds its sampling error too: the band goes down to what is left without it. An accuracy has two
+    A gradient's norm contains its sampling error, so the band goes down to the norm without it. An accuracy has two
     standard errors of a share of ``val_images``.
     """
     if name == "gradient_norm":
@@ -42,7 +42,7 @@ def bands(report: dict[str, Any], name: str) -> tuple[Sequence[float], Sequence[
 
 
 def draw(report: dict[str, Any], path: Path) -> bool:
-    """Write the panels of what ``report`` has to ``path``, a PNG; False where it has none."""
+    """Write the panels that ``report`` has to ``path``, a PNG; return False if it has none."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -86,14 +86,14 @@ def draw(report: dict[str, Any], path: Path) -> bool:
 
 
 def _points(values: Any) -> tuple[list[int], list[float]]:
-    """Blocks and values of a list by block, or of a mapping from block to value."""
+    """Return blocks and values of a list by block, or of a mapping from block to value."""
     if isinstance(values, dict):
         return [int(key) for key in values], list(values.values())
     return list(range(len(values))), list(values)
 
 
 def _name_segments(axis: Any, depth: int, segments: int, *, crowded: bool) -> None:
-    """A line between segments and each one's number above the panel."""
+    """Draw a line between segments, and each one's number above the panel."""
     size = depth // segments
     for number in range(segments):
         if number:

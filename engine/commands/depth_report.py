@@ -1,4 +1,4 @@
-"""`mirl depth-report CHECKPOINT`: does its depth serve a pre-trained model? A table, a picture, a JSON file."""
+"""`mirl depth-report CHECKPOINT` tells whether a pre-trained model's depth serves it: a table, a picture, JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"checkpoint {found}", flush=True)
 
     device = device_of_process(arguments.device)
-    # Only now: these import torch and DALI, and a wrong flag should be told at once.
+    # These import torch and DALI, so they come late: a wrong flag should be told at once.
     from mirl.engine.analysis import depth
     from mirl.engine.analysis.depth_forecast import FEATURES, FINETUNINGS, GRADIENTS, PROBES, forecast
     from mirl.engine.analysis.features import load_frozen_encoder
@@ -109,12 +109,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _write(report: dict[str, Any], out: Path) -> None:
-    """After each measurement, so that a later one cannot lose it."""
+    """Write after each measurement, so that a later one cannot lose it."""
     write_whole(out / "depth.json", json.dumps(report, indent=2) + "\n")
 
 
 def table(report: dict[str, Any]) -> str:
-    """A line a block, and a reading of each measurement."""
+    """Return a line for each block, and a reading of each measurement."""
     fresh_from = {int(first): value for first, value in report.get("reinit_top1_percent", {}).items()}
     lines = ["block  gradient norm  probe top-1 %  top-1 % with this block and all after it fresh"]
     for block in range(report["depth"]):
@@ -126,7 +126,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def reading(report: dict[str, Any]) -> list[str]:
-    """What the figures say, in sentences that hold whatever they are."""
+    """Say what the figures mean, in sentences that hold for any figures."""
     lines = []
     if probes := report.get("probe_top1_percent"):
         best = max(range(len(probes)), key=probes.__getitem__)

@@ -1,4 +1,4 @@
-"""`mirl summary --task detect`: FLOPs of a detector on each model, in windows and with global attention."""
+"""`mirl summary --task detect` shows FLOPs of a detector on each model, in windows and with global attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pyramid and heads are the same for both ({CHANNELS} channels, {REGIONS} regions,
 
 
 def detection_rows(name: str | None = None) -> list[dict[str, Any]]:
-    """A row for each model, or for ``name`` alone. UserError on an unknown name."""
+    """Return a row for each model, or for ``name`` alone. UserError on an unknown name."""
     rows = []
     for size in MODEL_NAMES if name is None else (name,):
         config = encoder_config(model_config(size, image_height=SIDE, image_width=SIDE))
@@ -42,7 +42,7 @@ def detection_rows(name: str | None = None) -> list[dict[str, Any]]:
 
 
 def detection_summary(name: str | None = None, as_json: bool = False) -> str:
-    """What the command prints."""
+    """Return the text that the command prints."""
     rows = detection_rows(name)
     if as_json:
         return json.dumps(rows, indent=2)

@@ -1,5 +1,6 @@
-"""--device of commands of one process, and the device that it means: as runs have it, so that a GPU which torch cannot
-use is no silent way to the CPU.
+"""Commands of one process have --device as runs have it.
+
+So a GPU which torch cannot use is no silent way to the CPU.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ if TYPE_CHECKING:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """--device, as runs have it."""
+    """Add --device, as runs have it."""
     parser.add_argument(
         "--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU where there is one [auto]"
     )
 
 
 def device_of_process(asked: str) -> torch.device:
-    """The GPU or the CPU for a command of one process, by its --device; see `choose_device`.
+    """Return the GPU or the CPU for a command of one process, by its --device; see `choose_device`.
 
     Raises:
         UserError: the machine has a GPU that torch cannot use, and ``asked`` is not "cpu".
     """
     hide_gpus(asked)
-    # Only now: it imports torch, and a command tells a wrong flag before that.
+    # This imports torch, so it comes late: a command tells a wrong flag before.
     from mirl.engine.distributed.device import choose_device
 
     return choose_device(asked)

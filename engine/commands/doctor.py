@@ -1,4 +1,4 @@
-"""`mirl doctor`: what this machine has, and whether each part really runs.
+"""`mirl doctor` shows what this machine has, and whether each part really runs.
 
 Every line is ok, warning or error, the latter two with their mend.
 """
@@ -30,7 +30,7 @@ DEFAULT_PORT = 29500
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report."""
+    """A finding is one line of the report."""
 
     level: str
     part: str
@@ -59,7 +59,7 @@ def check_python() -> Finding:
 
 
 def check_gpu() -> Finding:
-    """Driver and GPU, and a matrix product with its gradient on it."""
+    """Find driver and GPU, and run a matrix product with its gradient on it."""
     import torch
 
     from mirl.engine.distributed.device import why_no_gpu
@@ -101,7 +101,7 @@ def check_torch() -> Finding:
 
 
 def check_triton() -> Finding:
-    """A kernel of ours against its reference, on a GPU."""
+    """Compare a kernel of ours with its reference, on a GPU."""
     import torch
 
     from mirl.kernels import gather_tokens
@@ -130,7 +130,7 @@ def check_triton() -> Finding:
 
 
 def check_attention() -> Finding:
-    """Which attention backends run, forward and backward."""
+    """Try which attention backends run, forward and backward."""
     import torch
 
     from mirl.kernels.attention import XFORMERS_INSTALL, probe_backend
@@ -177,7 +177,7 @@ def check_dali() -> Finding:
 
 
 def check_deepspeed() -> Finding:
-    """One optimiser step under ZeRO-2, with its all-reduce, in a process of its own."""
+    """Take one optimiser step under ZeRO-2, with its all-reduce, in a process of its own."""
     code = (
         "import torch\n"
         "from mirl.engine.distributed.launch import join, leave\n"
@@ -229,7 +229,7 @@ def check_launch() -> Finding:
 
 
 def check_compiler() -> Finding:
-    """gcc and ninja: Triton and torch.compile build small C files; DeepSpeed's own extensions are not used."""
+    """Look for gcc and ninja: Triton and torch.compile build small C files; DeepSpeed's own extensions are not used."""
     compiler = next(
         (name for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and shutil.which(name)), None
     )

@@ -1,4 +1,4 @@
-"""`mirl embed CHECKPOINT --data DATA --out FILE`: the features of every image, with its path, label and number."""
+"""`mirl embed CHECKPOINT --data DATA --out FILE` writes the features of every image, with path, label and number."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUFFIXES = (".npz", ".parquet", ".safetensors")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Embed what is not embedded yet, then write FILE; on several ranks under torchrun or srun."""
+    """Embed the images that are still missing, then write FILE; on several ranks under torchrun or srun."""
     arguments = _parser().parse_args(argv)
     out: Path = arguments.out
     if out.suffix not in SUFFIXES:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         )
 
     hide_gpus(arguments.device)
-    # Only now: these import torch and DALI, and a wrong flag should be told at once.
+    # These import torch and DALI, so they come late: a wrong flag should be told at once.
     from mirl.dataloaders.sources.paths import shown
     from mirl.engine.distributed.launch import join, leave
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _open(arguments: Any) -> tuple[Any, bool]:
-    """The data set, with labels where it has them; what else is wrong with it is said by the second try."""
+    """Open the data set, with labels if it has them; the second try reports any other fault."""
     from mirl.dataloaders import open_source
 
     options = {"index_dir": arguments.index_dir, "split": arguments.split}
@@ -95,7 +95,7 @@ def _embed(found: Given, source: Any, labelled: bool, ranks: Any, arguments: Any
 
 
 def _features(found: Given, arguments: Any, device: Any) -> tuple[Any, str, Any, dict[str, Any]]:
-    """The model, its pool, the function of a batch, and what tells one embedding from another."""
+    """Return the model, its pool, the function of a batch, and the values that tell one embedding from another."""
     from mirl.engine.analysis.features import HEAD, features, load_frozen_encoder
     from mirl.engine.transfer.classification.load import load_classifier
 

@@ -1,4 +1,4 @@
-"""`mirl evaluate CHECKPOINT --val VAL`: how good a fine-tuned classifier is, in all and by class."""
+"""`mirl evaluate CHECKPOINT --val VAL` measures how good a fine-tuned classifier is, in all and by class."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     averaged = bool(config["finetune"].get("ema"))
     if arguments.weights == "ema" and not averaged:
         raise UserError(f"weights is 'ema' and {found.checkpoint} was trained with --ema 0: give last")
-    both = ["ema", "last"] if found.best and found.weights == "last" else ["last", "ema"]  # told by class: the second
+    both = ["ema", "last"] if found.best and found.weights == "last" else ["last", "ema"]  # the second is told by class
     kept = [arguments.weights] if arguments.weights else both if averaged else ["last"]
     source = open_source(arguments.val, labels=True, index_dir=arguments.index_dir, split="val")
     classes = tuple(config.get("classes", ()))
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     require_labels(source, found.state["parameters"]["head.weight"][0])
 
     hide_gpus(arguments.device)
-    # Only now: these import torch and DALI, and a wrong path should be told at once.
+    # These import torch and DALI, so they come late: a wrong path should be told at once.
     from mirl.engine.distributed.launch import join, leave
 
     ranks = join(arguments.device)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _evaluate(found: Given, source: Any, kept: Sequence[str], ranks: Any, arguments: Any) -> dict[str, Any]:
-    """The report, as JSON values; the same on all ranks."""
+    """Return the report, as JSON values; it is the same on all ranks."""
     from mirl.dataloaders.eval_loader import build_eval_loader
     from mirl.engine.commands.predict import class_names
     from mirl.engine.transfer.classification.evaluation import evaluate_by_class

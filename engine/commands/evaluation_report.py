@@ -1,4 +1,4 @@
-"""What `mirl evaluate` says and writes: lines, tables, and a picture of which class is taken for which."""
+"""`mirl evaluate` prints these lines, and writes tables and a picture of which class is taken for which."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from mirl.engine.checkpoints.best import NAMES as WEIGHTS
 from mirl.engine.checkpoints.files import aside
 
-SHOWN = 30  # classes in the lines on the terminal; of more, the worst
+SHOWN = 30  # classes in the lines on the terminal; if there are more, the worst
 NUMBERED = 25  # classes whose counts are legible in the picture
 COLUMNS = ("images", "correct", "correct_in_5", "predicted", "recall_percent", "precision_percent")
 
 
 def tell(report: dict[str, Any]) -> list[str]:
-    """Lines for the terminal. By class they show the last of the weights that were evaluated."""
+    """Return the lines for the terminal. By class they show the last of the evaluated weights."""
     lines = [
         f"checkpoint {report['chosen']}",
         f"{report['images']} images evaluated ({report['data']}), {len(report['classes'])} classes, fp32; crop: "
@@ -50,7 +50,7 @@ def tell(report: dict[str, Any]) -> list[str]:
 
 
 def write_report(report: dict[str, Any], out: Path) -> list[Path]:
-    """Make folder ``out``, whole or not at all; returns what is in it. UserError if it exists."""
+    """Make folder ``out``, whole or not at all; return its files. UserError if it exists."""
     with aside(out) as folder:
         folder.mkdir()
         (folder / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -73,7 +73,7 @@ def write_report(report: dict[str, Any], out: Path) -> list[Path]:
 
 
 def draw_confusion(path: Path, names: list[str], confusion: list[list[int]], title: str) -> None:
-    """A square a pair of classes: its blue is the share of the row's images, its number their count."""
+    """Draw a square for each pair of classes: its blue is the share of the row's images, its number their count."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -111,5 +111,5 @@ def _percent(value: float | None) -> str:
 
 
 def _or_100(value: float | None) -> float:
-    """For sorting: a class without images is no bad one."""
+    """Return the sorting key of a recall: a class without images is no bad one."""
     return 101.0 if value is None else value

@@ -1,5 +1,7 @@
-"""`mirl export CHECKPOINT --to timm|hf|safetensors|onnx|torch-export|mae|mmseg --out PATH`: a checkpoint for other
-libraries: the encoder, the classifier, or the segmenter.
+"""`mirl export CHECKPOINT --to FORMAT --out PATH` writes a checkpoint for other libraries.
+
+FORMAT is timm, hf, safetensors, onnx, torch-export, mae or mmseg; the encoder, the classifier or the segmenter is
+written.
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ LOADING = {
 }
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 POOLED = ("timm", "onnx", "torch-export")
-DENSE = ("mae", "mmseg")  # for code of detection and segmentation
+DENSE = ("mae", "mmseg")  # code of detection and segmentation reads these
 LOADING_CLASSIFIER = LOADING | {"hf": 'transformers.ViTForImageClassification.from_pretrained("{out}")'}
 
 
 def run(argv: Sequence[str]) -> int:
-    """Write the encoder and print how to load it. UserError where it cannot be written as asked."""
+    """Write the encoder and print how to load it. UserError if it cannot be written as asked."""
     arguments = _parser().parse_args(argv)
     if arguments.out.exists():
         raise UserError(f"out is {arguments.out}, which exists: give another name")
@@ -55,14 +57,14 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _export(arguments: argparse.Namespace, found: Given) -> int:
-    """Write ``found`` as ``arguments`` say, and how to load it."""
+    """Write ``found`` as ``arguments`` say, and print how to load it."""
     if found.kind != CLASSIFIER and arguments.weights:
         raise UserError(
             f"weights is {arguments.weights!r} and {arguments.checkpoint} is no fine-tuned classifier: leave it out"
         )
     print(f"checkpoint {found}", flush=True)
 
-    # Only now: these import torch, and a wrong flag should be told at once.
+    # These import torch, so they come late: a wrong flag should be told at once.
     if found.kind == SEGMENTER or arguments.to in DENSE:
         from mirl.engine.commands.export_dense import export_dense
 

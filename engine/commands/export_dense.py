@@ -1,4 +1,4 @@
-"""What `mirl export` writes for detection and segmentation: a segmenter whole, or an encoder for other people's code.
+"""`mirl export` writes for detection and segmentation: a segmenter whole, or an encoder for other people's code.
 
 | --to        | of a segmenter                              | of any other checkpoint                       |
 |-------------|---------------------------------------------|-----------------------------------------------|
@@ -40,7 +40,7 @@ def export_dense(found: Given, to: str, out: Path, image_size: tuple[int, int] |
     """Write ``out`` and return the lines that say what it is and how it is loaded.
 
     Raises:
-        UserError: there is no such format of this checkpoint, or ``out`` exists or has the wrong suffix.
+        UserError: this checkpoint has no such format, or ``out`` exists or has the wrong suffix.
     """
     if to in FORMATS and out.suffix != ".pth":
         raise UserError(f"out is {out}: give a file name that ends in .pth")
@@ -104,7 +104,7 @@ def _segmenter(found: Given, to: str, out: Path) -> list[str]:
 
 
 def _encoder(config: ModelConfig, encoder: dict[str, Tensor], image_size: tuple[int, int] | None) -> dict[str, Tensor]:
-    """By MAE's names, with positions of the grid of ``image_size``, computed for it."""
+    """Return the encoder by MAE's names. Its positions are computed for the grid of ``image_size``."""
     state = timm_state_dict({key: value for key, value in encoder.items() if key != "pos_embed"}, config)
     if image_size is not None:
         side = config.patch_size
@@ -145,7 +145,7 @@ def _lines_of_mae(config: ModelConfig, size: tuple[int, int], out: Path) -> list
 def _lines_of_mmseg(
     config: ModelConfig, size: tuple[int, int], loading: str, head: tuple[int, int] | None
 ) -> list[str]:
-    """head: classes, and channels of the decode head, of a segmenter."""
+    """Return the lines of an mmsegmentation configuration. head: a segmenter's classes and decode head's channels."""
     width, depth = config.width, config.built_depth
     classes = f"num_classes={head[0]}, " if head else ""
     return [

@@ -1,4 +1,4 @@
-"""What `mirl export` writes: the encoder or the classifier as timm, transformers, or plain safetensors read it."""
+"""`mirl export` writes the encoder or the classifier as timm, transformers, or plain safetensors read it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ HEADER = {"format": "pt"}  # transformers before 5 refuses a file without it
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What is written: the encoder by timm's names, its model, the size of the images it is for, and a classifier's
-    head with its pooling and the names of its classes, if there are any. A head of ``fc_norm.*`` alone is that of an
-    encoder whose norm comes after the pooling.
+    """An export has the encoder by timm's names, its model, and the size of the images that it is for.
+
+    A classifier also has its head, pooling and names of classes. A head of ``fc_norm.*`` alone belongs to an encoder
+    whose norm comes after the pooling.
     """
 
     encoder: Mapping[str, Tensor]
@@ -43,7 +44,7 @@ class Exported:
 
 
 def read_encoder(checkpoint: Path, *, image_size: tuple[int, int] | None, pool: str | None) -> Exported:
-    """The encoder of a checkpoint that is no classifier; None: its own size, the mean of the tokens."""
+    """Read the encoder of a checkpoint that is no classifier. By default it keeps its size, and pools the mean."""
     config, encoder = load_encoder(checkpoint)
     size = image_size or (config.image_height, config.image_width)
     return Exported(encoder=encoder, config=config, image_size=size, pool=pool or "avg")
@@ -52,13 +53,13 @@ def read_encoder(checkpoint: Path, *, image_size: tuple[int, int] | None, pool: 
 def read_classifier(
     checkpoint: Path, *, weights: str, image_size: tuple[int, int] | None, pool: str | None, encoder_only: bool
 ) -> Exported:
-    """A fine-tuned classifier; with ``encoder_only`` its encoder. UserError where ``pool`` is not its own."""
+    """Read a fine-tuned classifier; with ``encoder_only`` its encoder. UserError if ``pool`` is not its own."""
     model, run_config = load_classifier(checkpoint, weights=weights)
     if pool not in (None, model.pool):
         raise UserError(f"pool is {pool!r} and the classifier was trained with {model.pool!r}: leave it out")
     state = model.state_dict()
     encoder = {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
-    # As fine-tuned: resampled from the grid of pre-training, or trained.
+    # The positions are as fine-tuned: resampled from the grid of pre-training, or trained.
     encoder["pos_embed"] = model.encoder.pos_embed.detach()
     head = {key: value for key, value in state.items() if not key.startswith("encoder.")}
     size = image_size or (model.config.image_height, model.config.image_width)
@@ -71,7 +72,7 @@ def read_classifier(
 
 
 def export_timm(out: Path, exported: Exported) -> None:
-    """A folder for timm's "local-dir:" models; UserError if ``out`` exists."""
+    """Write a folder for timm's "local-dir:" models; UserError if ``out`` exists."""
     common = {"image_size": exported.image_size, "head": exported.head}
     state = timm_state_dict(exported.encoder, exported.config, **common)
     with aside(out) as folder:
@@ -82,7 +83,7 @@ def export_timm(out: Path, exported: Exported) -> None:
 
 
 def export_hf(out: Path, exported: Exported) -> None:
-    """A folder for transformers' from_pretrained; UserError if ``out`` exists or the encoder is mean-pooled."""
+    """Write a folder for transformers' from_pretrained; UserError if ``out`` exists or the encoder is mean-pooled."""
     config, size = exported.config, exported.image_size
     state = hf_state_dict(exported.encoder, config, image_size=size, pool=exported.pool, head=exported.head)
     with aside(out) as folder:
@@ -94,7 +95,7 @@ def export_hf(out: Path, exported: Exported) -> None:
 
 
 def export_safetensors(out: Path, exported: Exported) -> None:
-    """One file with timm's key names, everything else in its header, as text; UserError if ``out`` exists."""
+    """Write one file with timm's key names, everything else as text in its header; UserError if ``out`` exists."""
     config, size = exported.config, exported.image_size
     state = timm_state_dict(exported.encoder, config, image_size=size, head=exported.head)
     described: dict[str, Any] = {

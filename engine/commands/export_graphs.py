@@ -1,8 +1,8 @@
-"""`mirl export --to onnx|torch-export`: the encoder or the classifier as one graph that runs without this package.
+"""`mirl export --to onnx|torch-export` writes an encoder or classifier as one graph that runs without this package.
 
 The graph takes ``images`` float32 [B, C, H, W], (values in [0, 1] - mean) / std, for any B. A classifier gives
 ``logits`` [B, K], an encoder ``tokens`` [B, 1 + N, D], through the last norm, class token first, and ``features``
-[B, D], pooled. What was written is run before it gets its name, and compared with the model that it was made of.
+[B, D], pooled. The written file is run before it gets its name, and compared with the model that it was made from.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mirl.engine.checkpoints.files import aside
 from mirl.engine.commands.export_formats import Exported, export_timm
 from mirl.errors import UserError
 
-# Largest difference of an output, by the largest number in it: float32 in another order.
+# The largest difference of an output, relative to its largest number: float32 sums come in another order.
 TOLERANCE = 1e-4
 BATCHES = (1, 3)
 
@@ -39,7 +39,7 @@ for place in sys.argv[2:]:
 
 
 class Graph(nn.Module):
-    """timm's model as the graph has it; see the top of this file."""
+    """The graph is timm's model with the outputs of the text above."""
 
     def __init__(self, model: Any, *, classifier: bool) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Graph(nn.Module):
 
 
 def export_onnx(out: Path, exported: Exported) -> None:
-    """One .onnx file, its preprocessing and classes in the metadata.
+    """Write one .onnx file, its preprocessing and classes in the metadata.
 
     Raises:
         UserError: ``out`` exists; onnx, onnxscript or onnxruntime is not installed.
@@ -89,7 +89,7 @@ def export_onnx(out: Path, exported: Exported) -> None:
 
 
 def export_torch(out: Path, exported: Exported) -> None:
-    """One .pt2 file for torch.export.load, which is tried in a process of its own.
+    """Write one .pt2 file for torch.export.load, which is tried in a process of its own.
 
     Raises:
         UserError: ``out`` exists.
@@ -97,7 +97,7 @@ def export_torch(out: Path, exported: Exported) -> None:
     graph, example, size = _graph(exported)
     program = torch.export.export(graph, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}})
     with aside(out) as partial, tempfile.TemporaryDirectory() as folder:
-        # torch goes by the suffix.
+        # torch chooses the format by the suffix, which ``partial`` lacks.
         saved = Path(folder, "graph.pt2")
         torch.export.save(program, saved, extra_files={ABOUT: json.dumps(about(exported), indent=2)})
         trials = list(_trials(exported, size))
@@ -116,7 +116,7 @@ def export_torch(out: Path, exported: Exported) -> None:
 
 
 def about(exported: Exported) -> dict[str, Any]:
-    """What a user of the graph has to know, as JSON values."""
+    """Return what a user of the graph has to know, as JSON values."""
     config, size = exported.config, exported.image_size
     return {
         "model": config.label, "image_size": list(size), "channels": config.channels, "mean": list(config.mean),
@@ -126,7 +126,7 @@ def about(exported: Exported) -> dict[str, Any]:
 
 
 def _graph(exported: Exported) -> tuple[Graph, Tensor, tuple[int, int]]:
-    """The model, images to trace it with, and their size."""
+    """Return the model, images to trace it with, and their size."""
     import timm
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The images that a user names on a command line, files, folders and lists mixed, as one `Source`. Needs no torch."""
+"""Open the images of a command line, files, folders and lists mixed, as one `Source`. This needs no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mirl.errors import UserError
 
 
 def open_images(paths: Sequence[Path], *, index_dir: Path | None = None) -> Source:
-    """All images of ``paths``, in their order: image files, folders (at any depth), lists of paths, shards.
+    """Open all images of ``paths``, in their order: image files, folders (at any depth), lists of paths, shards.
 
     Raises:
         UserError: a path does not exist, or holds no image.

@@ -1,4 +1,4 @@
-"""`mirl import FILE --out DIR`: weights of the release or of MAE as a checkpoint of this engine."""
+"""`mirl import FILE --out DIR` turns weights of the release or of MAE into a checkpoint of this engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mirl.engine.models.interop.prefixes import strip_prefixes
 from mirl.engine.models.interop.release import RELEASE, read_release_checkpoint, release_tensors
 from mirl.errors import UserError
 
-# Keys that an encoder does without. Any other key that is not understood may change what the encoder computes.
+# An encoder does without these keys. Any other key that is not understood may change what the encoder computes.
 SPARE = re.compile(r"(decoder|mask_token|norm_low\.|norm\d+\.|head\.).*")
 PARTS = {
     "encoder": r"encoder\.(?!segment_norms).*",
@@ -33,7 +33,7 @@ PARTS = {
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print which keys matched and write the checkpoint; UserError where something does not fit or is missing."""
+    """Print which keys matched and write the checkpoint; UserError if a weight does not fit or is missing."""
     arguments = _parser().parse_args(argv)
     if arguments.out.exists():
         raise UserError(f"out is {arguments.out}, which exists: give another folder")
@@ -70,7 +70,7 @@ def read_foreign(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     Nothing in the file is run.
 
     Raises:
-        UserError: it cannot be read, a tensor claims more than the file holds, or there is no Vision Transformer.
+        UserError: the file cannot be read, a tensor claims more than it holds, or it has no Vision Transformer.
     """
     if path.suffix in (".pd", ".pdparams"):
         arrays = read_release_checkpoint(path)
@@ -91,15 +91,16 @@ def _stripped(path: Path, state: Mapping[str, Tensor], wrapper: str) -> tuple[di
 
 
 def _require_held(path: Path, sizes: Mapping[str, int]) -> None:
-    """UserError for a tensor of more bytes than the whole file: a value repeated by a stride of 0, or none at all."""
+    """Refuse a tensor of more bytes than the whole file: its values are repeated by a stride of 0, or missing."""
     for key, size in sizes.items():
         if size > path.stat().st_size:
             raise UserError(f"{path} has {path.stat().st_size} bytes and {key} claims {size}: give an undamaged file")
 
 
 def _require_enough_weights(path: Path, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
-    """UserError where a few shapes promise a much larger encoder than the file has weights for: none that large is
-    built. A few missing ones are named later.
+    """Refuse a few shapes that promise a much larger encoder than the file has weights for, before it is built.
+
+    A few missing weights are named later.
     """
     needed = sum(math.prod(shape) for shape in encoder_shapes(config).values())
     held = sum(value.numel() for value in state.values())
@@ -143,7 +144,7 @@ def _given(arguments: Any, *names: str) -> dict[str, Any]:
 
 
 def _report(match: Match) -> list[str]:
-    """How many weights of each part were found, and what was not understood."""
+    """Say how many weights of each part were found, and what was not understood."""
     lines = []
     for part, pattern in PARTS.items():
         found = sum(bool(re.fullmatch(pattern, name)) for name in match.weights)
@@ -162,7 +163,7 @@ def _has_decoders(weights: Mapping[str, Tensor]) -> bool:
 
 
 def _kept(file: Path, match: Match, *, allow_missing: bool) -> dict[str, Tensor]:
-    """The weights to write; UserError where they would not be a model, or not all of it and that was not allowed."""
+    """Return the weights to write. UserError if they are no model, or only a part of one and that was not allowed."""
     encoder = re.compile(PARTS["encoder"])
     strange = [key for key in match.unknown if not SPARE.fullmatch(key)]
     problems = [
@@ -186,7 +187,7 @@ def _kept(file: Path, match: Match, *, allow_missing: bool) -> dict[str, Tensor]
 
 
 def _fixed_magnitudes(match: Match) -> list[str]:
-    """The release's weight-normed heads have a magnitude that stays 1, and is no parameter here."""
+    """Name the magnitudes of the release's weight-normed heads that are not 1: here they are fixed at 1."""
     return [
         f"{name} is not 1"
         for name, value in match.weights.items()

@@ -1,4 +1,4 @@
-"""`mirl plan`: what a run would do on GPUs that are not here. Everything it prints is predicted, nothing measured."""
+"""`mirl plan` predicts what a run would do on GPUs that are not here. Nothing that it prints is measured."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ on tensors without values; its operators are priced by a table of devices. Every
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the prediction; returns the exit code. UserError for a flag that does not fit."""
+    """Print the prediction; return the exit code. UserError for a flag that does not fit."""
     parser = Parser(
         prog="mirl plan", description=DESCRIPTION, allow_abbrev=False,
         usage="mirl plan [--recipe NAME] [--gpu NAME] [--gpus N] [--images N] [--attention-kernels NAME] [--json] "
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _count(text: str) -> int:
-    """A number of images: 1281167, 1.28M, 50k."""
+    """Read a number of images: 1281167, 1.28M, 50k."""
     scale = SUFFIXES.get(text[-1:].upper(), 1.0)
     try:
         images = float(text[:-1] if scale != 1 else text) * scale
@@ -73,14 +73,14 @@ def _count(text: str) -> int:
 def plan(
     config: PretrainConfig, device: Device, *, gpus: int, images: int, attention: str = "flash"
 ) -> tuple[Forecast, list[str]]:
-    """Predict ``config`` on ``gpus`` GPUs and a data set of ``images``; with remarks on what is not in the prediction.
+    """Predict ``config`` on ``gpus`` GPUs and a data set of ``images``; remark what the prediction leaves out.
 
     attention: "flash" or "own", the kernels that compute it.
 
-    Where no micro-batch is given it is the one that such a run would take. UserError where the batch cannot be shared
-    among the GPUs.
+    Without a given micro-batch the prediction has that of such a run. UserError if the batch cannot be shared among the
+    GPUs.
     """
-    # Only now, so that --help and a wrong flag answer at once.
+    # These imports come late, so that --help and a wrong flag answer at once.
     import torch
 
     from mirl.engine.accounting.fake_step import FLASH, OWN
@@ -131,14 +131,14 @@ def plan(
 
 
 def _steps_in_one_pass(config: PretrainConfig, ds_config: dict[str, Any]) -> bool:
-    """Whether a run on a GPU would measure the optimiser in one pass, which by its bytes is the faster."""
+    """Say whether a run on a GPU would measure the optimiser in one pass, which moves fewer bytes."""
     zero = ds_config["zero_optimization"]
     flat = config.run.flat_gradients and zero["stage"] in (1, 2) and "offload_optimizer" not in zero
     return flat and config.run.choices in ("auto", "measure")
 
 
 def describe(found: Forecast, config: PretrainConfig, device: Device, remarks: Sequence[str]) -> list[str]:
-    """What `mirl plan` prints, a line each."""
+    """Return the lines that `mirl plan` prints."""
     optim, shares = config.optim, sorted(found.shares.items(), key=lambda item: -item[1])
     batch = f"{found.micro_batch} x {found.accumulation} accumulation x {found.gpus} GPUs"
     batch += ", with which auto begins" if optim.micro_batch == AUTO else ""

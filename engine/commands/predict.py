@@ -1,5 +1,7 @@
-"""`mirl predict CHECKPOINT IMAGE ...`: the classes that a fine-tuned classifier sees in images; of a segmenter those of
-every pixel (`mirl.engine.commands.predict_segments`), of a detector the objects in them (`predict_objects`).
+"""`mirl predict CHECKPOINT IMAGE ...` prints the classes that a fine-tuned classifier sees in images.
+
+For a segmenter it writes the classes of every pixel (`mirl.engine.commands.predict_segments`), for a detector the
+objects in the images (`predict_objects`).
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"checkpoint {found}", flush=True)
 
     device = device_of_process(arguments.device)
-    # Only now: these import torch and DALI, and a wrong path should be told at once.
+    # These import torch and DALI, so they come late: a wrong path should be told at once.
     from mirl.engine.transfer.classification.load import load_classifier
 
     weights = arguments.weights or found.weights
@@ -79,15 +81,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def class_names(classes: Sequence[str], count: int) -> list[str]:
-    """A name for each label: that of the run, or the number where it has none."""
+    """Return a name for each label: the run's, or the number if the run has none."""
     return [*classes[:count], *map(str, range(len(classes), count))]
 
 
 def predictions(
     model: Any, source: Any, names: Sequence[str], *, device: Any, top: int, batch_size: int, threads: int
 ) -> Iterator[dict[str, Any]]:
-    """For each image of ``source`` in order {"image", "predictions"}: the ``top`` classes, the likeliest first, each
-    {"class", "label", "probability"}; for one that cannot be read {"image", "error"}.
+    """Yield {"image", "predictions"} for each image of ``source`` in order, {"image", "error"} for an unreadable one.
+
+    The predictions are the ``top`` classes, the likeliest first, each {"class", "label", "probability"}.
     """
     import torch
 
@@ -125,7 +128,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _as_csv(rows: list[dict[str, Any]]) -> str:
-    """A line an image: its path, classes and probabilities from the likeliest on, and why it could not be read."""
+    """Write a line for each image: its path, classes and probabilities from the likeliest on, and any reading error."""
     ranks = max((len(row.get("predictions", ())) for row in rows), default=0)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""`mirl predict` for a detector: what it finds in images, drawn on them and as JSON."""
+"""`mirl predict` with a detector draws the objects that it finds on the images, and writes them as JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(found: Given, arguments: argparse.Namespace) -> int:
     """Write an overlay for each image and one JSON file into the folder --out; print a line for each image.
 
     Raises:
-        UserError: --out is a file or holds something, or an image does not exist.
+        UserError: --out is a file or is not empty, or an image does not exist.
     """
     out: Path = arguments.out or Path(DEFAULT_OUT)
     if out.suffix or out.is_file():
@@ -40,7 +40,7 @@ def run(found: Given, arguments: argparse.Namespace) -> int:
     source = open_images(arguments.images, index_dir=arguments.index_dir)
     print(f"checkpoint {found}", flush=True)
     device = device_of_process(arguments.device)
-    # Only now: these import torch, and a wrong path should be told at once.
+    # These import torch, so they come late: a wrong path should be told at once.
     import torch
 
     from mirl.engine.transfer.detection import pictures

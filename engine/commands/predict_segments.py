@@ -1,4 +1,4 @@
-"""`mirl predict SEGMENTER IMAGE ... --out DIR`: the class of every pixel, as pictures and as numbers."""
+"""`mirl predict SEGMENTER IMAGE ... --out DIR` writes the class of every pixel, as pictures and as numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILE = "predictions.json"
 
 
 def check_out(out: Path | None) -> None:
-    """UserError unless ``out`` is the name of a folder that can be made."""
+    """Raise UserError unless ``out`` is the name of a folder that can be made."""
     if out is None or out.suffix:
         raise UserError(f"out is {out or 'not given'}: a segmenter writes pictures, give the name of a folder for them")
     if out.exists():
@@ -28,13 +28,14 @@ def check_out(out: Path | None) -> None:
 
 
 def predict_segments(found: Given, source: Source, out: Path, *, device: str) -> int:
-    """Write of each image an overlay, a label image of raw values, and their shares to ``out``; returns the exit code.
+    """Write an overlay, a label image of raw values and the classes' shares of each image to ``out``.
 
-    DIR/overlays/NAME.png, DIR/labels/NAME.png and DIR/predictions.json: [{"image", "overlay", "labels", "classes":
-    [{"class", "label", "pixels", "share"}]}], the largest class first; {"image", "error"} for one that cannot be read.
+    The files are DIR/overlays/NAME.png, DIR/labels/NAME.png and DIR/predictions.json: [{"image", "overlay", "labels",
+    "classes": [{"class", "label", "pixels", "share"}]}], the largest class first; {"image", "error"} for an unreadable
+    image. Returns the exit code.
     """
     torch_device = device_of_process(device)
-    # Only now: these import torch, and a wrong path should be told at once.
+    # These import torch, so they come late: a wrong path should be told at once.
     from mirl.dataloaders.decoding.headers import decode_with_pillow
     from mirl.dataloaders.errors import ImageError
     from mirl.engine.transfer.segmentation.inference import predict
@@ -66,14 +67,14 @@ def predict_segments(found: Given, source: Source, out: Path, *, device: str) ->
 
 
 def raw_values(known: LabelMap) -> list[int]:
-    """The value that each class has in a label image; the first of several."""
+    """Return the value that each class has in a label image; the first of several."""
     return [known.values[known.classes.index(index)] for index in range(len(known.names))]
 
 
 def _written(
     out: Path, name: str, image: Any, classes_hw: Any, raw: Sequence[int], colours: Any, names: Sequence[str]
 ) -> dict[str, Any]:
-    """The pictures of one image, and what of them stands in the file."""
+    """Write the pictures of one image, and return its entry of the JSON file."""
     import numpy as np
     from PIL import Image
 
@@ -96,7 +97,7 @@ def _written(
 
 
 def _free_name(stem: str, taken: set[str]) -> str:
-    """``stem``, numbered where images of several folders have the same name."""
+    """Return ``stem``, with a number if images of several folders have the same name."""
     name, number = stem, 2
     while name in taken:
         name, number = f"{stem}-{number}", number + 1

@@ -1,4 +1,4 @@
-"""`mirl probe CHECKPOINT --data TRAIN --val VAL`: how well frozen features separate the classes of a labelled set."""
+"""`mirl probe CHECKPOINT --data TRAIN --val VAL` measures how well frozen features separate labelled classes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         )
 
     device = device_of_process(arguments.device)
-    # Only now: these import torch and DALI, and a wrong flag should be told at once.
+    # These import torch and DALI, so they come late: a wrong flag should be told at once.
     from mirl.dataloaders.sources.paths import shown
     from mirl.engine.analysis.features import HEAD, count_classes, extract_features, load_frozen_encoder
     from mirl.engine.analysis.nearest_neighbours import knn_votes

@@ -1,4 +1,4 @@
-"""`mirl replay RUN STEP`: one step of a pre-training run computed again, with every block looked at."""
+"""`mirl replay RUN STEP` computes one step of a pre-training run again, and looks at every block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mirl.errors import UserError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what the step was made of, block by block; write it to --json. The run is only read."""
+    """Print the parts of the step, block by block; write them to --json. The run is only read."""
     arguments = _parser().parse_args(argv)
     try:
         step = int(arguments.step)
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.json and arguments.json.resolve().is_relative_to(arguments.run.resolve()):
         raise UserError(f"json is {arguments.json}, in the run, which is only read: give a place outside of it")
     device_of_process(arguments.device)
-    # Only now: it imports torch and DeepSpeed, and a wrong flag should be told at once.
+    # This imports torch and DeepSpeed, so it comes late: a wrong flag should be told at once.
     from mirl.engine.pretraining.replay import replay
 
     found = replay(arguments.run, step, device=arguments.device)
@@ -59,7 +59,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 
 def _without_nan(value: Any) -> Any:
-    """``value`` with None for what is not finite, which JSON cannot hold."""
+    """Return ``value`` with None for numbers that are not finite, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list):

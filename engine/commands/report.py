@@ -1,4 +1,4 @@
-"""`mirl report RUN [RUN ...]`: one HTML file with everything that the runs tell."""
+"""`mirl report RUN [RUN ...]` writes one HTML file with everything that the runs tell."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"out is {out}: give a file name that ends in .html")
 
-    # Only now: these import matplotlib, and a wrong flag should be told at once.
+    # These import matplotlib, so they come late: a wrong flag should be told at once.
     from mirl.engine.analysis.run_page import page
     from mirl.engine.analysis.run_record import read_run
     from mirl.engine.checkpoints.files import write_whole

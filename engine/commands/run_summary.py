@@ -1,4 +1,4 @@
-"""`mirl summary` with a recipe or flags of a run: what that run takes, before it is started.
+"""`mirl summary` with a recipe or flags of a run tells what that run takes, before it is started.
 
 Parameters and FLOPs are counted, memory is estimated as a run does it before anything is built, and the time of a step
 is measured on this machine, by a few real ones on synthetic images.
@@ -45,12 +45,12 @@ from mirl.engine.transfer.classification.classifier import encoder_config
 from mirl.engine.transfer.classification.command_line import FINETUNE
 from mirl.engine.transfer.classification.config import FinetuneConfig
 
-MEASURED_UP_TO = 120e6  # parameters: a model of more is built and measured only where --time asks for it
+MEASURED_UP_TO = 120e6  # parameters: a larger model is built and measured only if --time asks for it
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """What a run takes. Sizes in bytes, times in seconds; times and steps are None where they are not known."""
+    """The summary tells what a run takes. Sizes are in bytes, times in seconds; unknown times and steps are None."""
 
     config: Config
     model: ModelConfig
@@ -69,7 +69,7 @@ class RunSummary:
     steps: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for --json."""
+        """Return plain values, for --json."""
         run_seconds = self.seconds_per_step * self.steps if self.seconds_per_step and self.steps else None
         return {
             "recipe": self.config.recipe, "model": self.model.label, "precision": self.precision,
@@ -100,9 +100,9 @@ class RunSummary:
 
 
 def summarise_run(argv: Sequence[str], *, measure: bool | None = None) -> RunSummary:
-    """Of the run that ``argv`` asks for: fine-tuning where it names a --checkpoint, else pre-training.
+    """Summarise the run that ``argv`` asks for: fine-tuning if it names a --checkpoint, else pre-training.
 
-    measure: whether real steps are timed; None: where the model is small enough for some seconds.
+    measure: whether real steps are timed; None: if the model is small enough for some seconds.
 
     Raises:
         UserError: such a run cannot be, or its data or checkpoint cannot be read.
@@ -161,7 +161,7 @@ def _encoder(config: FinetuneConfig) -> ModelConfig:
 
 
 def _data(config: Config) -> tuple[int | None, int, float]:
-    """``(images, classes, bytes of a decoded one)`` of the run's data; images None and classes 1000 where not given."""
+    """Return ``(images, classes, bytes of a decoded image)`` of the run's data; None and 1000 if they are not known."""
     paths = [Path(path) for path in config.data.data]
     classes = 1000
     if isinstance(config, FinetuneConfig):
@@ -225,7 +225,7 @@ def _time(summary: RunSummary) -> str:
 
 
 def _spoken(seconds: float) -> str:
-    """Seconds, minutes, hours or days, with two or three digits."""
+    """Format seconds as seconds, minutes, hours or days, with two or three digits."""
     for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {name}"

@@ -1,4 +1,4 @@
-"""`mirl summary --task segment`: what a segmenter of a model of the paper has and takes, without building it."""
+"""`mirl summary --task segment` tells the size and cost of a segmenter of a model of the paper, without building it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ memory_gib    of one GPU: bfloat16, AdamW, fused attention, ZeRO-2 over {RANKS} 
 def summarise_segmenter(
     model: ModelConfig, *, classes: int = 150, head_channels: int = 0, ranks: int = RANKS
 ) -> dict[str, Any]:
-    """The row of a model at its image size, as plain values with units in their keys."""
+    """Return the row of a model at its image size, as plain values with units in their keys."""
     config = encoder_config(model)
     flops = segmenter_flops(config, classes, head_channels)
     total = segmenter_parameters(config, classes, head_channels)
@@ -45,7 +45,10 @@ def summarise_segmenter(
 
 
 def segment_summary(name: str | None, *, image_size: tuple[int, int], classes: int, as_json: bool) -> str:
-    """What the command prints, of one size or of all. UserError on an unknown name, or a size of no whole patches."""
+    """Return the text that the command prints, for one size or for all.
+
+    UserError on an unknown name, or a size of no whole patches.
+    """
     rows = [
         summarise_segmenter(
             model_config(size, image_height=image_size[0], image_width=image_size[1]),

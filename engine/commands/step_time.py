@@ -1,4 +1,4 @@
-"""The time of a step on this machine, measured by a few real passes on synthetic images."""
+"""Measure the time of a step on this machine, by a few real passes on synthetic images."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mirl.engine.training.computing import set_computation
 from mirl.engine.training.optimizer import build_optimizer
 from mirl.engine.transfer.classification.classifier import Classifier
 
-PASS_SECONDS = 1.5  # of a pass, at most, where more than one image fits into it
+PASS_SECONDS = 1.5  # a pass of more than one image takes about this long at most
 PASSES = 3
 
 
 def step_seconds(
     config: Config, model: ModelConfig, classes: int, precision: str, device: torch.device, micro: int, batch: int
 ) -> tuple[float, int]:
-    """``(seconds of a step, images of a pass that was measured)``; the loader and the compiled regions are left out."""
+    """Return ``(seconds of a step, images of a measured pass)``, without the loader and the compiled regions."""
     if device.type == "cpu":
         torch.set_num_threads(config.run.cpu_threads or cores_per_rank(1))
     torch.manual_seed(config.run.seed)
@@ -41,7 +41,7 @@ def step_seconds(
         return seconds
 
     one_pass(1)  # chooses the attention
-    # Twice as many images until a pass takes long enough, or is the run's own: few images at a time cost more each.
+    # Images double until a pass takes long enough, or is the run's own: few images at a time cost more each.
     count, seconds = 1, one_pass(1)
     while count < micro and 2 * seconds < PASS_SECONDS:
         count = min(micro, 2 * count)
@@ -51,7 +51,7 @@ def step_seconds(
 
 
 def _optimizer_seconds(config: Config, network: nn.Module, device: torch.device) -> float:
-    """Of AdamW on the float32 values of ``network`` as one flat tensor, as a ZeRO stage has them; of Muon on each."""
+    """Time AdamW on the values of ``network`` as one flat float32 tensor, as ZeRO has them, or Muon on each."""
     if config.optim.optimizer == "adamw":
         values = sum(parameter.numel() for parameter in network.parameters())
         network = nn.ParameterList([nn.Parameter(torch.zeros(values, device=device))])

@@ -1,4 +1,4 @@
-"""`mirl summary`: parameters, FLOPs and memory of the models of the paper, computed without building them."""
+"""`mirl summary` shows parameters, FLOPs and memory of the models of the paper, computed without building them."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ memory_gib       of one GPU: bfloat16, AdamW, fused attention, ZeRO over {RANKS}
 def summarise(
     name: str | None = None, *, micro_batches: Sequence[int] = MICRO_BATCHES, ranks: int = RANKS
 ) -> list[dict[str, Any]]:
-    """One row for each size and variant; ``name``: one size only. UserError on an unknown name.
+    """Return one row for each size and variant; ``name``: one size only. UserError on an unknown name.
 
-    Plain values, keys with units; see `LEGEND`. ``memory_gib`` maps "zero{stage}", then the form of activation
-    checkpointing, then the micro-batch (as text) to GiB.
+    Rows have plain values, and keys with units; see `LEGEND`. ``memory_gib`` maps "zero{stage}", then the form of
+    activation checkpointing, then the micro-batch (as text) to GiB.
     """
     names = MODEL_NAMES if name is None else (name,)
     return [
@@ -51,7 +51,7 @@ def summarise(
 def summarise_config(
     config: ModelConfig, *, micro_batches: Sequence[int] = MICRO_BATCHES, ranks: int = RANKS
 ) -> dict[str, Any]:
-    """The row of `summarise` for any configuration."""
+    """Return the row of `summarise` for any configuration."""
     forward = forward_flops(config)
     return {
         "name": config.label,
@@ -85,8 +85,10 @@ def summarise_config(
 
 
 def run_summary(model: str | None = None, as_json: bool = False) -> str:
-    """What `mirl summary [--model NAME] [--json]` prints: all sizes, or one in more detail. UserError on an unknown
-    name."""
+    """Return what `mirl summary [--model NAME] [--json]` prints: all sizes, or one in more detail.
+
+    UserError on an unknown name.
+    """
     rows = summarise(model)
     if as_json:
         return json.dumps(rows, indent=2)
@@ -130,7 +132,7 @@ def _memory_table(row: dict[str, Any]) -> str:
 
 
 def _align(table: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width: the first two to the left, numbers to the right."""
+    """Align columns of equal width: the first two to the left, numbers to the right."""
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     return "\n".join(
         "  ".join(

@@ -1,4 +1,4 @@
-"""`mirl summary`: of the models of the paper, or of a run with its own flags."""
+"""`mirl summary` describes the models of the paper, or a run with its own flags."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         print(detection_summary(known.model, known.json))
         return 0
     if not flags and known.time is None:
-        # Only here, so that --help waits for no torch.
+        # This import comes late, so that --help waits for no torch.
         from mirl.engine.commands.summary import run_summary
 
         print(run_summary(known.model, known.json))

@@ -1,4 +1,4 @@
-"""`mirl visualize CHECKPOINT IMAGE ...`: what a pre-trained model reconstructs, as the picture grids of a run."""
+"""`mirl visualize CHECKPOINT IMAGE ...` shows what a pre-trained model reconstructs, as the picture grids of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mirl.errors import UserError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the grid and print where it is and what each pair's error on these images is."""
+    """Write the grid, and print where it is and each pair's error on these images."""
     parser = Parser(
         prog="mirl visualize", description="Reconstruct images with a pre-trained model and write a picture grid."
     )
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"checkpoint {found}", flush=True)
 
     device = device_of_process(arguments.device)
-    # Only now: these import torch and DALI, and a wrong path should be told at once.
+    # These import torch and DALI, so they come late: a wrong path should be told at once.
     import torch
 
     from mirl.dataloaders import load_images

@@ -1,1 +1,1 @@
-"""Several ranks as one: DeepSpeed, flat gradients, the launch, the watchdog, requests to stop."""
+"""This room makes several ranks one: DeepSpeed, flat gradients, the launch, the watchdog, requests to stop."""

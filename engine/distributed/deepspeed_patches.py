@@ -1,13 +1,13 @@
-"""The fence round DeepSpeed: what we replace inside it, and what we call that is not its public face.
+"""This module is the fence round DeepSpeed: it alone replaces parts of it and calls parts that are not public.
 
 Nothing else imports deepspeed or names its attributes. The pieces were read from version 0.19.8. Each says what it
-replaces, why, what upstream says of it, and the test that tells when it can go; those without a path stand in
-tests/engine/distributed/test_deepspeed_patches.py. What is computed is held by tests/engine/distributed/test_zero.py
-for every stage.
+replaces, why, what upstream says of it, and the test that tells when it can go; tests without a path stand in
+tests/engine/distributed/test_deepspeed_patches.py. For every stage, tests/engine/distributed/test_zero.py holds the
+values.
 
-Under a version that the tests have not seen, whatever is not needed is left alone: gradients go through DeepSpeed's own
-buckets, its own overflow check runs, and the log says so. What is needed, the fp32 state of each parameter, is checked
-when an engine is built (`require_state`).
+Under a version that the tests have not seen, optional pieces are left out: gradients go through DeepSpeed's own
+buckets, its own overflow check runs, and the log says so. One piece is needed, the fp32 state of each parameter. It is
+checked when an engine is built (`require_state`).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def prepare_environment() -> None:
     """Spare DeepSpeed a search for accelerators and for ninja; to be called before it is imported.
 
-    Replaces nothing. Without DS_ACCELERATOR it warns on a machine without a GPU that it found none. It looks for ninja
-    on PATH, where the one of this environment is only if the environment is activated. Upstream: its documents name the
-    variable; nothing has to go.
+    Replaces nothing. Without DS_ACCELERATOR, and on a machine without a GPU, DeepSpeed warns that it found none. It
+    looks for ninja on PATH, which has the ninja of this environment only if the environment is activated. Upstream: its
+    documents name the variable; nothing has to go.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -55,12 +55,12 @@ VERSION: str = deepspeed.__version__
 
 
 def is_tested() -> bool:
-    """Whether the tests have run with the installed version."""
+    """Say whether the tests have run with the installed version."""
     return VERSION in TESTED_VERSIONS
 
 
 def remark_on_version() -> list[str]:
-    """One line for the log where the tests have not seen the installed version, none otherwise."""
+    """Return one line for the log if the tests have not seen the installed version, else none."""
     if is_tested():
         return []
     return [
@@ -70,7 +70,7 @@ def remark_on_version() -> list[str]:
 
 
 def version_error(problem: str) -> UserError:
-    """The error for an installed version that lacks what this engine cannot do without."""
+    """Make the error for an installed version that lacks a part which this engine needs."""
     tested = ", ".join(TESTED_VERSIONS)
     return UserError(f"deepspeed is {VERSION}, {problem}: this engine was tested with {tested}; {DEEPSPEED_INSTALL}")
 
@@ -78,14 +78,14 @@ def version_error(problem: str) -> UserError:
 def import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon optimiser while torch.compile does nothing.
 
-    DeepSpeed imports it to ask whether our optimiser is one. The module compiles three functions as it is imported, and
-    that loads all of torch's compiler: half of the time that a small run takes to start. Nobody here uses Muon of
-    DeepSpeed. Upstream: the module came with pull request 7509; no issue on its import time was found. It can go when
+    DeepSpeed imports it to ask whether our optimiser is a Muon. The import compiles three functions, which loads all of
+    torch's compiler: half of the time that a small run takes to start. Nobody here uses DeepSpeed's Muon. Upstream: the
+    module came with pull request 7509; no issue on its import time was found. It can go when
     test_muon_still_compiles_as_it_is_imported fails.
     """
     compile_, torch.compile = torch.compile, lambda function: function
     try:
-        with contextlib.suppress(ImportError):  # only time is lost where another version keeps it elsewhere
+        with contextlib.suppress(ImportError):  # only time is lost if another version keeps it elsewhere
             import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     finally:
         torch.compile = compile_
@@ -110,8 +110,8 @@ def without_shared_memory_collectives() -> None:
     """Tell DeepSpeed that its shared-memory collectives cannot be built.
 
     They would be compiled on the first use on a CPU, for most of a minute, and serve inference only. No value depends
-    on it, so it is done for every version that has the table. Upstream: they came with pull request 5391. It can go
-    when test_shared_memory_collectives_are_still_built_for_training fails.
+    on them, so every version that has the table is told. Upstream: they came with pull request 5391. It can go when
+    test_shared_memory_collectives_are_still_built_for_training fails.
     """
     getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
@@ -119,10 +119,10 @@ def without_shared_memory_collectives() -> None:
 def forget_process_group_of_earlier_run() -> None:
     """Let DeepSpeed look up the process group anew.
 
-    It keeps the first one that it meets until its own function ends it, and a run ends its group by torch's, as it
-    began it. A second run in one process, as in a notebook, would be refused with "Group is not registered". Upstream:
-    no issue was found. It can go when test_the_process_group_of_an_earlier_run_is_still_kept fails; tests/test_docs.py
-    has two runs in one process.
+    DeepSpeed keeps the first group that it meets until its own function ends it, but a run begins and ends its group by
+    torch's functions. A second run in one process, as in a notebook, would be refused with "Group is not registered".
+    Upstream: no issue was found. It can go when test_the_process_group_of_an_earlier_run_is_still_kept fails;
+    tests/test_docs.py has two runs in one process.
     """
     if is_tested():
         import deepspeed.comm.comm
@@ -133,11 +133,11 @@ def forget_process_group_of_earlier_run() -> None:
 
 
 def gradient_types(ds_config: dict[str, Any], flat_gradients: bool) -> dict[str, Any]:
-    """``ds_config`` without grad_accum_dtype where stage 1 gets flat gradients.
+    """Return ``ds_config`` without grad_accum_dtype if stage 1 gets flat gradients.
 
-    With float32 there DeepSpeed builds BF16_Optimizer for stage 1 in bf16, which has no partition that gradients could
-    go to. Where several micro-batches add up, flat gradients are float32 whatever stands here. Upstream: pull requests
-    2706 and 2742 chose so. It can go when test_float32_accumulation_in_stage_1_still_builds_another_optimizer fails.
+    If grad_accum_dtype is float32, DeepSpeed builds BF16_Optimizer for stage 1 in bf16, which has no partition for flat
+    gradients. Flat gradients of several micro-batches are float32 without this key. Upstream: pull requests 2706 and
+    2742 chose so. It can go when test_float32_accumulation_in_stage_1_still_builds_another_optimizer fails.
     """
     zero = ds_config["zero_optimization"]
     if not flat_gradients or zero["stage"] != 1 or "offload_optimizer" in zero:
@@ -150,7 +150,7 @@ def look_for_nonfinite_gradients(optimizer: Any) -> None:
     """Make every precision skip a step with a non-finite gradient, and look for one once a step.
 
     DeepSpeed looks by default in fp16, and in bf16 since pull request 8035. ZeRO 1 and 2 look twice: at every parameter
-    (`check_overflow`), and at the norm of all of them, which every step computes and which is not finite if any
+    (`check_overflow`), and at the norm of all parameters. Every step computes this norm, and it is not finite if any
     gradient is not. The first look, one reduction a parameter, is replaced by nothing. Offloading and ZeRO 3 look in
     passing and keep their own way. Upstream: no issue on the second look was found. It can go when
     test_zero_1_and_2_still_look_twice_for_gradients_that_are_not_finite fails.
@@ -163,10 +163,11 @@ def look_for_nonfinite_gradients(optimizer: Any) -> None:
 def forget_gradients_of_skipped_step(optimizer: Any) -> None:
     """Drop the averaged gradients of a step that was skipped.
 
-    With optimiser offload, and gradients added up in float32 beside bf16 weights, DeepSpeed leaves them, and the next
-    step adds its own to the NaN. Upstream: issue 8415 was about the same branch, which said nothing when it skipped;
-    none on what it leaves behind was found. It runs under every version, since an entry that is None already stays so.
-    It can go when test_a_skipped_step_with_offload_still_leaves_its_gradients fails.
+    With optimiser offload, and gradients added up in float32 beside bf16 weights, DeepSpeed keeps the gradients of a
+    skipped step, and the next step adds its own to the NaN. Upstream: issue 8415 was about the same branch, which said
+    nothing when it skipped; no issue on the gradients left behind was found. This function runs under every version,
+    since an entry that is None already stays None. It can go when
+    test_a_skipped_step_with_offload_still_leaves_its_gradients fails.
     """
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         for group in optimizer.averaged_gradients:
@@ -174,18 +175,18 @@ def forget_gradients_of_skipped_step(optimizer: Any) -> None:
 
 
 def takes_flat_gradients(optimizer: Any) -> bool:
-    """Whether ``optimizer`` is one of ZeRO 1 or 2 whose gradient path `take_gradients` knows how to replace."""
+    """Say whether ``optimizer`` is of ZeRO 1 or 2 and `take_gradients` knows how to replace its gradient path."""
     return is_tested() and type(optimizer) is DeepSpeedZeroOptimizer and not optimizer.cpu_offload
 
 
 def spare_walks_over_parameters(optimizer: Any) -> bool:
-    """Drop three walks over all parameters that DeepSpeed makes in each step of ZeRO 1 and 2; whether it was done.
+    """Drop three walks over all parameters that DeepSpeed makes in each step of ZeRO 1 and 2; say whether it was done.
 
-    One points each parameter at its place in the flat weights, where it already lies and stays; the other two forget
-    gradients that `FlatGradients.collector` has taken. For the 836 parameters of ViT-B-48 that was 7.5 of 9.2 ms of a
-    step's Python (benchmarks/LOG.md), in which a GPU that has done its optimiser step stands idle. That every parameter
-    lies where it would be pointed to is checked here, once; otherwise nothing is dropped. Upstream: its own comment at
-    the first walk doubts that it is needed; no issue was found. It can go when
+    The first walk points each parameter at its place in the flat weights, where it already lies and stays. The other
+    two forget gradients that `FlatGradients.collector` has taken. For the 836 parameters of ViT-B-48 the walks took 7.5
+    of 9.2 ms of a step's Python (benchmarks/LOG.md), in which a GPU that has done its optimiser step stands idle. This
+    function checks once that every parameter lies at its place; otherwise nothing is dropped. Upstream: its own comment
+    at the first walk doubts that it is needed; no issue was found. It can go when
     test_a_step_still_walks_over_all_parameters fails.
     """
     for flat, group, indices, offsets in zip(
@@ -206,7 +207,7 @@ def spare_walks_over_parameters(optimizer: Any) -> bool:
 
 
 class FlatPartition(list):
-    """One group's gradient of this rank, as `DeepSpeedZeroOptimizer.step` takes it when it is flat already."""
+    """The list holds one group's flat gradient of this rank, in the form that `DeepSpeedZeroOptimizer.step` takes."""
 
     def __init__(self, flat: torch.Tensor) -> None:
         super().__init__([flat])
@@ -214,7 +215,7 @@ class FlatPartition(list):
 
 
 def flat_groups(optimizer: Any) -> list[FlatGroup]:
-    """The layout of a ZeRO-1 or -2 optimiser's flat weights."""
+    """Return the layout of a ZeRO-1 or -2 optimiser's flat weights."""
     return [
         FlatGroup(weights, part, {parameter: offsets[index] for parameter, index in zip(group, indices, strict=True)})
         for weights, part, group, indices, offsets in zip(
@@ -233,11 +234,13 @@ def take_gradients(
 ) -> FlatGradients:
     """Let `FlatGradients` receive the gradients of ZeRO 1 and 2 in place of DeepSpeed's own hooks.
 
-    Replaced: the hooks on parameters by `collector`; both ways to end a backward pass by nothing, and what DeepSpeed
-    calls after either of them by `finish`, whose gradients become the averaged ones; the norm over all groups and ranks
-    by `norm`. DeepSpeed's path runs Python for every parameter and reduces in many small pieces, which costs small
-    models a large part of a step; benchmarks/LOG.md has the times. Upstream: pull request 7886 took one such cost out;
-    no issue on the path as a whole was found. It can go when a run with --no-flat-gradients is as fast.
+    `collector` replaces the hooks on parameters. DeepSpeed's two ways to end a backward pass do nothing. `finish`
+    replaces the method that DeepSpeed calls after either of them, and its gradients become the averaged ones. `norm`
+    replaces the norm over all groups and ranks.
+
+    DeepSpeed's path runs Python for every parameter and reduces in many small pieces, which costs small models a large
+    part of a step; benchmarks/LOG.md has the times. Upstream: pull request 7886 took one such cost out; no issue on the
+    path as a whole was found. It can go when a run with --no-flat-gradients is as fast.
     test_what_flat_gradients_replace_is_there_and_called holds the names, test_flat_gradients.py the values.
 
     ``parameters``: named, in the order of the model. ``accumulation``: micro-batches of a step.
@@ -256,7 +259,7 @@ def take_gradients(
             optimizer.averaged_gradients[number] = FlatPartition(gradient)
 
     def global_norm(norm_type: int = 2) -> torch.Tensor:
-        # DeepSpeed asks once, and once more for each group, whether it is finite; on the host the answer is at hand.
+        # DeepSpeed asks once, and once more for each group, whether the norm is finite: so it is fetched to the host.
         # This is the one place where a step waits for the device.
         return flat.norm(partition.flat_partition for partition in optimizer.averaged_gradients.values()).cpu()
 
@@ -273,9 +276,9 @@ def take_gradients(
 
 
 def lay_out_matrices(optimizer: Any, muon: MuonAdamW) -> None:
-    """Tell ``muon``, which ZeRO 1 or 2 steps on flat shares, which matrices lie in the groups that it takes whole.
+    """Tell ``muon`` which matrices lie in its groups, because ZeRO 1 or 2 gives it flat shares.
 
-    Replaces nothing. DeepSpeed has a Muon of its own since pull request 7509, which needs its own gradient path.
+    Replaces nothing. DeepSpeed has a Muon of its own since pull request 7509, but it needs DeepSpeed's gradient path.
     test_muon.py holds the values.
     """
     rank = torch.distributed.get_rank(optimizer.dp_process_group)
@@ -288,9 +291,9 @@ def lay_out_matrices(optimizer: Any, muon: MuonAdamW) -> None:
 
 
 def can_step_in_one_pass(optimizer: Any) -> bool:
-    """Whether `step_in_one_pass` can take the step of ``optimizer``, which has flat gradients and its moments.
+    """Say whether `step_in_one_pass` can take the step of ``optimizer``, which has flat gradients and its moments.
 
-    It is AdamW of torch that is stepped, with fp32 state, in the plain form that every run has.
+    It can step torch's AdamW with fp32 state, in the plain form that every run has.
     """
     inner = optimizer.optimizer
     plain = all(not group["amsgrad"] and not group["maximize"] for group in inner.param_groups)
@@ -307,11 +310,11 @@ def can_step_in_one_pass(optimizer: Any) -> bool:
 def step_in_one_pass(optimizer: Any, flat: FlatGradients) -> OnePassAdamW:
     """Put `OnePassAdamW` in the place of DeepSpeed's step of ZeRO 1 and 2; `step_as_before` takes it out again.
 
-    Replaced: `step`, which makes a float32 copy of the gradients, clips it, lets torch step, and copies the weights to
-    the compute dtype: four passes, and a wait for the norm between the first and the second. Buffers, counters and
-    what DeepSpeed's engine reads afterwards (`overflow`, `_global_grad_norm`) are as its own step leaves them.
-    Upstream: no issue was looked for. It can go when test_a_step_still_takes_several_passes_over_the_state fails, which
-    holds the names too; test_one_pass.py holds the values.
+    It replaces `step`, which makes a float32 copy of the gradients, clips it, lets torch step, and copies the weights
+    to the compute dtype: four passes, and a wait for the norm between the first and the second. Buffers, counters and
+    the values that DeepSpeed's engine reads afterwards (`overflow`, `_global_grad_norm`) are as its own step leaves
+    them. Upstream: no issue was looked for. It can go when test_a_step_still_takes_several_passes_over_the_state fails,
+    which holds the names too; test_one_pass.py holds the values.
 
     ``flat``: what `take_gradients` returned for ``optimizer``.
     """
@@ -365,7 +368,7 @@ def _gather_weights(optimizer: Any) -> None:
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> tuple[Any, Any]:
-    """DeepSpeed's engine and its optimiser.
+    """Make DeepSpeed's engine and its optimiser.
 
     Raises:
         UserError: DeepSpeed refuses a value of ``ds_config``.
@@ -388,12 +391,12 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: di
 
 
 def require_state(optimizer: Any, stage: int, parameters: Iterable[nn.Parameter]) -> None:
-    """Make sure that the fp32 state of the trainable ``parameters`` is where the functions below look for it.
+    """Make sure that the functions below will find the fp32 state of the trainable ``parameters``.
 
-    Called once DeepSpeed has wrapped the model, whatever its version.
+    It is called once DeepSpeed has wrapped the model, whatever its version.
 
     Raises:
-        UserError: the installed version keeps it elsewhere.
+        UserError: the installed version keeps the state elsewhere.
     """
     needed: list[tuple[Any, tuple[str, ...]]] = [(optimizer, ("optimizer", "param_groups", "overflow"))]
     if stage == 3:
@@ -415,14 +418,14 @@ def require_state(optimizer: Any, stage: int, parameters: Iterable[nn.Parameter]
 def make_moments(optimizer: Any, stage: int) -> None:
     """Make the state that AdamW, or Muon, would make at its first step.
 
-    Made before the first step, so that there is something to load into, and because ZeRO 1 and 2 link parameters to
-    their moments only once, during the step of the first group, when those of the other groups would not exist yet.
+    It is made before the first step so that fragments can be loaded into it. Also, ZeRO 1 and 2 link parameters to
+    their moments only once, during the step of the first group, when the moments of other groups would not exist yet.
     Upstream: pull request 5104 moved the linking into the step; no issue on the other groups was found. It can go when
     test_moments_of_all_but_the_first_group_are_still_not_linked fails and fragments can be loaded before a step.
     """
     if stage == 3:
         flats = optimizer.fp32_partitioned_groups_flat
-    else:  # one flat tensor a group, in DeepSpeed's optimisers of ZeRO 1, of ZeRO 1 in bf16, and of ZeRO 2 alike
+    else:  # DeepSpeed's optimisers of ZeRO 1, of ZeRO 1 in bf16, and of ZeRO 2 all have one flat tensor a group
         flats = [flat for group in optimizer.optimizer.param_groups for flat in group["params"]]
     alone = {flat for group in optimizer.optimizer.param_groups if group.get("muon") for flat in group["params"]}
     for flat in flats:
@@ -434,18 +437,18 @@ def make_moments(optimizer: Any, stage: int) -> None:
 
 
 def set_steps(optimizer: Any, steps: int) -> None:
-    """Set how many steps AdamW believes to have taken; `make_moments` has made its counters."""
+    """Set how many steps AdamW believes to have taken, in the counters that `make_moments` has made."""
     for state in optimizer.optimizer.state.values():
         state["step"].fill_(steps)
 
 
 def mapped_state(parameter: Any, moments: tuple[str, ...] = MOMENTS) -> tuple[int, dict[str, torch.Tensor]]:
-    """``(start, {kind: flat view})`` of this rank's part of a ZeRO-1 or -2 parameter; empty where it has none.
+    """Return ``(start, {kind: flat view})`` of this rank's part of a ZeRO-1 or -2 parameter; no views without a part.
 
-    ``moments``: those that its optimiser keeps.
+    ``moments``: the moments that its optimiser keeps.
 
-    DeepSpeed's public `safe_get_full_*` functions gather whole parameters on every rank; these are live views, for
-    checkpoints and for loading. Upstream: no public way to them was found.
+    The views are live, for checkpoints and for loading; DeepSpeed's public `safe_get_full_*` functions gather whole
+    parameters on every rank. Upstream: no public way to the views was found.
     test_state_of_zero_1_and_2_is_live_and_complete holds what is read.
     """
     mapping = parameter._hp_mapping
@@ -456,7 +459,7 @@ def mapped_state(parameter: Any, moments: tuple[str, ...] = MOMENTS) -> tuple[in
 
 
 def partition_of(parameter: Any) -> tuple[int, int]:
-    """``(start, numel)`` of this rank's part of a ZeRO-3 parameter; the last part is padded beyond ``numel``.
+    """Return ``(start, numel)`` of this rank's part of a ZeRO-3 parameter; the last part is padded beyond ``numel``.
 
     test_state_of_zero_3_is_complete holds what is read here and in the functions below, which are public.
     """
@@ -466,19 +469,19 @@ def partition_of(parameter: Any) -> tuple[int, int]:
 
 
 def padded_size(parameter: Any) -> int:
-    """Elements of every rank's part of a ZeRO-3 parameter, with what pads the last."""
+    """Count the elements of every rank's part of a ZeRO-3 parameter, with the padding of the last."""
     return parameter.ds_tensor.numel()
 
 
 def get_partition(parameter: nn.Parameter, kind: str) -> torch.Tensor:
-    """This rank's part of a ZeRO-3 parameter's weight or moment, padded."""
+    """Return this rank's part of a ZeRO-3 parameter's weight or moment, padded."""
     if kind == "weight":
         return safe_get_local_fp32_param(parameter)
     return safe_get_local_optimizer_state(parameter, kind)
 
 
 def set_partition(parameter: nn.Parameter, kind: str, value: torch.Tensor) -> None:
-    """Set what `get_partition` returns."""
+    """Set the values that `get_partition` returns."""
     if kind == "weight":
         safe_set_local_fp32_param(parameter, value)
     else:

@@ -1,4 +1,4 @@
-"""Which device a process computes on, and why torch may not see a GPU that the machine has."""
+"""Choose the device on which a process computes, and explain why torch may not see a GPU that the machine has."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from mirl.errors import UserError
 
 DEVICES = ("auto", "cpu")
-# Oldest Linux driver for the builds of a CUDA version (NVIDIA, CUDA Compatibility, tables 1 and 2).
+# The oldest Linux driver for the builds of a CUDA version (NVIDIA, CUDA Compatibility, tables 1 and 2).
 OLDEST_DRIVER = {13: 580, 12: 525}
 
 
 def choose_device(asked: str = "auto", local_rank: int = 0) -> torch.device:
-    """The GPU numbered ``local_rank``, or the CPU where there is none or ``asked`` is "cpu"; the GPU becomes torch's
-    current device.
+    """Return the GPU numbered ``local_rank``, or the CPU if there is no GPU or ``asked`` is "cpu".
+
+    The GPU becomes torch's current device.
 
     Raises:
         UserError: the machine has a GPU that torch cannot use, or fewer GPUs than ranks.
@@ -41,13 +42,13 @@ def choose_device(asked: str = "auto", local_rank: int = 0) -> torch.device:
 
 
 def why_no_gpu(root: Path = Path("/")) -> str | None:
-    """Why torch sees none of the GPUs of this machine, with the mend; None where it has none, or they are hidden.
+    """Say why torch sees none of this machine's GPUs, with the mend; None if it has none, or they are hidden.
 
-    root: where /dev and /proc are looked for. CUDA_VISIBLE_DEVICES hides GPUs if it is empty or -1.
+    root: the folder with /dev and /proc. CUDA_VISIBLE_DEVICES hides GPUs if it is empty or -1.
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
         return None
-    # The device files are what a container gets with its GPUs; the driver's version alone is seen by all containers.
+    # A container gets the device files only with its GPUs, but sees the driver's version in any case.
     if not any(re.fullmatch(r"nvidia\d+", path.name) for path in (root / "dev").glob("nvidia*")):
         return None
     version = driver_version(root)
@@ -66,7 +67,7 @@ def why_no_gpu(root: Path = Path("/")) -> str | None:
 
 
 def driver_version(root: Path = Path("/")) -> str | None:
-    """The version of the NVIDIA driver that is loaded, such as 535.129.03; None where none is."""
+    """Return the version of the NVIDIA driver that is loaded, such as 535.129.03; None if none is."""
     try:
         text = (root / "proc/driver/nvidia/version").read_text()
     except OSError:
@@ -76,7 +77,7 @@ def driver_version(root: Path = Path("/")) -> str | None:
 
 
 def _wheel(driver: str | None) -> str:
-    """The build of torch that a driver can serve."""
+    """Name the build of torch that a driver can serve."""
     if driver is None:
         return "install a CUDA build of torch (pip install --force-reinstall 'torch>=2.11,<2.16')"
     major = int(driver.split(".")[0])

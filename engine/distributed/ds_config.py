@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: found, read, checked against our own configuration, and its "auto" values filled in.
+"""Find and read the DeepSpeed JSON, check it against our own configuration, and fill in its "auto" values.
 
 Training settings (batch, learning rate, clipping, length) are ours; ZeRO, precision and communication are the file's. A
 value that stands in both and disagrees is refused by name.
@@ -25,7 +25,7 @@ OURS = {
     "fp16": "--precision bf16 or fp32 (fp16 is not supported: its range is too small for deep encoders)",
     "amp": "--precision",
 }
-# Sections that are looked into here, those above others first, and what one is written like.
+# The sections that this module reads, outer ones first, with an example of each.
 SECTIONS = {
     "zero_optimization": 'e.g. {"stage": 2}',
     "zero_optimization.offload_optimizer": 'e.g. {"device": "cpu"}',
@@ -38,10 +38,10 @@ SECTIONS = {
 
 
 def read_ds_config(name: str) -> dict[str, Any]:
-    """The JSON object in file ``name``, or in the shipped file of that name (``zero2``).
+    """Return the JSON object in file ``name``, or in the shipped file of that name (``zero2``).
 
     Raises:
-        UserError: no such file, not JSON, not an object, or something else where a section belongs.
+        UserError: no such file, not JSON, not an object, or another value in the place of a section.
     """
     path = Path(name)
     if path.is_file():
@@ -66,7 +66,7 @@ def read_ds_config(name: str) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
-    """The text of a file in UTF-8 or, with a byte order mark, UTF-16."""
+    """Return the text of a file in UTF-8 or, with a byte order mark, UTF-16."""
     content = path.read_bytes()
     try:
         return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
@@ -83,7 +83,7 @@ def _refuse_constant(text: str) -> None:
 
 
 def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, in which DeepSpeed too allows every key once."""
+    """Make an object, in which DeepSpeed too allows every key once."""
     keys = [key for key, _ in pairs]
     if doubled := {key for key in keys if keys.count(key) > 1}:
         raise UserError(f"holds {min(doubled)!r} twice in one object: keep one of them")
@@ -91,7 +91,7 @@ def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _require_sections(values: dict[str, Any], name: str) -> None:
-    """UserError where something else stands in place of a section that is looked into here."""
+    """Raise UserError if another value stands in the place of a section that this module reads."""
     for path, example in SECTIONS.items():
         content: Any = values
         for key in path.split("."):
@@ -111,12 +111,12 @@ def _require_sections(values: dict[str, Any], name: str) -> None:
 
 
 def _shipped(name: str) -> str:
-    """The text of a shipped file: ds_configs/ is a folder of the checkout, and of a wheel too."""
+    """Return the text of a shipped file: ds_configs/ is a folder of the checkout, and of a wheel too."""
     return resources.files("mirl.ds_configs").joinpath(f"{name}.json").read_text()
 
 
 def resolve_batch(config: Config, world_size: int) -> tuple[int, int]:
-    """``(micro_batch, accumulation)`` so that micro_batch * accumulation * world_size is the effective batch.
+    """Return ``(micro_batch, accumulation)`` so that micro_batch * accumulation * world_size is the effective batch.
 
     Raises:
         UserError: the effective batch cannot be shared equally.
@@ -136,7 +136,7 @@ def resolve_batch(config: Config, world_size: int) -> tuple[int, int]:
 
 
 def resolve_precision(requested: str, device: torch.device) -> tuple[str, str]:
-    """``(precision, reason)`` for ``auto``: bf16 where the device computes in it at full speed."""
+    """Return ``(precision, reason)``. ``auto`` becomes bf16 if the device computes in it at full speed."""
     if requested != "auto":
         return requested, "as asked"
     if device.type == "cuda":
@@ -157,10 +157,10 @@ def resolve_ds_config(
     precision: str,
     device: torch.device,
 ) -> dict[str, Any]:
-    """``values`` with every "auto" filled in from ours.
+    """Return ``values`` with every "auto" filled in from our configuration.
 
     Raises:
-        UserError: a value disagrees with ours, a section of the file belongs to our configuration, or the ZeRO stage is
+        UserError: a value disagrees with our configuration, a section of the file belongs there, or the ZeRO stage is
         not 1 to 3.
     """
     name = config.run.deepspeed_config

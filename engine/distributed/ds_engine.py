@@ -1,4 +1,4 @@
-"""DeepSpeed behind a small face: one engine, its step, and its state as fragments."""
+"""DeepSpeed stands behind a small face: one engine, its step, and its state as fragments."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ KINDS = ("weight", *patches.MOMENTS)
 
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
-    """A run of consecutive elements of one parameter's fp32 state, owned by this rank.
+    """A fragment is consecutive elements of one parameter's fp32 state, owned by this rank.
 
-    ``kind`` is "weight", "exp_avg" or, but for what Muon steps, "exp_avg_sq"; ``start`` counts elements of the
+    ``kind`` is "weight", "exp_avg" or "exp_avg_sq", which matrices under Muon lack. ``start`` counts elements of the
     flattened parameter.
     """
 
@@ -44,13 +44,13 @@ FragmentReader = Callable[[str, str, int, int], torch.Tensor]
 
 
 class TrainEngine:
-    """A model under ZeRO 1, 2 or 3 with a torch optimiser.
+    """The engine trains a model under ZeRO 1, 2 or 3 with a torch optimiser.
 
     ``flat_gradients``: see `mirl.engine.distributed.flat_gradients`; without it gradients go through DeepSpeed's
     buckets.
 
-    The fp32 state (weights and both moments) is read and written as `Fragment` s: pieces of named parameters, whatever
-    the stage and the number of ranks, so that a checkpoint of one layout loads into any other.
+    The fp32 state (weights and moments) is read and written as `Fragment` s: pieces of named parameters, whatever the
+    stage and the number of ranks. So a checkpoint of any stage and number of ranks loads into any other.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TrainEngine:
             parameter for group in optimizer.param_groups if group.get("muon") for parameter in group["params"]
         }
         if isinstance(optimizer, MuonAdamW):
-            ds_config = ds_config | {"zero_allow_untested_optimizer": True}  # a subclass of one that DeepSpeed knows
+            ds_config = ds_config | {"zero_allow_untested_optimizer": True}  # DeepSpeed knows AdamW, not its subclass
         self._engine, self._optimizer = patches.initialize(
             model, optimizer, patches.gradient_types(ds_config, flat_gradients)
         )
@@ -80,8 +80,8 @@ class TrainEngine:
         self._flat: FlatGradients | None = None
         self._in_flat_weights = False
         self._one_pass: OnePassAdamW | None = None
-        self.loaded_steps = 0  # applied ones, of the state that was loaded last
-        # Stage 3 and offloading keep gradients elsewhere, and DeepSpeed's own ways.
+        self.loaded_steps = 0  # applied steps of the state that was loaded last
+        # Stage 3 and offloading keep gradients elsewhere, so they go DeepSpeed's own way.
         if flat_gradients and patches.takes_flat_gradients(self._optimizer):
             self._flat = patches.take_gradients(
                 self._optimizer, model.named_parameters(), accumulation=self._engine.gradient_accumulation_steps()
@@ -101,7 +101,7 @@ class TrainEngine:
 
     @property
     def module(self) -> Any:
-        """The model that was given, with its own methods."""
+        """Return the model that was given, with its own methods."""
         return self._engine.module
 
     @property
@@ -117,11 +117,11 @@ class TrainEngine:
         self._engine.backward(loss)
 
     def step(self, lr: float) -> bool | None:
-        """Apply the step at learning rate ``lr``, times "lr_scale" of a parameter group that has one, once all
-        micro-batches are in.
+        """Apply the step at learning rate ``lr`` once all micro-batches are in.
 
-        Returns None inside an accumulation, True after an applied step, False after one that was skipped on every rank
-        because a gradient was not finite, or the gate of `watch_steps` was closed.
+        A parameter group's "lr_scale" multiplies ``lr``. Returns None inside an accumulation, True after an applied
+        step, and False after a step that was skipped on every rank, because a gradient was not finite or the gate of
+        `watch_steps` was closed.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -135,11 +135,11 @@ class TrainEngine:
 
     @property
     def can_watch_steps(self) -> bool:
-        """Whether `watch_steps` is open to this engine: ZeRO 1 or 2 with flat gradients."""
+        """Say whether this engine offers `watch_steps`: ZeRO 1 or 2 with flat gradients."""
         return self._flat is not None
 
     def watch_steps(self, *, closes: bool) -> SpikeGate:
-        """Have the loss of each further step on the host beside its gradient norm; ``closes``: see `SpikeGate`."""
+        """Bring the loss of each further step to the host beside its gradient norm. ``closes``: see `SpikeGate`."""
         assert self._flat is not None, "the loss travels with the norm of flat gradients"
         parts = self._engine.gradient_accumulation_steps() * torch.distributed.get_world_size()
         self._flat.gate = SpikeGate(micro_batches=parts, closes=closes)
@@ -149,12 +149,12 @@ class TrainEngine:
 
     @property
     def can_step_in_one_pass(self) -> bool:
-        """Whether `step_in_one_pass` is open to this engine: ZeRO 1 or 2 with flat gradients, and AdamW of torch."""
+        """Say whether this engine offers `step_in_one_pass`: ZeRO 1 or 2 with flat gradients, and AdamW of torch."""
         return self._in_flat_weights and patches.can_step_in_one_pass(self._optimizer)
 
     @property
     def flat_share(self) -> tuple[int, torch.dtype, bool]:
-        """What a step in one pass goes over: values of this rank, the dtype of their gradients, whether it clips."""
+        """Measure a step in one pass: values of this rank, the dtype of their gradients, whether it clips."""
         assert self._flat is not None, "one pass goes over flat gradients"
         return *self._flat.share, self._optimizer.clip_grad > 0
 
@@ -163,7 +163,7 @@ class TrainEngine:
         return self._one_pass is not None
 
     def step_in_one_pass(self, on: bool) -> None:
-        """Take further steps in one pass over the flat buffers, or as DeepSpeed and torch do; between two steps.
+        """Take further steps in one pass over the flat buffers, or as DeepSpeed and torch do; call it between steps.
 
         The state is the same and stays where it is, so that checkpoints do not differ. See
         `mirl.engine.distributed.one_pass`.
@@ -176,7 +176,7 @@ class TrainEngine:
             self._one_pass = None
 
     def gradient_norm(self) -> float:
-        """Global gradient norm of the last step before clipping; synchronises with the device."""
+        """Return the global gradient norm of the last step before clipping; this synchronises with the device."""
         if self._flat is not None and self._flat.gate is not None and self._flat.gate.last is not None:
             return self._flat.gate.last.gradient_norm
         norm = self._engine.get_global_grad_norm()
@@ -185,7 +185,7 @@ class TrainEngine:
     # --- state as fragments
 
     def fragments(self) -> Iterator[Fragment]:
-        """The fp32 state owned by this rank: live tensors, to be copied before the next step."""
+        """Yield the fp32 state owned by this rank: live tensors, to be copied before the next step."""
         for name, parameter in self._trainable():
             if self.stage == 3:
                 start, numel = patches.partition_of(parameter)
@@ -197,7 +197,7 @@ class TrainEngine:
 
     @torch.no_grad()
     def restore(self, read: FragmentReader, *, optimizer_steps: int) -> None:
-        """Set weights and moments from ``read`` between two steps, the compute weights too. ZeRO 1 and 2 alone."""
+        """Set weights, moments and compute weights from ``read`` between two steps, under ZeRO 1 or 2 alone."""
         assert self.stage < 3, "compute weights are whole on each rank"
         self.load_fragments(read, optimizer_steps=optimizer_steps, moments=True)
         for name, parameter in self._trainable():
@@ -205,10 +205,10 @@ class TrainEngine:
 
     @torch.no_grad()
     def load_fragments(self, read: FragmentReader, *, optimizer_steps: int, moments: bool = False) -> None:
-        """Set the fp32 weights of this rank's part from ``read``, and its moments if ``optimizer_steps`` is not 0 or
-        they are asked for.
+        """Set the fp32 weights of this rank's part from ``read``.
 
-        The compute weights are not touched: load them into the model before it is given to this engine.
+        Moments are set if ``optimizer_steps`` is not 0 or ``moments`` asks for them. The compute weights are not
+        touched: load them into the model before it is given to this engine.
         """
         kinds = KINDS if optimizer_steps or moments else KINDS[:1]
         self.loaded_steps = optimizer_steps

@@ -1,4 +1,4 @@
-"""What launchers leave in the environment: numbers of ranks, read, taken over from Slurm, explained and left out."""
+"""Launchers leave numbers of ranks in the environment. Here these are read, taken over from Slurm, or taken out."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ _NAMES = {
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK",
     "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
 }  # fmt: skip
-# What we replace inside DeepSpeed is there in these versions: engine/distributed/deepspeed_patches.py.
+# These versions have the parts of DeepSpeed that engine/distributed/deepspeed_patches.py replaces.
 DEEPSPEED_INSTALL = "pip install 'deepspeed>=0.19.8,<0.20'"
 _PREFIXES = ("SLURM_", "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_")
 
 
 def hide_gpus(device: str) -> None:
-    """Hide the GPUs from this process where ``device`` is "cpu"; to be called before torch looks for them."""
+    """Hide the GPUs from this process if ``device`` is "cpu"; to be called before torch looks for them."""
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def integer(name: str, default: int, least: int | None = None, most: int | None = None) -> int:
-    """The number in an environment variable, from ``least`` to ``most``; ``default`` where it is not set, or empty.
+    """Return the number in an environment variable, from ``least`` to ``most``; ``default`` if it is unset or empty.
 
     Raises:
-        UserError: it holds something else.
+        UserError: the variable holds anything else.
     """
     text = os.environ.get(name)
     if not text:
@@ -46,7 +46,7 @@ def adopt_slurm() -> None:
     """Set the variables of a rank from those that srun gives each of several tasks.
 
     Raises:
-        UserError: MASTER_ADDR is not set, which must come from the batch script (docs/clusters.md).
+        UserError: MASTER_ADDR is not set; it must come from the batch script (docs/clusters.md).
     """
     if not of_slurm(os.environ):
         return
@@ -65,15 +65,16 @@ def adopt_slurm() -> None:
 
 
 def of_slurm(environment: Mapping[str, str]) -> bool:
-    """Whether Slurm's variables make this process one of several. A batch script's own shell has them too, and there a
-    command that srun did not start is alone.
+    """Say whether Slurm's variables make this process one of several.
+
+    A batch script's own shell has them too, but a command that srun did not start is alone.
     """
     several = environment.get("SLURM_NTASKS") not in (None, "", "1")
     return several and bool(environment.get("SLURM_PROCID")) and not environment.get("RANK")
 
 
 def who_is_missing(rank: int, world_size: int) -> str:
-    """For whom ``rank`` may be waiting."""
+    """Name the ranks for which ``rank`` may be waiting."""
     if rank:
         return "rank 0"
     return "rank 1" if world_size == 2 else f"ranks 1 to {world_size - 1}, or some of them"
@@ -98,5 +99,5 @@ def why_alone(environment: Mapping[str, str], world_size: int, place: str) -> st
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
-    """``environment`` as a process on its own should see it, started from whatever shell."""
+    """Return ``environment`` as a process on its own should see it, started from whatever shell."""
     return {name: value for name, value in environment.items() if name not in _NAMES and not name.startswith(_PREFIXES)}

@@ -1,14 +1,15 @@
-"""Gradients of ZeRO 1 and 2 in one flat buffer, laid out like the flat weights.
+"""Gradients of ZeRO 1 and 2 lie in one flat buffer, laid out like the flat weights.
 
 Nothing here touches DeepSpeed: `deepspeed_patches.take_gradients` reads its layout and replaces its gradient path.
 
 DeepSpeed 0.19.8 copies a gradient into a bucket, the reduced bucket into the partition, and the partition into the flat
-tensor of the optimiser, with Python for every parameter on the way. Here a gradient is copied once, to where the
-optimiser reads it, many parameters a call; what lies ready is reduced while the backward pass goes on. Values are those
-of DeepSpeed's own path up to the order of sums: reduced in the compute dtype, averaged and stepped in float32.
+tensor of the optimiser, with Python for every parameter on the way. Here a gradient is copied once, into the buffer
+that the optimiser reads, many parameters a call. Gradients that are ready are reduced while the backward pass goes on.
+Values are those of DeepSpeed's own path up to the order of sums: reduced in the compute dtype, averaged and stepped in
+float32.
 
-The buffer has all gradients of the model on every rank, in the compute dtype, or in float32 where several micro-batches
-add up. That is less than DeepSpeed's two buckets and its partition for a model of up to 4e8 parameters. Ranks
+The buffer has all gradients of the model on every rank, in the compute dtype, or in float32 if several micro-batches
+add up. For a model of up to 4e8 parameters the buffer is smaller than DeepSpeed's two buckets and its partition. Ranks
 communicate once a step, whatever the number of micro-batches.
 """
 
@@ -24,30 +25,30 @@ from torch import Tensor, nn
 
 from mirl.engine.distributed.spike_gate import SpikeGate
 
-# Gradients wait for each other until so many values can be copied by one call: on a CPU they still lie in the cache, on
-# a GPU a call moves more than it costs to begin, and what is reduced after the last one is still little.
+# Gradients wait for each other until so many values can be copied by one call. On a CPU they still lie in the cache. On
+# a GPU a call moves more than it costs to begin, and little is left to reduce after the last call.
 COPIED_TOGETHER = 2**20
 COPIED_TOGETHER_ON_GPU = 2**24
-# Neighbours in the buffer that are both smaller are reduced together, for all ranks.
+# Neighbours in the buffer that are both smaller than this are reduced together, for all ranks.
 LEAST_PIECE = 2**20
-# The norm is that of the norms of pieces of this length: one float32 sum over all squares would lose digits, and a CPU
-# would take it on one thread.
+# The norm is taken over the norms of pieces of this length: one float32 sum over all squares would lose digits, and a
+# CPU would add it up on one thread.
 NORM_PIECE = 2**18
 ALIGNMENT = 64
 
 
 def copied_together(*, on_gpu: bool) -> int:
-    """Values that wait for each other."""
+    """Return the number of values that wait for each other."""
     return COPIED_TOGETHER_ON_GPU if on_gpu else COPIED_TOGETHER
 
 
 def most_waiting(parameters: int, *, on_gpu: bool) -> int:
-    """The most values of gradients that wait to be copied at a time, of a model with so many ``parameters``."""
+    """Return the most values of gradients that wait to be copied at a time, of a model with so many ``parameters``."""
     return min(copied_together(on_gpu=on_gpu), parameters)
 
 
 def copies_of_gradients(parameters: Sequence[int], *, on_gpu: bool) -> int:
-    """Calls that copy the gradients of a backward pass, of a model whose parameters have so many values each."""
+    """Count the calls that copy the gradients of a backward pass. ``parameters``: the values of each parameter."""
     copies, waiting, together = 0, 0, copied_together(on_gpu=on_gpu)
     for values in reversed(parameters):
         waiting += values
@@ -58,10 +59,10 @@ def copies_of_gradients(parameters: Sequence[int], *, on_gpu: bool) -> int:
 
 @dataclass(frozen=True, eq=False)
 class FlatGroup:
-    """One parameter group as the optimiser holds it.
+    """This is one parameter group as the optimiser holds it.
 
-    ``weights``: flat, with what pads it. ``part``: elements that each rank owns. ``offsets``: the first element of each
-    parameter.
+    ``weights``: flat, with their padding. ``part``: elements that each rank owns. ``offsets``: the first element of
+    each parameter.
     """
 
     weights: Tensor
@@ -71,7 +72,7 @@ class FlatGroup:
 
 @dataclass(eq=False)
 class _Piece:
-    """Elements ``first:last`` of the buffer, reduced by one call; to ``owner``, or to all ranks where that is None."""
+    """One call reduces elements ``first:last`` of the buffer, to ``owner``, or to all ranks if ``owner`` is None."""
 
     first: int
     last: int
@@ -83,7 +84,7 @@ class _Piece:
 
 @dataclass(eq=False)
 class _Slot:
-    """Where one parameter's gradient lies."""
+    """A slot is the place of one parameter's gradient."""
 
     name: str
     view: Tensor
@@ -93,7 +94,7 @@ class _Slot:
 
 
 class FlatGradients:
-    """Collects the gradients of all ``groups`` on their way from autograd to the optimiser.
+    """Collect the gradients of all ``groups`` on their way from autograd to the optimiser.
 
     The owner registers a `collector` for each parameter, calls `finish` after each backward pass, and `norm` before the
     step.
@@ -134,15 +135,15 @@ class FlatGradients:
             end += -(-group.weights.numel() // ALIGNMENT) * ALIGNMENT
         dtype = torch.float32 if accumulation > 1 else weights.dtype
         self._flat = torch.zeros(end, dtype=dtype, device=weights.device)
-        # What this rank owns of each group.
+        # The part of each group that this rank owns.
         self._reduced = [
             self._flat[start + self._rank * group.part : start + (self._rank + 1) * group.part]
             for start, group in zip(self._starts, groups, strict=True)
         ]
         pieces = self._make_pieces(bucket) if self._world_size > 1 else []
         self._slots = self._make_slots(pieces, {parameter: name for name, parameter in parameters})
-        # The backward pass meets the model's parameters from the last to the first, and on every rank alike; what is
-        # reduced is started in this order whatever completes first.
+        # The backward pass meets the model's parameters from the last to the first, and on every rank alike. Reductions
+        # start in this order, whatever completes first.
         place = {slot: index for index, slot in enumerate(self._slots.values())}
         self._order = sorted(pieces, key=lambda piece: min((place[slot] for slot in piece.slots), default=0))[::-1]
         self._next = self._step_number = self._pass_number = 0
@@ -150,12 +151,12 @@ class FlatGradients:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters whose gradients are taken, in the order of the model."""
+        """Return the parameters whose gradients are taken, in the order of the model."""
         return list(self._slots)
 
     @property
     def share(self) -> tuple[int, torch.dtype]:
-        """Values that this rank owns, in all groups, and the dtype in which they are added up."""
+        """Count the values that this rank owns in all groups, and name the dtype in which they are added up."""
         return sum(part.numel() for part in self._reduced), self._flat.dtype
 
     # --- layout
@@ -198,7 +199,7 @@ class FlatGradients:
     # --- a step
 
     def _begin(self) -> None:
-        """Before the first micro-batch of a step."""
+        """Prepare the first micro-batch of a step."""
         # Slots name their step and pass, so that no loop over a model's hundreds of parameters has to reset them.
         self._step_number += 1
         self._unwritten = len(self._slots)
@@ -210,7 +211,8 @@ class FlatGradients:
     def collector(self, parameter: nn.Parameter) -> Callable[[nn.Parameter], None]:
         """Return the hook for autograd to call when the gradient of ``parameter`` has been added up.
 
-        One for each parameter, since a look-up in a dict of tensors and `Tensor.numel` cost more than the rest of it.
+        Each parameter has its own hook, since a look-up in a dict of tensors and `Tensor.numel` cost more than the rest
+        of a hook.
         """
         slot, values, pending, together = self._slots[parameter], parameter.numel(), self._pending, self._together
 
@@ -225,7 +227,7 @@ class FlatGradients:
 
     @torch.no_grad()
     def _write(self) -> None:
-        """Copy, or add, what is pending, and start what may be reduced after it."""
+        """Copy, or add, the pending gradients, and start the reductions that may follow."""
         views: list[Tensor] = []
         gradients: list[Tensor] = []
         more: list[tuple[Tensor, Tensor]] = []
@@ -280,8 +282,8 @@ class FlatGradients:
         """End a backward pass.
 
         Returns the averaged float32 gradient of this rank's part of each group after the last pass of a step, nothing
-        after the others. With ``leaves_sums`` they are the sums, in the dtype of the buffer and as long as nothing is
-        collected.
+        after the others. With ``leaves_sums`` they are the sums in the dtype of the buffer, valid until the next
+        gradient is collected.
         """
         self._write()
         self._pass_number += 1
@@ -289,7 +291,7 @@ class FlatGradients:
             return []
         if self._unwritten:
             for slot in self._slots.values():
-                if slot.written_in != self._step_number:  # without a gradient: what lies there is the last step's
+                if slot.written_in != self._step_number:  # it has no gradient now, and still holds the last step's
                     slot.view.zero_()
         while self._next < len(self._order):
             self._reduce_next()
@@ -310,8 +312,10 @@ class FlatGradients:
         return averaged
 
     def _in_float32(self, number: int) -> Tensor:
-        """Memory for what the optimiser reads. A GPU's allocator has it at hand now that activations are gone; on a
-        CPU fresh memory costs more than the copy, so that is kept.
+        """Return memory for the gradient that the optimiser reads.
+
+        A GPU's allocator has memory at hand now that activations are gone. On a CPU fresh memory costs more than the
+        copy, so the memory is kept.
         """
         reduced = self._reduced[number]
         if reduced.dtype == torch.float32:
@@ -339,7 +343,7 @@ class FlatGradients:
 
 
 def sum_of_squares(parts: Iterable[Tensor]) -> Tensor:
-    """Of all values of flat ``parts``, added up in float32: a scalar, not finite where a value is not."""
+    """Add up the squares of all values of flat ``parts`` in float32: a scalar, not finite if a value is not."""
     norms = []
     for part in parts:
         whole = part.numel() // NORM_PIECE * NORM_PIECE

@@ -1,6 +1,6 @@
-"""Where this process stands among the ranks of a run, and how they meet.
+"""Find the place of this process among the ranks of a run, and let them meet.
 
-Works under the deepspeed launcher, torchrun and srun, and as a single process without any of them.
+It works under the deepspeed launcher, torchrun and srun, and as a single process without any of them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from mirl.engine.errors import begin_to_meet
 from mirl.engine.streams import say
 from mirl.errors import UserError
 
-SILENCE_S = 10.0  # of waiting for other ranks, until it is said
+SILENCE_S = 10.0  # a rank says that it waits for others after this long
 RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
-# Longer than anything that one rank may wait for while it works (a checkpoint on a slow disk); the watchdog ends hangs.
+# This is longer than one rank may keep the others waiting (a checkpoint on a slow disk); the watchdog ends hangs.
 CONTROL_TIMEOUT = datetime.timedelta(hours=1)
-# What gloo and NCCL say when the process at the other end is gone.
+# Gloo and NCCL say so when the process at the other end is gone.
 LOST_PEER = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "ncclRemoteError",
 )  # fmt: skip
@@ -39,7 +39,7 @@ LOST_PEER = (
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among the others; ``control`` is a gloo group for small host-side agreements."""
+    """This is the process among the others; ``control`` is a gloo group for small host-side agreements."""
 
     rank: int
     world_size: int
@@ -53,7 +53,7 @@ class Ranks:
         return self.rank == 0
 
     def agree_max(self, values: list[float]) -> list[float]:
-        """The largest of each value over all ranks, through host memory (no synchronisation with the GPU)."""
+        """Return the largest of each value over all ranks, through host memory (no synchronisation with the GPU)."""
         if self.world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -61,7 +61,7 @@ class Ranks:
         return tensor.tolist()
 
     def gather(self, value: object) -> list:
-        """``value`` of every rank, in rank order, on every rank. Only between processes of one run: it unpickles."""
+        """Return ``value`` of every rank, in rank order, on every rank. Only for processes of one run: it unpickles."""
         if self.world_size == 1:
             return [value]
         values: list = [None] * self.world_size
@@ -69,7 +69,7 @@ class Ranks:
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's ``value``."""
+        """Return rank 0's ``value``."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -152,7 +152,10 @@ def _meet(rank: int, world_size: int, local_world_size: int, device: torch.devic
 
 @contextlib.contextmanager
 def _told_if_long(rank: int, world_size: int, local_world_size: int) -> Iterator[None]:
-    """Say once, on stderr and on every rank that waits, for whom, where and why that may be; then go on waiting."""
+    """Say once, on stderr and on every rank that waits, for whom and where it waits and why they may be late.
+
+    Then go on waiting.
+    """
     place = "this host" if _one_parent(world_size, local_world_size) else _place()
     line = _waiting(rank, world_size, "waits for", place)
     timer = threading.Timer(SILENCE_S, say, [f"warning: {line}"])
@@ -175,7 +178,7 @@ def _place() -> str:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank's process is gone."""
+    """Say whether a collective failed because another rank's process is gone."""
     return isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER)
 
 
@@ -186,7 +189,7 @@ def leave() -> None:
 
 
 def cores_per_rank(local_world_size: int) -> int:
-    """CPU cores that this process may use, shared with the other ranks of this host unless Slurm has shared them."""
+    """Count the CPU cores for this process, shared with the other ranks of this host unless Slurm has shared them."""
     cores = len(os.sched_getaffinity(0))
     each_is_a_task = os.environ.get("SLURM_NTASKS") == os.environ.get("WORLD_SIZE", "1")
     if each_is_a_task and cores <= integer("SLURM_CPUS_PER_TASK", 0):
@@ -195,10 +198,10 @@ def cores_per_rank(local_world_size: int) -> int:
 
 
 def _private_store(world_size: int, local_world_size: int) -> dist.Store | None:
-    """A store that needs no free port, where all ranks are on this host; None: meet at MASTER_ADDR:MASTER_PORT.
+    """Return a store that needs no free port if all ranks are on this host; None: meet at MASTER_ADDR:MASTER_PORT.
 
     torchrun already holds its port. The deepspeed launcher always names the same one (29500), which a second run on the
-    machine would find taken; its workers have one parent, so a file named for that parent is theirs alone.
+    machine would find taken. Its workers have one parent, so a file named for that parent is theirs alone.
     """
     if world_size == 1:
         return dist.HashStore()
@@ -210,7 +213,7 @@ def _private_store(world_size: int, local_world_size: int) -> dist.Store | None:
 
 
 def _one_parent(world_size: int, local_world_size: int) -> bool:
-    """Whether the deepspeed launcher, or one that sets the same variables, has started all ranks on this host."""
+    """Say whether the deepspeed launcher, or one with the same variables, has started all ranks on this host."""
     alone = os.environ.get("CROSS_SIZE") == "1" and local_world_size == world_size
     return alone and "TORCHELASTIC_RUN_ID" not in os.environ
 
@@ -218,8 +221,8 @@ def _one_parent(world_size: int, local_world_size: int) -> bool:
 def _choose_interface() -> None:
     """Make gloo listen on the network that leads to MASTER_ADDR.
 
-    It would take the address of this host's name, which many systems map to 127.0.1.1, where no other host can reach
-    it. NCCL looks for interfaces itself.
+    Otherwise gloo takes the address of this host's name. Many systems map it to 127.0.1.1, which no other host can
+    reach. NCCL looks for interfaces itself.
     """
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return
@@ -247,5 +250,5 @@ def _one_host() -> bool:
 
 
 def seconds_since_process_start() -> float:
-    """Wall time since this process began, imports included."""
+    """Return the wall time since this process began, imports included."""
     return time.time() - psutil.Process().create_time()

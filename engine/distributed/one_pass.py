@@ -1,10 +1,10 @@
-"""The optimiser step of ZeRO 1 and 2 in one pass over the flat buffers (`mirl.kernels.flat_adamw`).
+"""Take the optimiser step of ZeRO 1 and 2 in one pass over the flat buffers (`mirl.kernels.flat_adamw`).
 
 Nothing here touches DeepSpeed: `deepspeed_patches.step_in_one_pass` reads its buffers and replaces its step by this.
 
 The gradients come as `FlatGradients` has them, in the compute dtype and added up over ranks. One pass averages and
-clips them, updates the fp32 state that checkpoints are made of, and writes the compute weights. The host queues it
-before it knows whether the gradient is finite: the pass asks that itself, on the device, and writes nothing where it is
+clips them, updates the fp32 state that checkpoints save, and writes the compute weights. The host queues the pass
+before it knows whether the gradient is finite: the pass itself checks this on the device, and writes nothing if it is
 not.
 """
 
@@ -22,7 +22,7 @@ from mirl.kernels.flat_adamw import Coefficients, flat_adamw
 
 @dataclass(frozen=True, kw_only=True)
 class OwnedGroup:
-    """One parameter group's part of this rank, all [N]: float32 ``master`` and moments, ``weight`` to compute with.
+    """This rank's part of one parameter group has, all [N], float32 ``master`` and moments, and the compute ``weight``.
 
     ``taken``: how many steps were applied, as torch.optim.AdamW counts them, float32 []. ``settings``: the live group
     of the optimiser, whose learning rate changes.
@@ -37,7 +37,7 @@ class OwnedGroup:
 
 
 class FetchedLater:
-    """A scalar on its way from the device: what is queued after it does not delay it."""
+    """A scalar is on its way from the device: work that is queued after it does not delay it."""
 
     def __init__(self, value: Tensor) -> None:
         self._event = None
@@ -49,17 +49,17 @@ class FetchedLater:
             self._event.record()
 
     def get(self) -> Tensor:
-        """The scalar on the host; waits for it."""
+        """Return the scalar on the host, after waiting for it."""
         if self._event is not None:
             self._event.synchronize()
         return self._value
 
 
 class OnePassAdamW:
-    """Steps of AdamW with weight decay for ``groups``.
+    """Take steps of AdamW with weight decay for ``groups``.
 
-    ``norm``: of the averaged gradient over all groups and ranks, from what each rank owns of the sums, on their device.
-    ``ranks``: whose gradients are added up. ``clip``: largest norm, 0 for none.
+    ``norm``: a function from each rank's part of the sums to the norm of the averaged gradient over all groups and
+    ranks, on their device. ``ranks``: how many ranks' gradients are added up. ``clip``: largest norm, 0 for none.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class OnePassAdamW:
         self._taken: int | None = None
 
     def forget_count(self) -> None:
-        """Read the number of steps again: it was set from outside."""
+        """Read the number of steps again, because it was set from outside."""
         self._taken = None
 
     def step(self, sums: Sequence[Tensor], spread: Callable[[], None]) -> Tensor:
         """Take a step with this rank's ``sums`` of gradients, one a group, and ``spread`` the weights to other ranks.
 
-        Returns the norm before clipping, on the host. Where it is not finite, nothing was changed.
+        Returns the norm before clipping, on the host. If it is not finite, nothing was changed.
         """
         if self._taken is None:
             self._taken = round(float(self._groups[0].taken))

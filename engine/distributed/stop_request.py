@@ -1,5 +1,6 @@
-"""Requests to stop: signals, a time limit, and the death of the launcher. They set a flag; the loop acts on it between
-steps.
+"""Signals, a time limit, and the death of the launcher ask a run to stop.
+
+They set a flag; the loop acts on it between steps.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Launchers:
-    """The processes that started this one: its parent and, above DeepSpeed's launch.py, the `deepspeed` runner.
+    """These processes started this one: its parent and, above DeepSpeed's launch.py, the `deepspeed` runner.
 
-    The runner forwards no signal: ended by SIGTERM, it leaves launch.py and all workers to themselves. Its end shows in
-    launch.py getting another parent. Above any other parent there may be a shell that is free to go.
+    The runner forwards no signal: ended by SIGTERM, it leaves launch.py and all workers to themselves. Its end shows
+    when launch.py gets another parent. Above any other parent there may be a shell that is free to go.
     """
 
     def __init__(self) -> None:
@@ -50,7 +51,8 @@ LAUNCHERS = Launchers()
 class StopRequest:
     """While entered, SIGTERM, SIGUSR1 and the first SIGINT set `requested` instead of ending the process.
 
-    A second SIGINT interrupts at once. A worker whose launcher is gone asks to stop too: nobody would ever end it.
+    A second SIGINT interrupts at once. A worker whose launcher is gone asks to stop too, since nobody else would end
+    it.
     """
 
     def __init__(self, *, max_minutes: float = 0.0) -> None:
@@ -64,7 +66,7 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """Why this process should stop, None while it should not."""
+        """Say why this process should stop; None while it should not."""
         if self._signal is not None:
             return f"{self._signal.name} came"
         if self._deadline is not None and time.monotonic() > self._deadline:

@@ -1,4 +1,4 @@
-"""Ends a run that hangs: no step for too long, so say where every thread stands and leave."""
+"""End a run that hangs: if no step ends for too long, say where every thread stands and leave."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Self
 
 from mirl.engine.errors import EXIT_HUNG
 
-GRACE_S = 20.0  # for the orderly report, before the one that needs no interpreter
+GRACE_S = 20.0  # time for the orderly report, before the report that needs no interpreter
 
 
 class Watchdog:
     """While entered, a thread ends this process with exit code 70 once `beat` was not called for ``minutes``.
 
     Stacks of all threads go to stderr, each line marked with the rank. A rank that waits for a hung one is ended too,
-    so the launcher of every host sees its workers leave. Where even that thread cannot run, because the interpreter is
-    held by a call that never returns, faulthandler's own thread dumps the stacks and ends the process with code 1.
+    so the launcher of every host sees its workers leave. If even the watchdog's thread cannot run, because a call that
+    never returns holds the interpreter, faulthandler's own thread dumps the stacks and ends the process with code 1.
 
     ``minutes`` 0 turns it off.
     """
@@ -34,7 +34,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def beat(self, doing: str) -> None:
-        """Something was finished; ``doing`` is what comes next, for the report."""
+        """Note that something was finished; ``doing`` is what comes next, for the report."""
         self._doing, self._last = doing, time.monotonic()
 
     def __enter__(self) -> Self:
@@ -72,14 +72,14 @@ class Watchdog:
             "checkpoints are intact: the same command with --resume auto goes on"
         )
         marked = "".join(f"[rank {self.rank}] {line}\n" for line in report.splitlines())
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: end the rank all the same
+        with contextlib.suppress(OSError, ValueError):  # if nobody reads stderr any more, end the rank all the same
             os.write(sys.stderr.fileno(), marked.encode())
         os._exit(EXIT_HUNG)
 
 
 def stacks() -> str:
-    """Where every thread of this process stands, most recent call first."""
-    descriptor = os.memfd_create("stacks")  # faulthandler writes to descriptors only; memory, because a disk may hang
+    """Return where every thread of this process stands, most recent call first."""
+    descriptor = os.memfd_create("stacks")  # faulthandler needs a descriptor; it is memory, because a disk may hang
     try:
         faulthandler.dump_traceback(descriptor, all_threads=True)
         size = os.lseek(descriptor, 0, os.SEEK_CUR)

@@ -1,4 +1,5 @@
-"""Masked Image Residual Learning: encoder, decoders with densely connected inputs (DID), residual objective.
+"""This room holds the network of Masked Image Residual Learning: the encoder, decoders with densely connected inputs
+(DID), and the residual objective.
 
     from mirl.engine.models import MIRL, model_config
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: which runs of blocks are computed again in the backward pass, and by which function."""
+"""A plan says which groups of blocks are recomputed in the backward pass, and by which function."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ DEFAULT_CHECKPOINT: CheckpointFunction = partial(checkpoint, use_reentrant=False
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """``group`` blocks are recomputed together; 0: nothing is; None: a whole segment or decoder at a time."""
+    """The plan recomputes ``group`` blocks together; 0: none; None: a whole segment or decoder at a time."""
 
     group: int | None = 0
     function: CheckpointFunction = DEFAULT_CHECKPOINT
 
     @classmethod
     def make(cls, mode: str | int, function: CheckpointFunction | None = None) -> CheckpointPlan:
-        """``mode``: "none", "every", "segments", or a number of blocks (digits, too). UserError for anything else."""
+        """Make the plan of ``mode``: "none", "every", "segments", or a number of blocks (digits, too).
+
+        UserError for any other mode.
+        """
         named = {"none": 0, "every": 1, "segments": None}
         function = function or DEFAULT_CHECKPOINT
         if mode in named:
@@ -39,13 +42,13 @@ class CheckpointPlan:
         )
 
     def groups(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """(first, last) of each run of blocks in [start, stop); all of them at once where nothing is recomputed."""
+        """Yield (first, last) of each group of blocks in [start, stop). Without recomputation all are one group."""
         step = self.group or stop - start
         for first in range(start, stop, step):
             yield first, min(first + step, stop)
 
     def call(self, function: Callable[..., Any], *tensors: Tensor | None) -> Any:
-        """``function(*tensors)``, recomputed in the backward pass if the plan says so."""
+        """Return ``function(*tensors)``, recomputed in the backward pass if the plan says so."""
         if self.group == 0:
             return function(*tensors)
         return self.function(function, *tensors)

@@ -1,6 +1,6 @@
-"""How the blocks of a model are computed: attention backend, kernels, compiled regions, recomputation.
+"""These choices say how the blocks of a model are computed: attention, kernels, compiled regions, recomputation.
 
-What `MIRL` and the classifier share. None of it changes what is computed.
+The models of all kinds of run share them. No choice changes what is computed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ LONG_SEQUENCE = 2048
 
 
 def spares_matrix(config: ModelConfig, *, on_gpu: bool) -> bool:
-    """Whether attention that is left to choose goes to SDPA on a CPU, which is slower there for short sequences."""
+    """Say whether ``auto`` attention takes SDPA on a CPU because the sequence is long.
+
+    For short sequences the backend `math` is faster there.
+    """
     return config.attention == "auto" and not on_gpu and config.num_patches >= LONG_SEQUENCE
 
 
 class ComputeChoices(nn.Module):
-    """Base of a model with an ``encoder``. A forward pass begins with `choose`."""
+    """This is the base of a model with an ``encoder``. A forward pass begins with `choose`."""
 
     encoder: Encoder
 
@@ -44,7 +47,7 @@ class ComputeChoices(nn.Module):
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Of the parameters. Buffers may differ: DeepSpeed can cast parameters alone."""
+        """The parameters have this dtype. Buffers may differ, because DeepSpeed can cast parameters alone."""
         return self.encoder.cls_token.dtype
 
     def choose(self, images: Tensor, *, plain: bool = False) -> None:
@@ -59,7 +62,10 @@ class ComputeChoices(nn.Module):
         self.regions.active = self.training and not plain and len(images) == self.regions.batch
 
     def trial_loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """A scalar that every parameter has a part in, for a step that is only tried; ``generator`` is of the CPU."""
+        """Return a scalar that every parameter has a part in, for a step that is only tried.
+
+        ``generator`` is a generator of the CPU.
+        """
         raise NotImplementedError
 
     def set_activation_checkpointing(self, mode: str | int, checkpoint_fn: CheckpointFunction | None = None) -> None:
@@ -74,9 +80,9 @@ class ComputeChoices(nn.Module):
                 module.checkpointing = plan
 
     def set_execution(self, execution: Execution) -> None:
-        """How norms and GELUs are computed; by default, from the first forward pass on, as its device likes it best.
+        """Set how norms and GELUs are computed. By default the first forward pass takes what suits its device.
 
-        Raises UserError where ``recompute`` meets activation checkpointing, which recomputes them already.
+        Raises UserError if ``recompute`` meets activation checkpointing, which recomputes norms and GELUs already.
         """
         if execution.recompute and self.encoder.checkpointing.group != 0:
             raise UserError(
@@ -88,7 +94,7 @@ class ComputeChoices(nn.Module):
                 module.execution = execution
 
     def set_regions(self, regions: Regions | None) -> None:
-        """Run the blocks' bodies through ``regions`` in training steps of their batch size; None: eagerly.
+        """Run the blocks' bodies through ``regions`` in training steps of their batch size; None: run them eagerly.
         `mirl.engine.training.compiling` makes regions and checks them.
         """
         self.regions = regions or Regions()
@@ -99,7 +105,7 @@ class ComputeChoices(nn.Module):
     def resolve_attention(self, device: torch.device) -> dict[str, AttentionBackend]:
         """Choose the attention backends of all layers, once for each ``device`` and dtype in use.
 
-        The first forward pass does it unless a caller, who wants to print the choice, did.
+        The first forward pass chooses them, unless a caller who wants to print the choice did so before.
         """
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.weight_dtype

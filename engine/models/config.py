@@ -1,4 +1,4 @@
-"""What a model is: one frozen dataclass, the sizes of the paper, and one clear message for each mistake.
+"""A model is described by one frozen dataclass, with the sizes of the paper and one clear message for each mistake.
 
 Letters used throughout mirl.engine.models: B batch, N patches, K kept, M masked, D encoder width, E decoder width, G
 segments, P patch side, C channels, Q = P * P * C pixels of a patch in (p, q, c) order.
@@ -28,18 +28,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def _setting(default: Any, text: str, **metadata: Any) -> Any:
-    """A dataclass field with the help text of its command-line flag."""
+    """Make a dataclass field with the help text of its command-line flag."""
     return field(default=default, metadata={"help": text, **metadata})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
-    """A MIRL model and its pre-training objective (design of the paper, Eq. 1-8).
+    """Describe a MIRL model and its pre-training objective (design of the paper, Eq. 1-8).
 
-    Fields left None are filled in when the object is made: ``decoder_depth`` (2; 1 for vit_s_54 in the
-    release; 8 for MAE, as published), ``mean`` and ``std`` (of ImageNet for three channels, 0.5 for any other number),
-    ``statistics`` ("given" where mean or std is), ``head_init`` (`DEFAULT_HEAD_INIT`). The metadata ``before`` of a
-    field is its value in configurations that were written before there was such a field.
+    Fields left None are filled in when the object is made: ``decoder_depth`` (2; 1 for vit_s_54 in the release; 8 for
+    MAE, as published), ``mean`` and ``std`` (of ImageNet for three channels, 0.5 for any other number), ``statistics``
+    ("given" where mean or std is given, else "auto"), ``head_init`` (`DEFAULT_HEAD_INIT`). The metadata ``before`` of a
+    field is its value in configurations that were written before the field existed.
     Raises UserError naming the field, its value and the mend.
     """
 
@@ -232,7 +232,7 @@ class ModelConfig(Section):
 
     @property
     def label(self) -> str:
-        """The name of the size for people: "custom (...)" where fields of the named size have been changed.
+        """Return the name of the size for people: "custom (...)" where fields of the named size have been changed.
 
         ``name`` stays what it is in configurations and checkpoints.
         """
@@ -248,27 +248,27 @@ class ModelConfig(Section):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches down and across."""
+        """Return the numbers of patches down and across."""
         return self.image_height // self.patch_size, self.image_width // self.patch_size
 
     @property
     def num_patches(self) -> int:
-        """N."""
+        """Return N, the number of patches."""
         return self.grid[0] * self.grid[1]
 
     @property
     def num_kept(self) -> int:
-        """K = int(N * (1 - mask_ratio))."""
+        """Return K = int(N * (1 - mask_ratio))."""
         return int(self.num_patches * (1 - self.mask_ratio))
 
     @property
     def num_masked(self) -> int:
-        """M = N - K."""
+        """Return M = N - K."""
         return self.num_patches - self.num_kept
 
     @property
     def patch_pixels(self) -> int:
-        """Q."""
+        """Return Q, the pixels of a patch over all channels."""
         return self.patch_size**2 * self.channels
 
     @property
@@ -281,24 +281,24 @@ class ModelConfig(Section):
 
     @property
     def built_depth(self) -> int:
-        """Blocks that the pre-trained encoder has: L, or the first ones of them under ``truncated``."""
+        """Count the blocks of the pre-trained encoder: all of ``depth``, or ``truncated_depth`` under ``truncated``."""
         return self.depth if self.truncated_depth is None else self.truncated_depth
 
     @property
     def segment_depth(self) -> int:
-        """Blocks of one encoder segment, L / G."""
+        """Count the blocks of one encoder segment, ``built_depth`` / G."""
         return self.built_depth // self.segments
 
     @property
     def did_blocks(self) -> int:
-        """Blocks at the start of each decoder that attend to kv_g: none, the first (paper) or all (release)."""
+        """Count the blocks at the start of each decoder that attend to kv_g: none, one (paper) or all (release)."""
         if not self.did:
             return 0
         return 1 if self.variant == "paper" else self.decoder_depth
 
 
 def _one_for_all(values: tuple[float, ...]) -> tuple[float, ...]:
-    """The average of ``values`` in the place of each."""
+    """Put the average of ``values`` in the place of each."""
     return values if len(set(values)) == 1 else (round(sum(values) / len(values), 6),) * len(values)
 
 
@@ -317,7 +317,7 @@ SIZE_FIELDS = ("depth", "width", "heads", "mlp_ratio", "patch_size", *_OF_DECODE
 
 
 def model_config(name: str, **overrides: Any) -> ModelConfig:
-    """The configuration of a size of the paper, with single fields replaced.
+    """Return the configuration of a size of the paper, with single fields replaced.
 
     Objectives ``mae`` and ``truncated`` also set ``segments=1`` and ``did=False``, unless they are given.
     Raises UserError on an unknown name or field.

@@ -1,4 +1,4 @@
-"""A decoder: the embedded latent of one segment in, predicted pixels out (Eq. 2, 8).
+"""A decoder takes the embedded latent of one segment and predicts pixels (Eq. 2, 8).
 
 Shapes: B batch, N patches, K kept, M masked, S = 1 + N, R rows that go on (S, or M after the last block's
 self-attention), T length of kv_g, E width, Q pixels of a patch.
@@ -35,9 +35,11 @@ from mirl.kernels import gather_tokens, gather_tokens_passing_on, scatter_tokens
 
 
 class Entry(NamedTuple):
-    """What a block's self-attention starts from: the residual stream and queries of the rows that go on, keys and
-    values of all rows. Where all rows go on, the queries are [B, S, 3E], keys and values in them. ``bias_3E``: what is
-    in all three, where attention makes its gradient.
+    """A block's self-attention starts from these inputs.
+
+    x_BRE: the residual stream of the rows that go on. q_BRE: their queries. kv_BS2E: keys and values of all rows.
+    Where all rows go on, the queries are [B, S, 3E] with keys and values in them, and kv_BS2E is None.
+    bias_3E: the bias that q, k and v contain, if attention makes its gradient.
     """
 
     x_BRE: Tensor
@@ -47,8 +49,10 @@ class Entry(NamedTuple):
 
 
 class CrossInput(NamedTuple):
-    """What the cross-attention of a block reads: projected keys and values [B, T, 2E] under the kv prefix skip, with
-    the bias in them where attention makes its gradient; kv_g [B, T, E] without the skip.
+    """The cross-attention of a block reads ``kv``.
+
+    kv: projected keys and values [B, T, 2E] under the kv prefix skip, kv_g [B, T, E] without it.
+    bias_2E: the bias that the projected keys and values contain, if attention makes its gradient.
     """
 
     kv: Tensor
@@ -57,9 +61,9 @@ class CrossInput(NamedTuple):
 
 @dataclass(frozen=True)
 class DecoderContext:
-    """What all decoders of one forward pass share.
+    """All decoders of one forward pass share this context.
 
-    pos_SE: decoder positions; visible_pos_B1KE: those of the class token and the kept patches of each image.
+    pos_SE: decoder positions. visible_pos_B1KE: positions of the class token and the kept patches of each image.
     masked_only: the last block goes on with the M masked rows alone.
     """
 
@@ -74,9 +78,9 @@ class DecoderContext:
 
 
 class DecoderBlock(nn.Module):
-    """x += SelfAttn(LN x); with DID x += MHA(LN x, LN kv_g); x += MLP(LN x).
+    """The block computes x += SelfAttn(LN x); with DID x += MHA(LN x, LN kv_g); x += MLP(LN x).
 
-    ``first`` of its decoder: no MLP stands before it.
+    ``first``: the block is the first of its decoder, so that no MLP stands before it.
     """
 
     def __init__(self, width: int, heads: int, mlp_width: int, did: bool, first: bool = False) -> None:
@@ -93,11 +97,11 @@ class DecoderBlock(nn.Module):
         self.regions = Regions()
 
     def forward(self, entry: Entry, cross_kv_BT2E: Tensor | None, cross_bias_2E: Tensor | None = None) -> Branch:
-        """-> x and delta [B, R, E], of which the block's result is the sum, and the bias that delta lacks, if any.
+        """Return x and delta [B, R, E], whose sum is the block's result, and the bias that delta lacks, if any.
 
-        ``cross_kv_BT2E``: projected keys and values of kv_g, None without DID. ``cross_bias_2E``: the bias in them
-        where the cross-attention makes its gradient and that of the queries' bias. Attention stays between the two
-        regions, because kv_g has another length in every decoder.
+        ``cross_kv_BT2E``: projected keys and values of kv_g, None without DID. ``cross_bias_2E``: the bias that they
+        contain, if the cross-attention makes its gradient and the gradient of the queries' bias. Attention stays
+        between the two regions, because kv_g has another length in every decoder.
         """
         x_BRE, attended_BRE = entry.x_BRE, self.attn.attend(entry.q_BRE, entry.kv_BS2E, bias=entry.bias_3E)
         finish = self.regions.get(DecoderBlock.finish)
@@ -112,18 +116,19 @@ class DecoderBlock(nn.Module):
         return x_BRE, delta_BRE, self.mlp.fc2.bias if leave else None
 
     def ask(self, x_BRE: Tensor, attended_BRE: Tensor, leave_bias: bool, bias_gradient: bool) -> tuple[Tensor, Tensor]:
-        """End of the self-attention, beginning of the cross-attention: the residual stream and the queries.
+        """End the self-attention and begin the cross-attention: return the residual stream and the queries.
 
-        ``leave_bias``: of the projection, to the norm after it. ``bias_gradient``: of the queries, made here.
+        ``leave_bias``: leave the projection's bias to the norm after it. ``bias_gradient``: make the gradient of the
+        queries' bias here.
         """
         branch_BRE = self.attn.proj(attended_BRE, not leave_bias)
         x_BRE, y_BRE = self.norm_q(x_BRE, branch_BRE, self.attn.proj.bias if leave_bias else None)
         return x_BRE, self.norm_q.feed(lambda y: self.cross_attn.q(y, bias_gradient), x_BRE, y_BRE)
 
     def finish(self, x_BRE: Tensor, attended_BRE: Tensor, leave_bias: bool) -> tuple[Tensor, Tensor]:
-        """End of the last attention, and the MLP: what went into its branch, and what came out of it.
+        """End the last attention and run the MLP: return the input of the MLP's branch and its output.
 
-        ``leave_bias``: of the projection and of the MLP, to the norms after them.
+        ``leave_bias``: leave the biases of the projection and of the MLP to the norms after them.
         """
         proj = self.cross_attn.proj if self.did else self.attn.proj
         branch_BRE = proj(attended_BRE, not leave_bias)
@@ -131,7 +136,7 @@ class DecoderBlock(nn.Module):
         return x_BRE, self.mlp.after(self.norm2, x_BRE, y_BRE, not leave_bias)
 
     def enter(self, branch: Branch, rows_BR: Tensor | None) -> Entry:
-        """From the full sequence, an open sum; ``rows_BR``: the rows that go on, None for all."""
+        """Make the entry from the full sequence, given as an open sum. ``rows_BR``: the rows that go on; None: all."""
         x_BSE, y_BSE = self.norm1(*branch)
         tokens = y_BSE.shape[1]
         bias_3E = self._bias_of(tokens if rows_BR is None else rows_BR.shape[1], tokens)
@@ -143,25 +148,25 @@ class DecoderBlock(nn.Module):
         return Entry(gather_tokens(x_BSE, rows_BR), *parts, bias_3E)
 
     def _bias_of(self, queries: int, keys: int) -> Tensor | None:
-        """The bias of queries, keys and values where the self-attention makes its gradient."""
+        """Return the bias of queries, keys and values if the self-attention makes its gradient, else None."""
         return self.attn.qkv.bias if self.attn.takes_bias(queries, keys) else None
 
     def enter_from_table(
         self, e_B1KE: Tensor, mask_token_E: Tensor, context: DecoderContext, masked_only: bool
     ) -> Entry:
-        """From visible tokens alone, in a decoder's first block.
+        """Make the entry from visible tokens alone, in a decoder's first block.
 
-        There a masked row is mask token + position in every image, so its q, k and v come from a table of N rows, and
-        the matrix product runs over visible tokens only.
+        In the first block a masked row is mask token + position in every image. So its q, k and v come from a table of
+        N rows, and the matrix product runs over visible tokens only.
         """
         mask, pos_SE = context.mask, context.pos_SE
-        # A row of the table stands for many of the sequence, and the sum of the gradients of those is its own.
+        # One row of the table stands for many rows of the sequence, so its gradient is the sum of their gradients.
         bias_3E = self._bias_of(mask.ids_masked.shape[1] if masked_only else len(pos_SE), len(pos_SE))
         table_1NE = (mask_token_E + pos_SE[1:])[None]
         _, visible_y = self.norm1(e_B1KE, context.visible_pos_B1KE)
         table_y = self.norm1(table_1NE)[1].squeeze(0)
         if masked_only:
-            # No visible row goes on, so that the residual stream and the queries come from the table altogether.
+            # No visible row goes on, so the residual stream and the queries come from the table alone.
             q_NE, kv_B1K2E, kv_N2E = self.attn.qkv.of_several(
                 (table_y, "q"), (visible_y, "kv"), (table_y, "kv"), bias_gradient=bias_3E is None
             )
@@ -177,12 +182,12 @@ class DecoderBlock(nn.Module):
         return Entry(x_BSE, qkv_BS3E, None, bias_3E)
 
     def project_kv(self, kv_BTE: Tensor) -> Tensor:
-        """kv_g [B, T, E] -> keys and values [B, T, 2E]; the plain form of `did.project_prefixes`."""
+        """Project kv_g [B, T, E] to keys and values [B, T, 2E]. This is the plain form of `did.project_prefixes`."""
         return self.cross_attn.kv(self.norm_kv(kv_BTE))
 
 
 class Decoder(nn.Module):
-    """Decoder g. Its mask token [1, 1, E] is its own in the release's variant; the paper's model has one for all."""
+    """A decoder has its own mask token [1, 1, E] in the release's variant; in the paper's all decoders share one."""
 
     def __init__(self, config: ModelConfig, skips: ExactSkips) -> None:
         super().__init__()
@@ -208,14 +213,14 @@ class Decoder(nn.Module):
         context: DecoderContext,
         cross_inputs: Sequence[CrossInput | None],
     ) -> tuple[Tensor, Tensor | None]:
-        """-> pixels [B, M, Q] if ``context.masked_only``, else [B, N, Q]; and features [.., D] for the feature loss.
+        """Return pixels [B, M, Q] if ``context.masked_only``, else [B, N, Q]; and features [.., D] or None.
 
-        cross_inputs: for each block, what its cross-attention reads, None where the block has no DID.
+        cross_inputs: the input of each block's cross-attention, None for a block without DID.
         """
         mask_token = self.mask_token if shared_mask_token is None else shared_mask_token
         branch: Branch = (e_B1KE, None, None)
         for first, last in self.checkpointing.groups(0, len(self.blocks)):
-            # Side by side, because a checkpoint function looks for tensors among its arguments alone.
+            # A flat list, because a checkpoint function looks for tensors among its arguments alone.
             tensors = [x for given in cross_inputs[first:last] for x in given or (None, None)]
             run = partial(self._run_blocks, first, last, mask_token, context)
             # One tensor goes from group to group, because each group keeps what it begins with.
@@ -235,9 +240,10 @@ class Decoder(nn.Module):
         x: Tensor,
         *cross_tensors: Tensor | None,
     ) -> Branch:
-        """Blocks ``first`` to ``last`` - 1; x is e_g [B, 1 + K, E] before block 0, then the full sequence [B, S, E].
+        """Run blocks ``first`` to ``last`` - 1.
 
-        ``cross_tensors``: both of the `CrossInput` of each block.
+        x: e_g [B, 1 + K, E] before block 0, else the full sequence [B, S, E].
+        ``cross_tensors``: the two fields of the `CrossInput` of each block, one block after another.
         """
         branch: Branch = (x, None, None)
         inputs = zip(range(first, last), cross_tensors[::2], cross_tensors[1::2], strict=True)

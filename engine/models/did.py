@@ -1,4 +1,4 @@
-"""Densely connected inputs (DID, Eq. 8): the keys and values that decoder g's cross-attention reads.
+"""Densely connected inputs (DID, Eq. 8) are the keys and values that decoder g's cross-attention reads.
 
 kv_g = [e_0, ..., e_{g-1}], e_j [B, T, E] with T = 1 + K, passes a LayerNorm and a Linear E -> 2E of each block that
 reads it. Attention does not see the order of its keys, so every kv_g is the beginning of kv_G. Two more facts make the
@@ -25,21 +25,21 @@ from mirl.kernels.dispatch import uses_triton
 
 
 def concatenated_inputs(embeddings: Sequence[Tensor]) -> list[Tensor]:
-    """The plain form: kv_g for g = 1..G from e_0 ... e_{G-1} [B, T, E], each [B, g * T, E]."""
+    """Return kv_g for g = 1..G from e_0 ... e_{G-1} [B, T, E], each [B, g * T, E]. This is the plain form."""
     return [torch.cat(embeddings[:g], dim=1) for g in range(1, len(embeddings) + 1)]
 
 
 def normalised_prefix_buffer(embeddings: Sequence[Tensor]) -> Tensor:
-    """e_0 ... e_{G-1} [B, T, E], normalised without scale and shift, tokens first: [G * T, B, E]."""
+    """Normalise e_0 ... e_{G-1} [B, T, E] without scale and shift, and put tokens first: [G * T, B, E]."""
     buffer_SBE = torch.cat([e_BTE.transpose(0, 1) for e_BTE in embeddings])
     return F.layer_norm(buffer_SBE, buffer_SBE.shape[-1:], eps=NORM_EPS)
 
 
 def fold_norms(norms: Sequence[nn.LayerNorm], linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
-    """Matrices [G, F, E] and biases [G, F] of ``linears`` E -> F after the scale and shift of ``norms``.
+    """Return the matrices [G, F, E] and biases [G, F] of ``linears`` E -> F after the scale and shift of ``norms``.
 
-    All together on a GPU, because an operator on so small a tensor costs a launch and no more. A CPU keeps the bits of
-    a product for each.
+    A GPU folds all of them together, because an operator on so small a tensor costs a launch and no more. A CPU folds
+    them one by one, which keeps the bits of a separate product for each.
     """
     if not uses_triton(linears[0].weight):
         pairs = [(linear.weight * norm.weight, F.linear(norm.bias, linear.weight, linear.bias))
@@ -54,7 +54,7 @@ def fold_norms(norms: Sequence[nn.LayerNorm], linears: Sequence[nn.Linear]) -> t
 
 
 def project_prefixes(buffer_SBE: Tensor, lengths: Sequence[int], weight_GFE: Tensor, bias_GF: Tensor) -> list[Tensor]:
-    """For each i, Linear_i of the first ``lengths[i]`` tokens: [B, lengths[i], F], a view of a tokens-first tensor.
+    """Apply each Linear_i to the first ``lengths[i]`` tokens: [B, lengths[i], F], a view of a tokens-first tensor.
 
     buffer_SBE: [S, B, E], contiguous. weight_GFE, bias_GF: matrix and bias of each i.
     """
@@ -67,10 +67,11 @@ def project_prefixes(buffer_SBE: Tensor, lengths: Sequence[int], weight_GFE: Ten
 
 
 class _PrefixProjection(torch.autograd.Function):
-    """All projections in one node of the graph, so that their gradients add up in one buffer, and those of matrices and
-    biases are written where they stay.
+    """All projections are one node of the graph. So their gradients add up in one buffer, and the gradients of matrices
+    and biases are written where they stay.
 
-    As separate nodes each prefix would return a gradient of the whole buffer, zeros included, to be added by autograd.
+    If each projection were a node, each would return a gradient of the whole buffer, zeros included, and autograd would
+    add them.
     """
 
     @staticmethod
@@ -93,9 +94,9 @@ class _PrefixProjection(torch.autograd.Function):
         grad_RE: Tensor | None = None
         new = weight_GFE.new_zeros if None in grads else weight_GFE.new_empty
         grad_weight_GFE = new(weight_GFE.shape)
-        # Biases that ask for none get their gradients elsewhere.
+        # Detached biases get their gradients in the attention (MIRL.dense_inputs).
         grad_bias_GF = new(weight_GFE.shape[:2]) if ctx.needs_input_grad[3] else None
-        # The longest prefix first: it writes the gradient buffer, the others add to its beginning.
+        # The longest prefix comes first: it writes the gradient buffer, and the others add to its beginning.
         for i in sorted(range(len(grads)), key=lambda i: -ctx.lengths[i]):
             grad = grads[i]
             if grad is None:

@@ -1,4 +1,4 @@
-"""The encoder: visible patches in, the latent of every segment out (Eq. 1, 5).
+"""The encoder takes visible patches and returns the latent of every segment (Eq. 1, 5).
 
 Shapes: B batch, N patches, K kept, P patch side, C channels, Q = P * P * C, D width, G segments.
 """
@@ -22,20 +22,20 @@ from mirl.kernels import assemble_tokens, gather_patches, gather_tokens
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution with stride P, also given as the matrix product that it is."""
+    """A convolution with stride P can also be applied as the matrix product that it is."""
 
     def __init__(self, channels: int, width: int, patch_size: int) -> None:
         super().__init__(channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Patches [B, K, Q] in (p, q, c) order -> [B, K, D]; or images [B, C, H, W] -> [B, N, D]."""
+        """Project patches [B, K, Q] in (p, q, c) order to [B, K, D], or images [B, C, H, W] to [B, N, D]."""
         if x.ndim == 4:
             return self._conv_forward(x, self.weight, self.bias).flatten(2).transpose(1, 2)
         return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):
-    """Holds the projection under timm's key, ``patch_embed.proj``."""
+    """Hold the projection under timm's key, ``patch_embed.proj``."""
 
     def __init__(self, config: ModelConfig, visible_only: bool) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class PatchEmbed(nn.Module):
         self.proj = PatchProjection(config.channels, config.width, config.patch_size)
 
     def forward(self, images: Tensor, ids_keep_BK: Tensor) -> Tensor:
-        """uint8 [B, H, W, C] or normalised float [B, C, H, W] -> projected kept patches [B, K, D]."""
+        """Project the kept patches of uint8 [B, H, W, C] or normalised float [B, C, H, W] images: [B, K, D]."""
         config, dtype = self.config, self._compute_dtype(images.device)
         layout = image_layout(images)
         if not self.visible_only:
@@ -57,14 +57,14 @@ class PatchEmbed(nn.Module):
         return self.proj(patches_BKQ)
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
-        """What the projection will multiply in, so that pixels are written in it at once."""
+        """Return the dtype in which the projection will multiply, so that pixels are written in it at once."""
         if torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
         return self.proj.weight.dtype
 
 
 class Encoder(nn.Module):
-    """L blocks in G segments, with a LayerNorm of its own for the latent of each segment.
+    """The encoder has L blocks in G segments, with a LayerNorm of its own for the latent of each segment.
 
     ``segment_norms`` maps g to LN_g: "0" (only where DID reads z_0) to "G-1"; LN_G is ``norm``, as in any ViT.
     """
@@ -87,7 +87,7 @@ class Encoder(nn.Module):
         self.checkpointing = CheckpointPlan()
 
     def forward(self, images: Tensor, mask: PatchMask) -> tuple[Tensor, ...]:
-        """LN_g(z_g), each [B, 1 + K, D], of every g that something reads: under DID 0, then 1..G."""
+        """Return LN_g(z_g), each [B, 1 + K, D], of every g that something reads: under DID 0, then 1..G."""
         config = self.config
         x_BSD = self.embed(images, mask.ids_keep)
         latents = [self.segment_norms["0"](x_BSD)] if config.did else []
@@ -96,24 +96,24 @@ class Encoder(nn.Module):
             branch = self._run_segment(g, x_BSD)
             if isinstance(norm, StreamNorm):
                 x_BSD, latent_BSD = norm(*branch)
-            else:  # of a classifier, which normalises later
+            else:  # a classifier has no norm here: it normalises later
                 x_BSD = latent_BSD = add_branch(*branch)
             latents.append(latent_BSD)
         return tuple(latents)
 
     def embed(self, images: Tensor, ids_keep_BK: Tensor) -> Tensor:
-        """z_0: class token and kept patches, with their positions: [B, 1 + K, D]."""
+        """Return z_0 [B, 1 + K, D]: class token and kept patches, with their positions."""
         # Under autocast the projection is bfloat16 and the residual stream stays in the dtype of the weights.
         x_BKD = self.patch_embed(images, ids_keep_BK).to(self.cls_token.dtype)
         # The class token's own position is zeros.
         return assemble_tokens(x_BKD, ids_keep_BK, self.pos_embed[1:].to(x_BKD.dtype), self.cls_token.flatten())
 
     def run_segment(self, g: int, x_BSD: Tensor) -> Tensor:
-        """z_{g-1} -> z_g."""
+        """Map z_{g-1} to z_g."""
         return add_branch(*self._run_segment(g, x_BSD))
 
     def _run_segment(self, g: int, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """z_{g-1} -> z_g as a sum that the norm after it adds up."""
+        """Map z_{g-1} to z_g, returned as a sum that the norm after it adds up."""
         stop = g * self.config.segment_depth
         start, branch = stop - self.config.segment_depth, None
         for first, last in self.checkpointing.groups(start, stop):
@@ -125,7 +125,7 @@ class Encoder(nn.Module):
     def run_blocks(
         self, first: int, last: int, x_BSD: Tensor, delta_BSD: Tensor | None = None, bias_D: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Blocks ``first`` up to ``last``, that one not included, of x + (delta + bias), as such a sum again."""
+        """Run blocks ``first`` to ``last`` - 1 on x + (delta + bias), and return the parts of such a sum."""
         for block in islice(self.blocks, first, last):  # a slice of a ModuleList is another module, made each time
             x_BSD, delta_BSD, bias_D = block.branches(x_BSD, delta_BSD, bias_D)
         return x_BSD, delta_BSD, bias_D

@@ -1,6 +1,6 @@
-"""How blocks are computed, never what: switches that change speed and memory, and results by rounding at most.
+"""`Execution` says how blocks are computed: its switches change speed and memory, and results by rounding at most.
 
-`ExactSkips` says which work is left out; this says how the rest is done.
+`ExactSkips` says which work is left out; `Execution` says how the rest is done.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ Method = Callable[..., Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """Fusion is meant for outside compiled regions; inside them the compiler fuses as it sees fit, unless told.
+    """Fusion is meant for eager code; inside compiled regions the compiler fuses as it sees fit, unless told otherwise.
 
     fused_norm: residual add and the LayerNorm after it as one kernel (`mirl.kernels.residual_layer_norm`).
     fused_gelu: bias of a hidden layer and GELU as one kernel (`mirl.kernels.bias_gelu`).
     norm_in_regions, gelu_in_regions: these two kernels in compiled regions too, in place of what the compiler writes.
-    bias_in_norm: where that kernel computes the norm, it adds the bias of the Linear before it as well, and its
-    backward pass sums the gradient of that bias, for which the product would read the gradient once more.
-    recompute: keep the inputs of LayerNorm and GELU for the backward pass, not their outputs as well, which are made
-    again there: 6 of 16 values per token and width of an encoder block, for one more pass over each. Same bits. In
+    bias_in_norm: the norm's kernel also adds the bias of the Linear before it, and its backward pass sums the gradient
+    of that bias. Otherwise the backward pass of that Linear would read the gradient once more for the sum.
+    recompute: keep only the inputs of LayerNorm and GELU for the backward pass, which makes their outputs again. This
+    saves 6 of 16 values per token and width of an encoder block, for one more pass over each. The bits are the same. In
     compiled regions it is the partitioner's budget (`mirl.engine.training.compiling`).
     """
 
@@ -38,22 +38,22 @@ class Execution:
 
     @classmethod
     def for_device(cls, device: torch.device, *, recompute: bool = False) -> Execution:
-        """Fused where the kernels are Triton; on a CPU, where they are plain torch, the plain form is faster."""
+        """Choose the fused kernels on a GPU only: on a CPU they are plain torch, and the plain form is faster."""
         on_gpu = device.type == "cuda"
         return cls(fused_norm=on_gpu, fused_gelu=on_gpu, bias_in_norm=on_gpu, recompute=recompute)
 
 
 def fusing(outside: bool, in_regions: bool) -> bool:
-    """Whether to call a fused kernel here: inside a compiled region the compiler's own fusion may be the faster."""
+    """Say whether to call a fused kernel here: inside a compiled region the compiler's own fusion may be faster."""
     return in_regions if torch.compiler.is_compiling() else outside
 
 
 class Regions:
-    """Compiled forms of the methods of blocks: each is compiled once and serves every block of its kind.
+    """Regions are compiled forms of the methods of blocks: each is compiled once and serves every block of its kind.
 
-    Without ``compile_function`` there are none. ``active`` is set by `MIRL.forward`: blocks go through compiled forms
-    only in training steps of the batch size they were made for. Pictures and other batches run eagerly, so nothing is
-    compiled a second time in a run.
+    Without ``compile_function`` there are none. `ComputeChoices.choose` sets ``active``: blocks go through compiled
+    forms only in training steps of the batch size for which these were made. Pictures and other batches run eagerly, so
+    nothing is compiled a second time in a run.
     """
 
     def __init__(self, compile_function: Callable[[Method], Method] | None = None, batch: int = 0) -> None:
@@ -62,7 +62,7 @@ class Regions:
         self._compiled: dict[Method, Method] = {}
 
     def get(self, method: Method) -> Method:
-        """The compiled form of ``method``, or itself where there is none or it does not apply."""
+        """Return the compiled form of ``method``, or ``method`` itself where no compiled form exists or applies."""
         if not self.active or self.compile_function is None or not torch.is_grad_enabled():
             return method
         if method not in self._compiled:
@@ -73,10 +73,11 @@ class Regions:
 def apply_keeping_input(
     cheap: Callable[[Tensor], Tensor], consumer: Callable[[Tensor], Tensor], x: Tensor, y: Tensor
 ) -> Tensor:
-    """``consumer(y)`` of y = cheap(x), where the consumer's graph keeps x in place of y and calls ``cheap`` again.
+    """Return ``consumer(y)`` of y = cheap(x); the consumer's graph keeps x in place of y and calls ``cheap`` again.
 
-    ``consumer`` is a linear layer: it keeps y, or a view of all of it. ``cheap`` is deterministic, so the bits are
-    those of keeping y. Under torch.compile this is ``consumer(y)``: its partitioner makes the same trade, by a budget.
+    ``consumer`` is a linear layer: it keeps y, or a view of all of it. ``cheap`` is deterministic, so the bits are the
+    same as if y were kept. Under torch.compile the function is plain ``consumer(y)``: the partitioner makes the same
+    trade, by a budget.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return consumer(y)

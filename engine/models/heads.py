@@ -1,4 +1,4 @@
-"""Prediction heads: decoder tokens [B, R, E] to pixels [B, R, Q]."""
+"""Prediction heads turn decoder tokens [B, R, E] into pixels [B, R, Q]."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class WeightNormHead(nn.Module):
-    """The release's head: a linear map whose matrix has, for each INPUT feature, a column of fixed length.
+    """The release's head is a linear map whose matrix has, for each INPUT feature, a column of fixed length.
 
     W[:, e] = weight_g[e] * weight_v[:, e] / |weight_v[:, e]|. The magnitude ``weight_g`` stays 1: it is a buffer,
     because a frozen Parameter breaks ZeRO-3 with activation checkpointing. The norm is taken in float32 or better.
@@ -23,7 +23,7 @@ class WeightNormHead(nn.Module):
         self.register_buffer("weight_g", torch.ones(width))
 
     def weight(self) -> Tensor:
-        """The matrix in use, [Q, E]."""
+        """Return the matrix in use, [Q, E]."""
         precise = torch.promote_types(self.weight_v.dtype, torch.float32)
         direction_QE = self.weight_v.to(precise)
         scale_E = self.weight_g.to(precise) / torch.linalg.vector_norm(direction_QE, dim=0)
@@ -34,5 +34,5 @@ class WeightNormHead(nn.Module):
 
 
 def prediction_head(variant: str, width: int, pixels: int) -> nn.Module:
-    """A plain Linear (paper) or a `WeightNormHead` (release)."""
+    """Make a plain Linear (paper) or a `WeightNormHead` (release)."""
     return nn.Linear(width, pixels) if variant == "paper" else WeightNormHead(width, pixels)

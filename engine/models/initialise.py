@@ -1,4 +1,4 @@
-"""How every parameter begins."""
+"""Set the first value of every parameter."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The pieces of a transformer block, under timm's key names, with the parts of them that the exact skips need.
+"""The pieces of a transformer block stand under timm's key names, with the methods that the exact skips need.
 
-A block takes the residual stream as a sum (x, delta) that is not yet added up, and returns one: so every addition meets
+A block takes the residual stream as an open sum (x, delta), not yet added up, and returns one. So every addition meets
 the LayerNorm that follows it, and the two can be one pass. The bias of the Linear that made delta may be left to that
 pass too; it then goes beside delta.
 
@@ -30,9 +30,9 @@ def layer_norm(width: int) -> nn.LayerNorm:
 
 
 class ResidualNorm(nn.LayerNorm):
-    """The LayerNorm that follows a residual addition: (x, delta) -> (x + delta, LN(x + delta)).
+    """This LayerNorm follows a residual addition: (x, delta) -> (x + delta, LN(x + delta)).
 
-    ``after_linear``: delta is what a Linear made.
+    ``after_linear``: delta is the output of a Linear.
     """
 
     def __init__(self, width: int, after_linear: bool = True) -> None:
@@ -41,9 +41,10 @@ class ResidualNorm(nn.LayerNorm):
         self.execution = Execution()
 
     def adds_bias(self, in_region: bool) -> bool:
-        """Whether the bias of the Linear before it is better left to it. ``in_region``: it will be compiled.
+        """Say whether the Linear before this norm should leave its bias to it.
 
-        A parameter that ZeRO-3 has sharded is there in its own layer's pass alone.
+        ``in_region``: the norm will run in a compiled region. Under ZeRO-3 no bias is left: a sharded parameter is
+        whole in its own layer's pass alone.
         """
         fused = self.execution.norm_in_regions if in_region else self.execution.fused_norm
         return fused and self.execution.bias_in_norm and not hasattr(self.weight, "ds_id")
@@ -51,7 +52,7 @@ class ResidualNorm(nn.LayerNorm):
     def forward(
         self, x_BSD: Tensor, delta_BSD: Tensor | None = None, delta_bias_D: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``delta_BSD`` None: nothing to add, x itself is the first result. ``delta_bias_D``: to be added to delta."""
+        """Return sum and norm. ``delta_BSD`` None: x itself is the sum. ``delta_bias_D``: a bias to add to delta."""
         if fusing(self.execution.fused_norm, self.execution.norm_in_regions):
             # Under autocast a branch is bfloat16 and the residual stream is not.
             delta_BSD = None if delta_BSD is None else delta_BSD.to(x_BSD.dtype)
@@ -60,16 +61,16 @@ class ResidualNorm(nn.LayerNorm):
         return total_BSD, super().forward(total_BSD)
 
     def feed(self, consumer: Callable[[Tensor], Tensor], total_BSD: Tensor, normed_BSD: Tensor) -> Tensor:
-        """``consumer(normed)``, which keeps ``total`` for its backward pass under `Execution.recompute`."""
+        """Return ``consumer(normed)``, which keeps ``total`` for its backward pass under `Execution.recompute`."""
         if not self.execution.recompute:
             return consumer(normed_BSD)
         return apply_keeping_input(lambda total: self.forward(total)[1], consumer, total_BSD, normed_BSD)
 
 
 class StreamNorm(ResidualNorm):
-    """The LayerNorm of a residual stream for those who read it: ``norm(x)`` is LN(x).
+    """This LayerNorm hands a residual stream to its readers: ``norm(x)`` is LN(x).
 
-    Of an open sum, ``norm(x, delta, delta_bias)``, it gives what `ResidualNorm` gives.
+    For an open sum, ``norm(x, delta, delta_bias)`` returns the same as `ResidualNorm`.
     """
 
     def forward(self, x_BSD: Tensor, delta_BSD: Tensor | None = None, delta_bias_D: Tensor | None = None) -> Any:
@@ -77,38 +78,38 @@ class StreamNorm(ResidualNorm):
         return normed_BSD if delta_BSD is None else (total_BSD, normed_BSD)
 
 
-# x, delta and a bias that delta lacks, if any: a residual stream that is still to be added up.
+# An open sum is a residual stream that is still to be added up: x, delta, and a bias that delta lacks, if any.
 Branch = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def add_branch(x_BSD: Tensor, delta_BSD: Tensor | None, delta_bias_D: Tensor | None) -> Tensor:
-    """x + delta, x + (delta + bias) where the Linear that made delta left its bias, or x where there is no delta."""
+    """Add up x + delta; x + (delta + bias) if the Linear that made delta left its bias; x alone if delta is None."""
     if delta_BSD is None:
         return x_BSD
     return x_BSD + (delta_BSD if delta_bias_D is None else delta_BSD + delta_bias_D)
 
 
 class OpenLinear(nn.Linear):
-    """A Linear that can leave its bias to the kernel after it."""
+    """This Linear can leave its bias to the kernel after it."""
 
     def forward(self, x_BSD: Tensor, add_bias: bool = True) -> Tensor:
         return F.linear(x_BSD, self.weight, self.bias if add_bias else None)
 
 
 class QKVLinear(nn.Linear):
-    """Queries, keys and values in one matrix [3D, D], parts of which a caller can ask for different positions."""
+    """One matrix [3D, D] makes queries, keys and values; a caller can ask for parts of it at different positions."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, 3 * width)
 
     def forward(self, x_BSD: Tensor, *, bias_gradient: bool = True) -> Tensor:
-        """[B, S, D] -> [B, S, 3D]. ``bias_gradient`` False: left to who reads it."""
+        """Project [B, S, D] to [B, S, 3D]. ``bias_gradient`` False leaves the bias's gradient to the reader."""
         return F.linear(x_BSD, self.weight, self.bias if bias_gradient else self.bias.detach())
 
     def of_several(
         self, *asked: tuple[Tensor, Literal["qkv", "q", "kv"]], bias_gradient: bool = True
     ) -> tuple[Tensor, ...]:
-        """Of each tensor [..., D] the part that is named beside it; together the parts are all of the matrix."""
+        """Project each tensor [..., D] with the part named beside it; together the parts make up the whole matrix."""
         width = self.in_features
         rows = {"qkv": (0, 3 * width), "q": (0, width), "kv": (width, 3 * width)}
         bias_3D = self.bias if bias_gradient else self.bias.detach()
@@ -116,13 +117,13 @@ class QKVLinear(nn.Linear):
 
 
 class HeadedAttention(nn.Module):
-    """What self- and cross-attention share: heads, the resolved backend, and the output projection."""
+    """Self- and cross-attention share the heads, the resolved backend and the output projection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.head_dim = width // heads
-        self.backend: AttentionBackend | str = "auto"  # MIRL.resolve_attention sets what it resolved
+        self.backend: AttentionBackend | str = "auto"  # ComputeChoices sets the resolved backend
         self.proj = OpenLinear(width, width)
 
     def attend(
@@ -133,14 +134,15 @@ class HeadedAttention(nn.Module):
         bias: Tensor | None = None,
         kv_bias_2D: Tensor | None = None,
     ) -> Tensor:
-        """[B, R, D] queries over [B, T, 2D] keys and values -> [B, R, D], not yet projected. Any strides in B, R, T.
+        """Attend with [B, R, D] queries to [B, T, 2D] keys and values, and return [B, R, D], not yet projected.
 
-        Without ``kv_BT2D`` all three are in [B, S, 3D]. The biases: see `mirl.kernels.packed_attention`.
+        Without ``kv_BT2D`` all three are in [B, S, 3D]. Strides in B, R and T are free. The biases: see
+        `mirl.kernels.packed_attention`.
         """
         return packed_attention(q_BRD, kv_BT2D, self.heads, backend=self.backend, bias=bias, kv_bias_2D=kv_bias_2D)
 
     def takes_bias(self, queries: int, keys: int) -> bool:
-        """Tell whether `attend` makes the gradients of the biases of so many queries and keys.
+        """Say whether `attend` makes the gradients of the biases of so many queries and keys.
 
         It leaves them to the Linear layers under ZeRO 3, which has a parameter whole in the pass of its own layer only.
         """
@@ -150,34 +152,35 @@ class HeadedAttention(nn.Module):
 
 
 class Attention(HeadedAttention):
-    """Multi-head self-attention."""
+    """Compute multi-head self-attention."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width, heads)
         self.qkv = QKVLinear(width)
 
     def project(self, x_BSD: Tensor) -> Tensor:
-        """Queries, keys and values for `forward`: [B, S, 3D]."""
+        """Make queries, keys and values for `forward`: [B, S, 3D]."""
         return self.qkv(x_BSD, bias_gradient=not self.takes_bias(x_BSD.shape[1], x_BSD.shape[1]))
 
     def forward(self, qkv_BS3D: Tensor, add_bias: bool = True) -> Tensor:
-        """Of what `project` gave, which may have left the gradient of its bias to this: [B, S, D].
+        """Attend with the result of `project`, and project: [B, S, D].
 
-        ``add_bias``: that of the projection.
+        `project` may have left its bias's gradient to this method. ``add_bias``: whether the output projection adds its
+        bias.
         """
         bias_3D = self.qkv.bias if self.takes_bias(qkv_BS3D.shape[1], qkv_BS3D.shape[1]) else None
         return self.proj(self.attend(qkv_BS3D, bias=bias_3D), add_bias)
 
 
 class QueryLinear(nn.Linear):
-    """A Linear that can leave the gradient of its bias to the attention after it."""
+    """This Linear can leave the gradient of its bias to the attention after it."""
 
     def forward(self, x_BSD: Tensor, bias_gradient: bool = True) -> Tensor:
         return F.linear(x_BSD, self.weight, self.bias if bias_gradient else self.bias.detach())
 
 
 class CrossAttention(HeadedAttention):
-    """Multi-head attention whose keys and values come from elsewhere: `q` and `kv` project, `attend` asks."""
+    """Keys and values of this multi-head attention come from elsewhere: `q` and `kv` project, `attend` attends."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width, heads)
@@ -186,11 +189,11 @@ class CrossAttention(HeadedAttention):
 
 
 class HiddenLinear(OpenLinear):
-    """The first of an `Mlp`, which can leave its bias to the GELU after it."""
+    """The first Linear of an `Mlp` can leave its bias to the GELU after it."""
 
 
 class Mlp(nn.Module):
-    """Linear, erf-GELU, Linear."""
+    """Compute Linear, erf-GELU, Linear."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -205,7 +208,7 @@ class Mlp(nn.Module):
         return fusing(self.execution.fused_gelu, self.execution.gelu_in_regions)
 
     def finish(self, hidden_BSF: Tensor, add_bias: bool = True) -> Tensor:
-        """GELU and the second Linear, from what `fc1` gave. ``add_bias``: of the second."""
+        """Apply GELU and the second Linear to the output of `fc1`. ``add_bias``: whether that Linear adds its bias."""
         fused = self._fused()
 
         def last(active_BSF: Tensor) -> Tensor:
@@ -219,16 +222,17 @@ class Mlp(nn.Module):
         return apply_keeping_input(activate, last, hidden_BSF, activate(hidden_BSF))
 
     def after(self, norm: ResidualNorm, total_BSD: Tensor, normed_BSD: Tensor, add_bias: bool = True) -> Tensor:
-        """``self(normed)``, with the recomputation of ``norm``. ``add_bias``: of the second Linear."""
+        """Return ``self(normed)``, with the recomputation of ``norm``. ``add_bias``: as in `finish`."""
         first = not self._fused()
         return self.finish(norm.feed(lambda y_BSD: self.fc1(y_BSD, first), total_BSD, normed_BSD), add_bias)
 
 
 class Block(nn.Module):
-    """Pre-norm encoder block: x += SelfAttn(LN x); x += MLP(LN x). ``drop_path`` is its rate of stochastic depth.
+    """A pre-norm encoder block computes x += SelfAttn(LN x); x += MLP(LN x).
 
-    ``leaves_bias``: False where some block of the model drops paths, so that the biases go the same way in all blocks.
-    ``parts``: consecutive sequences of a batch that are of one image, which is dropped or kept as a whole.
+    ``drop_path``: its rate of stochastic depth.
+    ``leaves_bias``: False if any block of the model drops paths, so that biases are treated alike in all blocks.
+    ``parts``: consecutive sequences of a batch that belong to one image, which is dropped or kept as a whole.
     """
 
     def __init__(
@@ -249,8 +253,9 @@ class Block(nn.Module):
     def branches(
         self, x_BSD: Tensor, delta_BSD: Tensor | None = None, delta_bias_D: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The block of x + (delta + bias), as such a sum again: what went into the MLP's branch, what came out of it,
-        and the bias that it lacks, if any.
+        """Run the block on x + (delta + bias) and return an open sum of the same form.
+
+        The sum has the input of the MLP's branch, the branch's output, and the bias that the output lacks, if any.
         """
         # Drawn here, so that a compiled region has no random numbers and no rate of its own.
         scales_B11 = (self.drop_scale(x_BSD), self.drop_scale(x_BSD))
@@ -268,7 +273,10 @@ class Block(nn.Module):
         attention_scale_B11: Tensor | None,
         mlp_scale_B11: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """`branches`, as a compiled region sees it. ``leave_bias``: of both branches, to the norms after them."""
+        """Compute `branches` in the form that a region compiles.
+
+        ``leave_bias``: whether both branches leave their biases to the norms after them.
+        """
         x_BSD, y_BSD = self.norm1(x_BSD, delta_BSD, delta_bias_D)
         branch_BSD = self.attn(self.norm1.feed(self.attn.project, x_BSD, y_BSD), not leave_bias)
         if attention_scale_B11 is not None:
@@ -278,7 +286,10 @@ class Block(nn.Module):
         return x_BSD, branch_BSD if mlp_scale_B11 is None else branch_BSD * mlp_scale_B11
 
     def drop_scale(self, x_BSD: Tensor) -> Tensor | None:
-        """Stochastic depth: in training 0 with probability ``drop_path`` an image, else 1 / (1 - ``drop_path``)."""
+        """Draw stochastic depth's scales: 0 with probability ``drop_path`` an image, else 1 / (1 - ``drop_path``).
+
+        Outside of training, and at rate 0, there are none.
+        """
         if not self.training or self.drop_path == 0:
             return None
         keep = 1 - self.drop_path

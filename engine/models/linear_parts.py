@@ -1,7 +1,7 @@
-"""Several products with parts of one matrix, whose gradients meet in the gradient of that matrix.
+"""Several products with parts of one matrix are one node of the graph, which writes one gradient of that matrix.
 
-As separate nodes of the graph each would return a gradient of its part, to be copied beside the others or added to
-them: two launches a product, and the matrix read and written again.
+If each product were a node, each would return a gradient of its part, to be copied beside the others or added to them.
+That would cost two launches a product, and the matrix would be read and written again.
 
 Letters: P rows of the whole matrix, p those of one part, E width of the inputs.
 """
@@ -21,7 +21,7 @@ from mirl.kernels.dispatch import uses_triton
 def linear_parts(
     weight_PE: Tensor, bias_P: Tensor, inputs: Sequence[Tensor], parts: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, ...]:
-    """For each of ``inputs`` [..., E], its product with rows ``first`` to ``last`` - 1 of the matrix: [..., p].
+    """Multiply each of ``inputs`` [..., E] with its rows ``first`` to ``last`` - 1 of the matrix: [..., p].
 
     parts: (first, last) of each input. Two parts are equal or have no row in common, and all together are the whole
     matrix. Differentiable in matrix, bias and inputs, once. ValueError for other parts.
@@ -55,7 +55,7 @@ class _LinearParts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         weight_PE, *inputs = ctx.saved_tensors
         grad_weight_PE = torch.empty_like(weight_PE)
-        # A bias that asks for none gets its gradient elsewhere.
+        # A detached bias gets its gradient elsewhere, in the attention.
         grad_bias_P = weight_PE.new_empty(len(weight_PE)) if ctx.needs_input_grad[2] else None
         grad_inputs: list[Tensor | None] = [None] * len(inputs)
         written: set[tuple[int, int]] = set()

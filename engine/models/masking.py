@@ -1,4 +1,4 @@
-"""Random masking: noise in, sorted patch ids out. Nothing here draws random numbers.
+"""Random masking turns noise into sorted patch ids. Nothing here draws random numbers.
 
 Shapes: B batch, N patches, K kept, M masked. Ids are int64.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PatchMask:
-    """Which patches of each image are kept.
+    """A mask says which patches of each image are kept.
 
     ids_keep [B, K], ids_masked [B, M]: patch numbers, ascending in each row; together each patch once.
     ids_restore [B, N]: the row of patch n in concat(kept, masked), so below K where n is kept.
@@ -26,17 +26,17 @@ class PatchMask:
 
     @cached_property
     def mask_BN(self) -> Tensor:
-        """bool [B, N], True = masked."""
+        """Return bool [B, N], True = masked."""
         return self.ids_restore >= self.ids_keep.shape[1]
 
     @cached_property
     def visible_rows_B1K(self) -> Tensor:
-        """[B, 1 + K], rows of the class token and the kept patches in a full sequence [B, 1 + N, ...]."""
+        """Return [B, 1 + K], the rows of the class token and the kept patches in a full sequence [B, 1 + N, ...]."""
         return torch.cat([self.ids_keep.new_zeros(len(self.ids_keep), 1), self.ids_keep + 1], dim=1)
 
     @cached_property
     def masked_rows_BM(self) -> Tensor:
-        """[B, M], rows of the masked patches in a full sequence [B, 1 + N, ...]."""
+        """Return [B, M], the rows of the masked patches in a full sequence [B, 1 + N, ...]."""
         return self.ids_masked + 1
 
     @property
@@ -48,9 +48,9 @@ class PatchMask:
 
     @classmethod
     def from_bool(cls, mask_BN: Tensor, num_kept: int) -> PatchMask:
-        """From bool [B, N], True = masked, with exactly ``num_kept`` kept patches in each row.
+        """Make a mask from bool [B, N], True = masked, with exactly ``num_kept`` kept patches in each row.
 
-        The count is not checked: that would wait for the device.
+        The count is not checked: a check would wait for the device.
         """
         # A stable sort of False before True lists the kept patches, then the masked ones, each in ascending order.
         order_BN = torch.argsort(mask_BN.to(torch.uint8), dim=1, stable=True)

@@ -1,4 +1,4 @@
-"""Masked Image Residual Learning: encoder, G decoders and their objective, as one pure function of images and mask.
+"""Masked Image Residual Learning is an encoder, G decoders and their objective, a pure function of images and mask.
 
 Shapes: B batch, N patches, K kept, M masked, G segments, D encoder width, E decoder width, Q pixels of a patch.
 """
@@ -25,8 +25,9 @@ from mirl.engine.models.skips import ExactSkips
 
 
 class MIRLOutput(NamedTuple):
-    """loss: scalar; terms: [number of terms], unweighted, in the order of `MIRL.term_names`; both float32.
+    """The model returns its loss and what belongs to it.
 
+    loss: scalar; terms: [number of terms], unweighted, in the order of `MIRL.term_names`; both float32.
     predictions: G tensors [B, N, Q] of decoders 1..G if ``full`` was asked for, else None. mask: the mask in use.
     """
 
@@ -37,11 +38,11 @@ class MIRLOutput(NamedTuple):
 
 
 class MIRL(ComputeChoices):
-    """The model of a `ModelConfig`, initialised from torch's global random numbers.
+    """The model is built from a `ModelConfig` and initialised from torch's global random numbers.
 
-    State dict: ``encoder.*`` with timm's names; ``embeds.g`` is Linear_g (g = 1..G, and 0 under DID); ``decoders.g``
-    (g = 1..G); ``mask_token`` in the paper's variant, ``decoders.g.mask_token`` in the release's. Positions are not in
-    it: they are fixed.
+    State dict: ``encoder.*`` with timm's names; ``embeds.g`` is Linear_g (g = 1..G, and 0 under DID); ``decoders.g`` (g
+    = 1..G); ``mask_token`` in the paper's variant, ``decoders.g.mask_token`` in the release's. Positions are fixed, so
+    the state dict leaves them out.
     """
 
     decoder_pos_embed: Tensor
@@ -66,12 +67,12 @@ class MIRL(ComputeChoices):
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        """Of the terms that `forward` returns: those of the pixels, then "feature" and "vgg" where they are on."""
+        """Name the terms that `forward` returns: those of the pixels, then "feature" and "vgg" where they are on."""
         extra = [name for name in ("feature", "vgg") if getattr(self.config, f"{name}_loss")]
         return (*(term.name for term in self.terms), *extra)
 
     def set_perceptual(self, loss: PerceptualLoss) -> None:
-        """The VGG-16 of ``vgg_loss``. It is no part of the model: neither trained nor sharded nor saved with it."""
+        """Set the VGG-16 of ``vgg_loss``. It is no part of the model: not trained, sharded or saved with it."""
         self._perceptual = (loss,)  # a module in a tuple is not registered
 
     def forward(
@@ -83,13 +84,13 @@ class MIRL(ComputeChoices):
         teacher_features: Tensor | None = None,
         full: bool = False,
     ) -> MIRLOutput:
-        """Loss of reconstructing the masked patches of ``images`` from the kept ones.
+        """Compute the loss of reconstructing the masked patches of ``images`` from the kept ones.
 
         images: uint8 [B, H, W, C], normalised inside, or float [B, C, H, W], already normalised.
         noise: float [B, N], the K smallest of a row are kept; or mask: a `PatchMask`. Exactly one of them.
-        teacher_features: [B, N, D] of `EmaTeacher`, what ``feature_loss`` predicts where the patches are masked.
-        full: predict all N patches and return the predictions; the loss stays that of the masked ones. Without
-        teacher_features, or without a VGG-16, that term is then left out.
+        teacher_features: [B, N, D] of `EmaTeacher`, which ``feature_loss`` predicts for the masked patches.
+        full: predict all N patches and return the predictions; the loss stays that of the masked ones. A full pass
+        without teacher_features leaves out the feature loss, one without a VGG-16 the perceptual loss.
         Raises ValueError for images, a mask or features of another shape than the model's, or if an extra loss lacks
         what it needs.
         """
@@ -109,7 +110,7 @@ class MIRL(ComputeChoices):
         return MIRLOutput(loss, terms, tuple(predictions) if full else None, mask)
 
     def trial_loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """The loss under random masks, and random features for the feature loss."""
+        """Return the loss under random masks, with random features for the feature loss."""
         shape = (len(images), self.config.num_patches)
         noise = torch.rand(shape, generator=generator).to(images.device)
         features = None
@@ -120,10 +121,11 @@ class MIRL(ComputeChoices):
     def decode(
         self, latents: dict[int, Tensor], mask: PatchMask, masked_only: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """From LN_g(z_g) [B, 1 + K, D], of decoders 1..G: predictions [B, M, Q] if ``masked_only``, else [B, N, Q];
-        and predicted features, with D in place of Q, or nothing where there is no feature loss.
+        """Decode LN_g(z_g) [B, 1 + K, D] with decoders 1..G: predictions [B, M, Q] if ``masked_only``, else [B, N, Q].
+
+        The second list has the predicted features, with D in place of Q; it is empty without a feature loss.
         """
-        dtype = self.weight_dtype  # under autocast, too, the residual stream stays in it
+        dtype = self.weight_dtype  # the residual stream stays in this dtype under autocast, too
         embedded = {g: self.embeds[str(g)](latent_BTD).to(dtype) for g, latent_BTD in latents.items()}
         cross_inputs = self.dense_inputs(embedded)
         context = DecoderContext.make(mask, self.decoder_pos_embed.to(dtype), masked_only)
@@ -143,7 +145,7 @@ class MIRL(ComputeChoices):
         teacher_features: Tensor | None,
         full: bool,
     ) -> Iterator[tuple[float, Tensor]]:
-        """Weight and value of the losses beside that of the pixels."""
+        """Yield weight and value of each loss beside that of the pixels."""
         config = self.config
         if config.feature_loss and not (full and teacher_features is None):
             wanted = (len(images), config.num_patches, config.width)
@@ -158,7 +160,7 @@ class MIRL(ComputeChoices):
             yield config.vgg_loss, perceptual_loss(config, self.terms, predictions, images, mask, self._perceptual[0])
 
     def dense_inputs(self, embedded: dict[int, Tensor]) -> dict[int, list[CrossInput | None]]:
-        """What the cross-attention of each block of decoder g reads (Eq. 8), for g = 1..G; see `Decoder.forward`."""
+        """Return the input of each block's cross-attention in decoder g (Eq. 8), g = 1..G; see `Decoder.forward`."""
         config = self.config
         without = [None] * (config.decoder_depth - config.did_blocks)
         numbers = range(1, config.segments + 1)
@@ -174,7 +176,7 @@ class MIRL(ComputeChoices):
         lengths = [g * sources[0].shape[1] for g, _ in readers]
         linears = [block.cross_attn.kv for _, block in readers]
         weight_GFE, bias_GF = fold_norms([block.norm_kv for _, block in readers], linears)
-        # Under attention that makes their gradients, the biases go there, all in one.
+        # Attention that makes the biases' gradients takes the biases: of all blocks or none, as they are one tensor.
         sums = all(block.cross_attn.takes_bias(1 + config.num_patches, length)
                    for (_, block), length in zip(readers, lengths, strict=True))  # fmt: skip
         biases = bias_GF.unbind() if sums else [None] * len(readers)
@@ -184,7 +186,7 @@ class MIRL(ComputeChoices):
         return {g: [next(inputs) for _ in range(config.did_blocks)] + without for g in numbers}
 
     def _resolve_mask(self, images: Tensor, noise: Tensor | None, mask: PatchMask | None) -> PatchMask:
-        """The mask to use, after checking its shape."""
+        """Return the mask to use, after checking its shape."""
         if (noise is None) == (mask is None):
             raise ValueError(
                 "give noise [B, N], or a mask: exactly one of them (the model itself draws no random numbers)"

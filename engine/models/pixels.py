@@ -1,4 +1,4 @@
-"""Images as patches and back, and the normalisations on the way.
+"""Turn images into patches and back, with the normalisations on the way.
 
 Shapes: B batch, H W image, C channels, N patches (row-major), P patch side, Q = P * P * C in (p, q, c) order.
 Images are uint8 [B, H, W, C], or floating point [B, C, H, W] and then already normalised per channel.
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-VARIANCE_EPS = 1e-6  # of the per-patch normalisation, as in MAE
+VARIANCE_EPS = 1e-6  # the per-patch normalisation of MAE has the same
 
 
 def image_layout(images: Tensor) -> str:
-    """ "BHWC" for uint8 images, "BCHW" for floating-point ones. ValueError for anything else."""
+    """Return "BHWC" for uint8 images, "BCHW" for floating-point ones. ValueError for anything else."""
     if images.ndim != 4:
         raise ValueError(f"images have shape {list(images.shape)}: give uint8 [B, H, W, C] or float [B, C, H, W]")
     if images.dtype == torch.uint8:
@@ -26,7 +26,7 @@ def image_layout(images: Tensor) -> str:
 
 
 def normalise_images(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """[B, C, H, W] in ``dtype``: (value / 255 - mean) / std of uint8 images; floating-point ones as they are."""
+    """Return [B, C, H, W] in ``dtype``: (value / 255 - mean) / std of uint8 images; floating-point ones as they are."""
     if image_layout(images) == "BCHW":
         return images.to(dtype)
     mean_C, std_C = (_filled(values, dtype, images.device) for values in (mean, std))
@@ -34,12 +34,12 @@ def normalise_images(images: Tensor, mean: Sequence[float], std: Sequence[float]
 
 
 def _filled(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``values`` [C] on ``device``, written there: a copy to a GPU would wait for all that it still has to do."""
+    """Write ``values`` [C] on ``device`` itself: a copy to a GPU would wait for all its pending work."""
     return torch.cat([torch.full((1,), value, dtype=dtype, device=device) for value in values])
 
 
 def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
-    """[B, C, H, W] -> [B, N, Q]."""
+    """Cut [B, C, H, W] into patches [B, N, Q]."""
     batch, channels, height, width = images_BCHW.shape
     rows, columns = height // patch_size, width // patch_size
     split = images_BCHW.reshape(batch, channels, rows, patch_size, columns, patch_size)
@@ -47,7 +47,7 @@ def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches_BNQ: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """[B, N, Q] -> [B, C, H, W], the inverse of `patchify`; ``grid`` is patches down and across."""
+    """Put [B, N, Q] together to [B, C, H, W], the inverse of `patchify`; ``grid`` is patches down and across."""
     batch, _, pixels = patches_BNQ.shape
     rows, columns = grid
     channels = pixels // patch_size**2
@@ -56,19 +56,19 @@ def unpatchify(patches_BNQ: Tensor, grid: tuple[int, int], patch_size: int) -> T
 
 
 def patch_statistics(patches_BNQ: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and sqrt(variance + 1e-6) of each patch over its pixels, variance unbiased: two [B, N, 1]."""
+    """Return mean and sqrt(variance + 1e-6) of each patch over its pixels, variance unbiased: two [B, N, 1]."""
     variance, mean = torch.var_mean(patches_BNQ, dim=-1, keepdim=True)
     return mean, (variance + VARIANCE_EPS).sqrt()
 
 
 def normalise_patches(patches_BNQ: Tensor) -> Tensor:
-    """The target of the loss under ``norm_pix``: each patch with mean 0 and variance 1."""
+    """Make the target of the loss under ``norm_pix``: each patch with mean 0 and variance 1."""
     mean, deviation = patch_statistics(patches_BNQ)
     return (patches_BNQ - mean) / deviation
 
 
 def denormalise_patches(predicted_BNQ: Tensor, true_patches_BNQ: Tensor) -> Tensor:
-    """The inverse of `normalise_patches` for a prediction, with the mean and deviation of the *true* patches.
+    """Invert `normalise_patches` for a prediction, with the mean and deviation of the *true* patches.
 
     A picture made this way shows structure that the model predicted, at a brightness and contrast that it was told.
     """
@@ -77,7 +77,7 @@ def denormalise_patches(predicted_BNQ: Tensor, true_patches_BNQ: Tensor) -> Tens
 
 
 def to_uint8(images_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """The inverse of `normalise_images`: [B, C, H, W] -> uint8 [B, H, W, C], clipped and rounded."""
+    """Invert `normalise_images`: [B, C, H, W] -> uint8 [B, H, W, C], clipped and rounded."""
     mean_C, std_C = (
         torch.tensor(tuple(values), dtype=torch.float32, device=images_BCHW.device) for values in (mean, std)
     )

@@ -1,4 +1,4 @@
-"""The teacher of the feature loss (Table 2a): a slow copy of the encoder that sees every patch."""
+"""The teacher of the feature loss (Table 2a) is a slow copy of the encoder that sees every patch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from mirl.engine.models.encoder import Encoder
 
 
 class EmaTeacher(ComputeChoices):
-    """An exponential moving average, in float32, of a model's encoder (segment norms left out).
+    """The teacher is an exponential moving average, in float32, of a model's encoder without its segment norms.
 
-    decay: share of the old average that an update keeps. The average is taken of the weights the model computes with.
+    decay: share of the old average that an update keeps. The average is taken of the weights with which the model
+    computes.
     """
 
     def __init__(self, model: nn.Module, config: ModelConfig, decay: float) -> None:
@@ -47,7 +48,7 @@ class EmaTeacher(ComputeChoices):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """average = decay * average + (1 - decay) * weight."""
+        """Set average = decay * average + (1 - decay) * weight."""
         averages, weights = [], []
         for _, average, weight in self._pairs(model):
             averages.append(average)
@@ -56,7 +57,7 @@ class EmaTeacher(ComputeChoices):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Targets [B, N, D], float32: the patches' latents, normalised over D without scale and shift.
+        """Return targets [B, N, D], float32: the patches' latents, normalised over D without scale and shift.
 
         images: as `MIRL` takes them, unmasked. The learned scale and shift are left out, so that the teacher cannot
         make its targets easy by shrinking them.

@@ -1,1 +1,1 @@
-"""Everything that starts from a pre-trained encoder: pieces that all such runs share, and a folder for each kind."""
+"""This room has everything that starts from a pre-trained encoder: shared pieces, and a folder for each kind of run."""

@@ -1,4 +1,4 @@
-"""What every model of transfer has in common: a pre-trained encoder inside it."""
+"""Every model of transfer has a pre-trained encoder inside it."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from mirl.engine.models.masking import PatchMask
 
 
 class EncoderModel(Protocol):
-    """A model built around an encoder; a classifier is one."""
+    """This is a model built around an encoder; a classifier is one."""
 
     @property
     def config(self) -> ModelConfig:
-        """The encoder as it is fine-tuned."""
+        """Return the configuration of the encoder as it is fine-tuned."""
         ...
 
     @property
     def position_grid(self) -> tuple[int, int]:
-        """Patches (rows, columns) that the positions were made for, before they were resampled."""
+        """Return the patches (rows, columns) for which the positions were made, before they were resampled."""
         ...
 
     @property
     def encoder(self) -> Any:
-        """The encoder: ``blocks`` and what comes before and after them."""
+        """Return the encoder: ``blocks`` and the modules before and after them."""
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of any `torch.nn.Module`."""
+        """Yield names and parameters, as any `torch.nn.Module` does."""
         ...
 
 
 def encoder_config(config: ModelConfig, drop_path: float = 0.0, attention: str = "auto") -> ModelConfig:
-    """``config`` as that of a plain Vision Transformer of all its blocks, without norms that only decoders read.
+    """Return ``config`` for a plain Vision Transformer of all its blocks, without norms that only decoders read.
 
     The attention backend of pre-training is not taken over: it may not run here.
     """
@@ -48,6 +48,6 @@ def encoder_config(config: ModelConfig, drop_path: float = 0.0, attention: str =
 
 
 def all_visible(batch: int, num_patches: int, device: torch.device) -> PatchMask:
-    """The mask that hides nothing."""
+    """Make the mask that hides nothing."""
     ids_BN = torch.arange(num_patches, device=device).expand(batch, num_patches)
     return PatchMask(ids_keep=ids_BN, ids_masked=ids_BN[:, :0], ids_restore=ids_BN)

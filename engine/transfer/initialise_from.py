@@ -1,4 +1,4 @@
-"""The weights that fine-tuning starts from: those of a pre-trained encoder, some of them fresh again."""
+"""Fine-tuning starts from the weights of a pre-trained encoder, some of them fresh again."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SAME = ("width", "heads", "mlp_width", "patch_size", "channels", "depth")
 
 
 def initialise_from(model: EncoderModel, source_config: ModelConfig, encoder_weights: dict[str, Tensor]) -> list[str]:
-    """Set the weights of ``model.encoder``; returns one line for each thing that is not simply taken over.
+    """Set the weights of ``model.encoder``; return one line for each thing that is not simply taken over.
 
     encoder_weights: under timm's names without a prefix, as `mirl.engine.checkpoints.pretrained.load_encoder` returns
-    them. ``norm`` is left out where the model has none. The blocks that a model pre-trained truncated lacks,
-    and the head, stay as they were initialised. Trained positions start from the fixed ones.
+    them. ``norm`` is left out if the model has none. The blocks that a truncated pre-trained model lacks, and the head,
+    stay as they were initialised. Trained positions start from the fixed ones.
 
     Raises:
         UserError: an encoder of another shape, or weights that are missing, superfluous or of another shape.
@@ -55,8 +55,9 @@ def initialise_from(model: EncoderModel, source_config: ModelConfig, encoder_wei
 
 
 def exact_reader(model: nn.Module) -> FragmentReader:
-    """A reader of the weights of ``model`` as they are now: in bf16 DeepSpeed makes its fp32 weights of rounded ones,
-    and low bits are lost.
+    """Return a reader of the weights of ``model`` as they are now.
+
+    In bf16 DeepSpeed would make its fp32 weights from rounded ones, and low bits would be lost.
     """
     weights = {name: parameter.detach().float().cpu().clone() for name, parameter in model.named_parameters()}
 
@@ -72,7 +73,7 @@ def reinit_last(model: EncoderModel, blocks: int, seed: int) -> None:
     """Initialise the last ``blocks`` blocks afresh (Fig. 2 of the paper), from ``seed`` alone; the head is not touched.
 
     Raises:
-        UserError: there are not so many.
+        UserError: the encoder has fewer blocks.
     """
     depth = model.config.depth
     if not 0 <= blocks <= depth:
@@ -95,7 +96,7 @@ def _require_same(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None
 
 
 def _block(name: str) -> int:
-    """Number of the block that a weight belongs to, -1 for none."""
+    """Return the number of the block of a weight, -1 for none."""
     match = re.match(r"blocks\.(\d+)\.", name)
     return int(match[1]) if match else -1
 

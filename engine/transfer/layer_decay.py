@@ -1,4 +1,4 @@
-"""Layer-wise learning rates: the nearer a layer is to the pixels, the less fine-tuning moves it."""
+"""Learning rates differ by layer: the nearer a layer is to the pixels, the less fine-tuning moves it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mirl.errors import UserError
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Layer of a parameter of an `EncoderModel`: 0 before the blocks, i + 1 in block i, L + 1 after them."""
+    """Return the layer of a parameter of an `EncoderModel`: 0 before the blocks, i + 1 in block i, L + 1 after them."""
     if name.startswith("encoder.blocks."):
         return int(name.split(".")[2]) + 1
     if name.startswith(("encoder.patch_embed.", "encoder.cls_token", "encoder.pos_embed")):
@@ -21,9 +21,9 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def layer_decay_groups(model: EncoderModel, *, weight_decay: float, decay: float) -> list[dict]:
-    """One parameter group for each layer and weight decay, its "lr_scale" decay ** (L + 1 - layer).
+    """Make one parameter group for each layer and weight decay, its "lr_scale" decay ** (L + 1 - layer).
 
-    `TrainEngine.step` multiplies the learning rate by "lr_scale". Weight decay as in pre-training, on matrices only;
+    `TrainEngine.step` multiplies the learning rate by "lr_scale". As in pre-training, only matrices have weight decay;
     trained positions, a table and no matrix, have none. Every trainable parameter is in exactly one group.
     UserError unless 0 < decay <= 1.
     """

@@ -1,4 +1,4 @@
-"""Global random numbers for libraries that know no others, as a function of a key and of nothing else."""
+"""Libraries that know only global random numbers get them here as a function of a key and of nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from mirl.keyed import keyed_u64
 
-# First words of keys; those of dataloaders/ are below 10.
+# These are first words of keys; those of dataloaders/ are below 10.
 RAND_AUGMENT_STREAM = 11
 BATCH_STREAM = 12
 
@@ -20,14 +20,15 @@ _lock = threading.Lock()  # the states are the whole process's, and the loader h
 
 
 def keys_of(stream: int, seed: int, epoch: int, positions_B: np.ndarray) -> list[int]:
-    """One key, 0 ... 2^63 - 1, for each position in the order of an epoch."""
+    """Return one key, 0 ... 2^63 - 1, for each position in the order of an epoch."""
     return [int(key >> np.uint64(1)) for key in keyed_u64(stream, seed, epoch, positions_B)]
 
 
 @contextmanager
 def seeded(key: int, device: torch.device | None = None) -> Iterator[None]:
-    """Inside, ``random`` and numpy's global generator begin at ``key``, and with a ``device`` torch's of the CPU and of
-    that device too. Afterwards all are as they were.
+    """Let ``random`` and numpy's global generator begin at ``key`` inside, and torch's too if a ``device`` is given.
+
+    torch's generators are those of the CPU and of that device. Afterwards all generators are as they were.
     """
     generators = [] if device is None else [torch.default_generator]
     if device is not None and device.type == "cuda":

@@ -1,1 +1,1 @@
-"""Weights of other projects under our names, and ours under theirs."""
+"""This room reads the weights of other projects under our names, and writes ours under theirs."""

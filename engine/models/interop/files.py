@@ -1,4 +1,4 @@
-"""Weights from files of other code, PyTorch pickles and safetensors, read without running anything in them."""
+"""Read weights from files of other code, PyTorch pickles and safetensors, without running anything in them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from mirl.errors import UserError
 
-WRAPPERS = ("model", "state_dict", "teacher", "student")  # of DINO's pair the teacher, as in its own evaluation
-PREFIX = "module."  # of DistributedDataParallel
+WRAPPERS = ("model", "state_dict", "teacher", "student")  # DINO's own evaluation, too, takes the teacher of its pair
+PREFIX = "module."  # DistributedDataParallel puts it before every key
 
 
 def read_torch_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .pth, .pt or .safetensors file by their keys, without the prefix "module.".
+    """Return the tensors of a .pth, .pt or .safetensors file by their keys, without the prefix "module.".
 
     A pickle may hold the state dict itself, or a dict with it under one of `WRAPPERS`, of which the first counts.
     UserError if the file is damaged, holds no state dict, or asks for anything but tensors and plain values.
@@ -29,13 +29,13 @@ def read_torch_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_wrapped(path: str | Path) -> tuple[dict[str, Tensor], str]:
-    """As `read_torch_checkpoint`, with the wrapper that held the state dict, "" where the file is one itself."""
+    """Return the tensors as `read_torch_checkpoint` does, and the wrapper that held them, "" for a bare state dict."""
     path = Path(path)
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _load(path)
     except FileNotFoundError:
         raise
-    # A damaged file raises nearly anything; all of it means the same to the user.
+    # A damaged file raises nearly anything, and every such error means the same to the user.
     except Exception as error:
         raise UserError(f"{path} cannot be read as a PyTorch checkpoint: {_reason(error)}") from error
     wrapper = next((key for key in WRAPPERS if isinstance(content, Mapping) and key in content), "")
@@ -58,7 +58,7 @@ def _load(path: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Without torch's advice to load the file unsafely."""
+    """Give the reason without torch's advice to load the file unsafely."""
     if isinstance(error, pickle.UnpicklingError):
         match = re.search(r"GLOBAL (\S+)", str(error))
         return f"it asks for {match[1]}, which weights do not need" if match else "it is not a pickle of tensors"

@@ -1,4 +1,4 @@
-"""The encoder, or a classifier, as transformers' ViTModel or ViTForImageClassification.
+"""Write the encoder, or a classifier, as transformers' ViTModel or ViTForImageClassification.
 
 | timm, and here                    | transformers                                         |
 |-----------------------------------|------------------------------------------------------|
@@ -27,7 +27,7 @@ from mirl.engine.models.interop.timm_keys import timm_state_dict
 from mirl.engine.models.layers import NORM_EPS
 from mirl.errors import UserError
 
-BICUBIC = 3  # of PIL's resampling filters
+BICUBIC = 3  # PIL's number of the resampling filter
 
 _RULES: tuple[tuple[str, str], ...] = (
     (r"cls_token", "embeddings.cls_token"),
@@ -51,7 +51,7 @@ def hf_state_dict(
     pool: str = "token",
     head: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """model.safetensors of ViTModel without its pooler; with ``head`` of ViTForImageClassification.
+    """Return model.safetensors of ViTModel without its pooler, or with ``head`` that of ViTForImageClassification.
 
     Arguments are those of `mirl.engine.models.interop.timm_keys.timm_state_dict`.
     UserError for a head on mean-pooled tokens: transformers' classifier reads the class token. UserError for an
@@ -86,7 +86,10 @@ def hf_config(
     head: Mapping[str, Tensor] | None = None,
     classes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """config.json of transformers' ViTConfig. classes: names by label; a label without one becomes LABEL_i."""
+    """Return config.json of transformers' ViTConfig.
+
+    classes: names by label; a label without a name becomes LABEL_i.
+    """
     height, width = image_size or (config.image_height, config.image_width)
     values = {
         "model_type": "vit",
@@ -112,10 +115,11 @@ def hf_config(
 
 
 def hf_preprocessor(config: ModelConfig, *, image_size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """preprocessor_config.json that gives what evaluation sees here: resized by the short side, centre cropped.
+    """Return preprocessor_config.json for evaluation's own crop: images resized by the short side, centre cropped.
 
-    ViTImageProcessor cannot crop, so it is of BitImageProcessor. It cannot cover a crop that is not square: there
-    ViTImageProcessor takes the whole image, its proportions changed (see `crops_as_evaluation`).
+    ViTImageProcessor cannot crop, so the file names BitImageProcessor. BitImageProcessor cannot make a crop that is not
+    square: then the file names ViTImageProcessor, which takes the whole image with its proportions changed (see
+    `crops_as_evaluation`).
     """
     height, width = image_size or (config.image_height, config.image_width)
     if crops_as_evaluation((height, width)):
@@ -140,7 +144,7 @@ def hf_preprocessor(config: ModelConfig, *, image_size: tuple[int, int] | None =
 
 
 def crops_as_evaluation(image_size: tuple[int, int]) -> bool:
-    """Whether transformers' processor of images of this size takes the crop of our evaluation."""
+    """Say whether transformers' processor of images of this size takes the crop of our evaluation."""
     return image_size[0] == image_size[1]
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of facebookresearch/mae, with their decoder or without it: their keys in our terms.
+"""Checkpoints of facebookresearch/mae, with or without their decoder, are read by these keys.
 
 | facebookresearch/mae                        | here                                 |
 |---------------------------------------------|--------------------------------------|
@@ -33,7 +33,7 @@ _RULES: tuple[tuple[str, str], ...] = (
 
 
 def our_key(key: str) -> str | None:
-    """Our name of a parameter of MAE; None if there is none."""
+    """Return our name of a parameter of MAE; None if it has none."""
     for pattern, ours in _RULES:
         if match := re.fullmatch(pattern, key):
             return match.expand(ours)
@@ -41,7 +41,7 @@ def our_key(key: str) -> str | None:
 
 
 def decoder_fields(state: Mapping[str, Tensor]) -> Mapping[str, Any]:
-    """`ModelConfig` fields of a MAE with these weights."""
+    """Return the `ModelConfig` fields of a MAE with these weights."""
     embed = state.get("decoder_embed.bias")
     depth = count(state, r"decoder_blocks\.(\d+)\..+")
     if embed is None or embed.ndim != 1 or depth == 0:

@@ -1,6 +1,7 @@
-"""Other code's weights in our terms: the configuration that their shapes tell, and which key is which of our weights.
+"""Match other code's weights with ours: infer the configuration from their shapes, and pair their keys with our names.
 
-A `Layout` describes one kind of foreign state dict. Fixed positions are in it, are compared with ours and dropped.
+A `Layout` describes one kind of foreign state dict. It names the fixed positions too, which are compared with ours and
+dropped.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from mirl.engine.models.config import MODEL_NAMES, ModelConfig, model_config
 from mirl.engine.models.mirl import MIRL
 from mirl.errors import UserError
 
-# (objective, depth, width, segments, decoder width, decoder depth) -> heads, decoder heads; no weight's shape tells
-# them. The names are of the paper, the last three rows of facebookresearch/mae.
+# (objective, depth, width, segments, decoder width, decoder depth) -> (heads, decoder heads), which no weight's shape
+# tells. The first rows are the sizes of the paper, the last three those of facebookresearch/mae.
 _KNOWN_HEADS = {
     ("mirl", c.depth, c.width, c.segments, c.decoder_width, c.decoder_depth): (c.heads, c.decoder_heads)
     for c in (model_config(name, variant="release") for name in MODEL_NAMES)
@@ -30,16 +31,17 @@ _KNOWN_HEADS = {
     ("mae", 32, 1280, 1, 512, 8): (16, 16),
 }
 
-# Fields of a model without inner segments: MAE's, or of an encoder that nothing more is known of.
+# Fields of a model without inner segments: a MAE, or an encoder of which nothing more is known.
 ENCODER_ALONE: Mapping[str, Any] = MappingProxyType({"objective": "mae", "segments": 1, "did": False})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One kind of state dict.
+    """A layout describes one kind of state dict.
 
-    our_key: our name of a parameter, None if there is none. positions: keys of fixed tables, "decoder" in the key of
-    a decoder's. fields: `ModelConfig` fields that follow from the decoders' shapes; `ENCODER_ALONE` without decoders.
+    our_key: our name of a parameter, None if it has none. positions: keys of fixed tables; that of a decoder's table
+    contains "decoder". fields: the `ModelConfig` fields that follow from the decoders' shapes; `ENCODER_ALONE` without
+    decoders.
     """
 
     title: str
@@ -50,8 +52,10 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """weights: by our names. tables: keys of positions that equal ours. missing: our names. unknown: their names.
-    problems: what is there and is wrong, in words.
+    """A match tells how a state dict fits a model.
+
+    weights: by our names. tables: keys of positions that equal ours. missing: our names. unknown: their names.
+    problems: each key that is known but wrong, in words.
     """
 
     weights: dict[str, Tensor]
@@ -62,7 +66,7 @@ class Match:
 
 
 def match_weights(state: Mapping[str, Tensor], layout: Layout, model: MIRL) -> Match:
-    """Find each of ``model``'s weights and buffers in ``state``; float32 on the CPU. ``model`` stays as it is."""
+    """Find each of ``model``'s weights and buffers in ``state``, as float32 on the CPU. ``model`` stays as it is."""
     expected = {name: value.shape for name, value in model.state_dict().items()}
     weights: dict[str, Tensor] = {}
     tables, unknown, problems = [], [], []
@@ -100,7 +104,7 @@ def infer_config(
     decoder_heads: int | None = None,
     **given: Any,
 ) -> ModelConfig:
-    """The model that ``state`` is of, from the shapes of its weights.
+    """Infer the model of ``state`` from the shapes of its weights.
 
     image_size: (height, width); None: a square with as many patches as there are positions. heads, decoder_heads: None
     for those of a published size. given: further fields of `ModelConfig`.
@@ -125,12 +129,12 @@ def infer_config(
 
 
 def count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """How many different numbers the first group of ``pattern`` takes in the keys of ``state``."""
+    """Count the different numbers that the first group of ``pattern`` takes in the keys of ``state``."""
     return len({match[1] for key in state if (match := re.fullmatch(pattern, key))})
 
 
 def first(problems: list[str], limit: int = 5) -> str:
-    """The first few, and how many more there are."""
+    """Name the first few problems, and say how many more there are."""
     more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
     return "; ".join(problems[:limit]) + more
 
@@ -171,7 +175,7 @@ def _square(state: Mapping[str, Tensor], patch_size: int) -> tuple[int, int]:
 
 def _same_table(value: Tensor, ours: Tensor) -> bool:
     value = value.detach().to("cpu")
-    # 1e-5: other libraries' sin and cos, stored in float32; a rounding of values up to 1 where stored in less.
+    # 1e-5 allows for other libraries' sin and cos in float32; a shorter dtype rounds values up to 1 by its eps.
     tolerance = max(1e-5, torch.finfo(value.dtype).eps) if value.is_floating_point() else 0.0
     if value.shape[-2:] != ours.shape or value.numel() != ours.numel():
         return False

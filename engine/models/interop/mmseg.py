@@ -1,4 +1,4 @@
-"""The encoder under the names of mmsegmentation's backbone MAE (and of BEiT and mmpretrain's Vision Transformer).
+"""Write the encoder under the names of mmsegmentation's backbone MAE (and of BEiT and mmpretrain's Vision Transformer).
 
 | timm, and here                | there                                 |
 |-------------------------------|---------------------------------------|
@@ -29,7 +29,7 @@ _RULES = (
 
 
 def mmseg_state_dict(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``encoder``, by timm's names, under those of mmsegmentation's MAE."""
+    """Rename ``encoder``, which has timm's names, to those of mmsegmentation's MAE."""
     return {_renamed(key): value for key, value in encoder.items()}
 
 

@@ -1,7 +1,7 @@
-"""Where the Vision Transformer stands among the keys of a file: what other programs put before its names, taken off.
+"""Find the Vision Transformer among the keys of a file, and take off what other programs put before its names.
 
-DistributedDataParallel puts ``module.`` before every key, torch.compile ``_orig_mod.``, a model that holds the encoder
-as a part the name of that part (``backbone.``, ``encoder.``, ``model.``), in any order and number.
+DistributedDataParallel puts ``module.`` before every key, torch.compile ``_orig_mod.``. A model that holds the encoder
+as a part puts the name of that part (``backbone.``, ``encoder.``, ``model.``). They come in any order and number.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mirl.errors import UserError
 
 _COMPILED = "_orig_mod."  # also in the middle of a key, where parts of a model are compiled
 _MARK = "patch_embed.proj.weight"
-# (what a key looks like, whose it is)
+# (pattern of a key, its owner)
 _OTHERS = (
     (r".*embeddings\.patch_embeddings\.projection\.weight", "Hugging Face's transformers"),
     (r".*visual\.conv1\.weight", "CLIP"),
@@ -27,14 +27,13 @@ _OTHERS = (
 
 
 def strip_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """``state`` with the encoder's keys as timm and facebookresearch/mae have them, and in words each thing that was
-    taken off or left out.
+    """Return ``state`` with the keys of timm and facebookresearch/mae, and notes on what was taken off or left out.
 
-    Of a student and a teacher the teacher is taken.
+    If the file has a student and a teacher, the teacher is taken.
 
     Raises:
-        UserError: no Vision Transformer is in it (the message says whose keys they seem to be), several are, or two
-        keys would become one.
+        UserError: the file has no Vision Transformer (the message says whose keys they seem to be), it has several, or
+        two keys would become one.
     """
     notes = []
     if any(_COMPILED in key for key in state):

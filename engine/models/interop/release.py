@@ -1,8 +1,8 @@
-"""Checkpoints of the authors' PaddlePaddle release: reading the file without Paddle, and its keys in our terms.
+"""Read checkpoints of the authors' PaddlePaddle release without Paddle, and translate their keys into ours.
 
 The file is a pickle of {"model": OrderedDict(key -> (name, ndarray)), "epoch": int}, in training also with "optimizer",
-"scaler" and "args". A pickle can run any code when it is read, so the reader here knows the few classes that such a
-file needs and refuses every other.
+"scaler" and "args". A pickle can run any code when it is read, so this reader knows only the few classes that the file
+needs and refuses every other.
 
 | release                                             | here                                           |
 |-----------------------------------------------------|------------------------------------------------|
@@ -84,7 +84,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 
 def read_release_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of a .pd file by the release's keys.
+    """Return the arrays of a .pd file by the release's keys.
 
     UserError if the file is not such a pickle, or asks for a class beyond OrderedDict, tuple, str, int and numpy's.
     """
@@ -94,7 +94,7 @@ def read_release_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
         return {str(key): _array(value) for key, value in content["model"].items()}
     except FileNotFoundError:
         raise
-    # A damaged pickle raises nearly anything; all of it means the same to the user.
+    # A damaged pickle raises nearly anything, and every such error means the same to the user.
     except Exception as error:
         raise UserError(f"{path} cannot be read as a checkpoint of the MIRL release: {error}") from error
 
@@ -107,7 +107,7 @@ def _array(value: Any) -> np.ndarray:
 
 
 def our_key(release_key: str) -> str | None:
-    """Our name of a parameter of the release; None if there is none."""
+    """Return our name of a parameter of the release; None if it has none."""
     for pattern, ours in _RULES:
         match = re.fullmatch(pattern, release_key)
         if match:
@@ -117,7 +117,7 @@ def our_key(release_key: str) -> str | None:
 
 
 def decoder_fields(state: Mapping[str, Tensor]) -> Mapping[str, Any]:
-    """`ModelConfig` fields of a release with these weights."""
+    """Return the `ModelConfig` fields of a release with these weights."""
     embed = next((value for key, value in state.items() if re.fullmatch(r"decoder_embed\d+\.bias", key)), None)
     segments = count(state, r"decoder_(?:embed|blocks|norm|pred)(\d+)\..+")
     depth = count(state, r"decoder_blocks\d+\.(\d+)\..+")
@@ -136,7 +136,7 @@ RELEASE = Layout(title="the MIRL release", our_key=our_key, positions=_POSITIONS
 
 
 def release_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """The arrays of a .pd file as PyTorch has them: float32, matrices [out, in]."""
+    """Return the arrays of a .pd file in PyTorch's form: float32, matrices [out, in]."""
     tensors = {key: torch.from_numpy(np.array(array, dtype=np.float32)) for key, array in arrays.items()}
     return {
         key: value.t() if value.ndim == 2 and not _POSITIONS.fullmatch(key) else value for key, value in tensors.items()
@@ -144,7 +144,7 @@ def release_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def release_to_state_dict(arrays: Mapping[str, np.ndarray], model: MIRL) -> dict[str, Tensor]:
-    """A complete state dict for ``model`` (release variant) in float32.
+    """Return a complete state dict for ``model`` (release variant) in float32.
 
     UserError listing what does not fit: keys unknown here, keys of the model that the file lacks, other shapes, or
     positions that are not the fixed sin-cos ones of this model.

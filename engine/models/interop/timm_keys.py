@@ -1,6 +1,6 @@
-"""The encoder, or a classifier, as timm's VisionTransformer: its state dict and its constructor's arguments.
+"""Write the encoder, or a classifier, as timm's VisionTransformer: its state dict and its constructor's arguments.
 
-Our keys are timm's already; what is added are the positions, which timm keeps as a parameter.
+Our keys are timm's already. Only the positions are added, which timm keeps as a parameter.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def timm_state_dict(
     image_size: tuple[int, int] | None = None,
     head: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """What ``VisionTransformer(**timm_arguments(...))`` loads with strict=True, float32.
+    """Return the state dict, float32, that ``VisionTransformer(**timm_arguments(...))`` loads with strict=True.
 
     encoder: keys as `mirl.engine.checkpoints.pretrained.load_encoder` returns them, with ``pos_embed`` [1 + N, D] where
-    positions were trained. image_size: (height, width) that positions are resampled to; None: that of ``config``. head:
-    ``head.weight``, ``head.bias`` and, where the norm comes after the pooling, ``fc_norm.*``; None, or that norm alone:
-    an encoder. UserError if ``image_size`` is not made of whole patches.
+    positions were trained. image_size: the (height, width) to which positions are resampled; None: that of ``config``.
+    head: ``head.weight``, ``head.bias`` and, where the norm comes after the pooling, ``fc_norm.*``; None, or
+    ``fc_norm.*`` alone, makes an encoder. UserError if ``image_size`` is not made of whole patches.
     """
     tensors = {key: value for key, value in (*encoder.items(), *(head or {}).items()) if key != "pos_embed"}
     if _norm_after_pool(head):
@@ -50,7 +50,7 @@ def timm_arguments(
     pool: str = "avg",
     head: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Arguments of the constructor of timm's VisionTransformer, as JSON values.
+    """Return the arguments of the constructor of timm's VisionTransformer, as JSON values.
 
     pool: "avg", the mean of the patch tokens, or "token", the class token.
     """
@@ -81,11 +81,10 @@ def timm_config(
     head: Mapping[str, Tensor] | None = None,
     classes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """config.json of a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` takes.
+    """Return config.json of a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` takes.
 
     ``model_args`` are those of `timm_arguments`; ``mean`` and ``std`` are of values in [0, 1]; the crop is that of our
-    evaluation. classes: names by label,
-    none where they have none.
+    evaluation. classes: names by label; without them the file has no label names.
     """
     arguments = timm_arguments(config, image_size=image_size, pool=pool, head=head)
     return ({"label_names": list(classes)} if classes else {}) | {
@@ -110,7 +109,7 @@ def timm_config(
 
 
 def grid_of(config: ModelConfig, image_size: tuple[int, int] | None) -> tuple[int, int]:
-    """Patches down and across of images of this size."""
+    """Return the numbers of patches down and across in images of this size."""
     height, width = image_size or (config.image_height, config.image_width)
     side = config.patch_size
     if min(height, width) < side or height % side or width % side:

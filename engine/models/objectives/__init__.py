@@ -1,1 +1,1 @@
-"""What the decoders predict, and the loss that compares it with the target."""
+"""This room says what the decoders predict, and holds the loss that compares it with the target."""

@@ -1,4 +1,4 @@
-"""The reconstruction objective (Eq. 6, 7): which decoders predict what together, and the loss of it.
+"""The reconstruction objective (Eq. 6, 7) says which decoders predict a target together, and computes their loss.
 
 Shapes: B batch, N patches, M masked, Q pixels of a patch, G decoders.
 """
@@ -27,7 +27,9 @@ from mirl.kernels import gather_tokens, masked_residual_mse, masked_residual_mse
 
 
 class Term(NamedTuple):
-    """One mean squared error: of decoder ``main``'s prediction, plus that of ``residual`` if not None (both 1..G), and
+    """A term is one mean squared error between a prediction and a target.
+
+    The prediction is that of decoder ``main``, plus that of decoder ``residual`` if not None (both 1..G). The target is
     ``part`` of the image: "all", or one of the two of `split_frequencies`, "coarse" or "fine".
     """
 
@@ -38,13 +40,14 @@ class Term(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As logs call it: "pair_1_6" or "decoder_1"."""
+        """Return the name in logs: "pair_1_6" or "decoder_1"."""
         return f"decoder_{self.main}" if self.residual is None else f"pair_{self.main}_{self.residual}"
 
 
 def objective_terms(config: ModelConfig) -> tuple[Term, ...]:
-    """mirl: pairs (g, G + 1 - g), weight 2 / G; multi_decoder: each alone, weight 1 / G; one decoder: it alone.
+    """List the terms of an objective.
 
+    mirl: pairs (g, G + 1 - g), weight 2 / G; multi_decoder: each alone, weight 1 / G; one decoder: it alone.
     coarse_to_fine: each alone, weight 1 / G, the shallow half on the coarse part, the deep half on the fine one;
     fine_to_coarse: the other way round.
     """
@@ -67,9 +70,10 @@ def reconstruction_loss(
     masked_only: bool,
     shared_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the terms, and the terms: a scalar and [len(terms)], float32 (float64 for float64 predictions).
+    """Return the weighted sum of the terms, a scalar, and the terms [len(terms)].
 
-    Under ``norm_pix`` the patches of a part of the image are normalised by the statistics of that part.
+    Both are float32, or float64 for float64 predictions. Under ``norm_pix`` the patches of a part of the image are
+    normalised by the statistics of that part.
     predictions: of decoders 1..G, [B, M, Q] if ``masked_only``, else [B, N, Q] of which only masked patches count.
     shared_gradient: one gradient tensor for both decoders of a pair, written in the forward pass; else plain autograd.
     """
@@ -98,7 +102,7 @@ def reconstruction_loss(
 
 
 def part_images(config: ModelConfig, images: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the decoders reconstruct, by `Term.part`: the images as they are, or their normalised parts [B, C, H, W]."""
+    """Return the decoders' targets by `Term.part`: the images as they are, or their normalised parts [B, C, H, W]."""
     if config.objective not in FREQUENCY:
         return {"all": images}
     # Never in bfloat16: the fine part is a small difference of neighbouring pixels.
@@ -108,9 +112,11 @@ def part_images(config: ModelConfig, images: Tensor, dtype: torch.dtype) -> dict
 
 
 def feature_loss(terms: Sequence[Term], features: Sequence[Tensor], target_BND: Tensor, mask: PatchMask) -> Tensor:
-    """The terms' weighted sum for the teacher's features in place of pixels, a pair's predictions added up as there.
+    """Return the terms' weighted sum of mean squared errors of predicted features, a float32 scalar.
 
-    features: of decoders 1..G, [B, M, D], or [B, N, D] of which only masked patches count. Returns a scalar, float32.
+    The features of a pair's two decoders add up, as their pixels do.
+    target_BND: the teacher's features. features: those of decoders 1..G, [B, M, D], or [B, N, D] of which only masked
+    patches count.
     """
     target_BMD = gather_tokens(target_BND, mask.ids_masked)
     target_BMD = target_BMD.to(torch.promote_types(target_BMD.dtype, torch.float32))
@@ -133,9 +139,10 @@ def perceptual_loss(
     mask: PatchMask,
     loss: PerceptualLoss,
 ) -> Tensor:
-    """The terms' weighted sum of ``loss`` between the image and the image with its masked patches as predicted.
+    """Return the terms' weighted sum of ``loss`` between each image and its prediction, a float32 scalar.
 
-    Predictions of normalised patches are put back with the true statistics. Returns a scalar, float32.
+    The prediction is the image with its masked patches replaced. Predictions of normalised patches are put back with
+    the true statistics.
     """
     pixels = normalise_images(images, config.mean, config.std, torch.float32)
     true_BNQ = patchify(pixels, config.patch_size)
@@ -146,7 +153,7 @@ def perceptual_loss(
         if term.residual is not None:
             predicted = predicted + predictions[term.residual - 1].float()
         if predicted.shape[1] != true_BNQ.shape[1]:
-            visible_BKQ = gather_tokens(true_BNQ, mask.ids_keep)  # of any value: only masked patches are taken below
+            visible_BKQ = gather_tokens(true_BNQ, mask.ids_keep)  # any value would do: only masked patches are shown
             rows = torch.cat([visible_BKQ, predicted], dim=1)
             predicted = gather_tokens(rows, mask.ids_restore)
         if config.norm_pix:

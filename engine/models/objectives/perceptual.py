@@ -1,4 +1,4 @@
-"""The perceptual loss (Table 2a): pictures compared in the features of a VGG-16 that someone else has trained."""
+"""The perceptual loss (Table 2a) compares pictures in the features of a VGG-16 that someone else has trained."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ LAYERS = (3, 8, 15, 22)
 
 
 class PerceptualLoss(nn.Module):
-    """Mean squared difference of VGG-16 features, averaged over four depths; the weights are never trained.
+    """Average the mean squared difference of VGG-16 features over four depths; the weights are never trained.
 
-    mean, std: of the channels of the images it is given, which it changes to those of ImageNet.
+    mean, std: of the channels of the given images, which the loss changes to those of ImageNet.
     """
 
     def __init__(self, state: dict[str, Tensor], mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """state: ``features.*`` of torchvision's vgg16. UserError names what is missing or of another shape."""
+        """Load ``state``, ``features.*`` of torchvision's vgg16. UserError names a missing or misshapen weight."""
         super().__init__()
         from torchvision.models import vgg16  # an import of seconds that only this loss pays
 
@@ -48,11 +48,11 @@ class PerceptualLoss(nn.Module):
 
     @torch.no_grad()
     def targets(self, true_BCHW: Tensor) -> list[Tensor]:
-        """What `forward` compares with: features of [B, 3, H, W], normalised with mean and std."""
+        """Return the features of [B, 3, H, W], normalised with mean and std, with which `forward` compares."""
         return self.extract(true_BCHW)
 
     def forward(self, predicted_BCHW: Tensor, wanted: list[Tensor]) -> Tensor:
-        """A float32 scalar, differentiable in ``predicted`` [B, 3, H, W], normalised with mean and std."""
+        """Return a float32 scalar, differentiable in ``predicted`` [B, 3, H, W], normalised with mean and std."""
         pairs = zip(self.extract(predicted_BCHW), wanted, strict=True)
         return torch.stack([F.mse_loss(a.float(), b.float()) for a, b in pairs]).mean()
 
@@ -67,7 +67,7 @@ class PerceptualLoss(nn.Module):
 
 
 def read_vgg(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a .pth or .safetensors file; no code in it is run. UserError if it is none."""
+    """Return the state dict in a .pth or .safetensors file; no code in it is run. UserError if it has no state dict."""
     try:
         return read_torch_checkpoint(path)
     except FileNotFoundError:

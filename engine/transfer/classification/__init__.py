@@ -1,1 +1,1 @@
-"""The fine-tuning of an encoder as a classifier: model, augmentation, task, evaluation, recipes."""
+"""This room fine-tunes an encoder as a classifier: model, augmentation, task, evaluation, recipes."""

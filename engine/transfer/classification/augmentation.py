@@ -1,5 +1,6 @@
-"""What is done to a whole batch on its device before the classifier sees it: random erasing, mixup and cutmix, smoothed
-targets. RandAugment, which works on single pictures on the CPU, comes before it, in the loader.
+"""Augment a whole batch on its device: random erasing, mixup and cutmix, smoothed targets.
+
+RandAugment, which works on single pictures on the CPU, comes before it, in the loader.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from mirl.errors import UserError
 
 
 class BatchAugmentation:
-    """uint8 images and labels in, normalised float images and soft targets out.
+    """Turn uint8 images and labels into normalised float images and soft targets.
 
-    All of its random numbers are a function of (seed, epoch, place of the micro-batch in the epoch), so a resumed run
-    sees the same batches, on any number of ranks that keeps the size of a micro-batch. One mixing ratio a micro-batch,
-    images mixed with those of the same micro-batch in reverse order, as in timm.
+    All random numbers are a function of (seed, epoch, place of the micro-batch in the epoch). So a resumed run sees the
+    same batches, on any number of ranks that keeps the size of a micro-batch. A micro-batch has one mixing ratio, and
+    its images are mixed with those of the same micro-batch in reverse order, as in timm.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class BatchAugmentation:
         cutmix: float = 1.0,
         label_smoothing: float = 0.1,
     ) -> None:
-        """random_erase: probability for an image, erased by noise pixel by pixel. mixup, cutmix: alpha of the beta
-        distributions; each micro-batch takes one of the two. 0 turns a part off.
+        """Set up the parts; 0 turns a part off.
+
+        random_erase: probability for an image, erased by noise pixel by pixel. mixup, cutmix: alpha of the beta
+        distributions; each micro-batch takes one of the two.
 
         Raises:
             UserError: a value out of its range, or an odd micro-batch to be mixed.
@@ -68,7 +71,7 @@ class BatchAugmentation:
             )
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Images float32 [B, C, H, W] and targets float32 [B, classes], rows of which sum to 1."""
+        """Return images float32 [B, C, H, W] and targets float32 [B, classes], each row of which sums to 1."""
         assert batch.labels is not None, "the loader was built without labels"
         images_BCHW = normalise_images(batch.images, self.mean, self.std, torch.float32)
         if images_BCHW is batch.images:
@@ -83,5 +86,5 @@ class BatchAugmentation:
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the batch of -sum(target * log_softmax(logits)), in float32 at least."""
+    """Return the mean over the batch of -sum(target * log_softmax(logits)), in float32 at least."""
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)

@@ -1,4 +1,4 @@
-"""Whether two labelled sets mean the same by their class numbers. Needs no torch."""
+"""Say whether two labelled sets mean the same by their class numbers. This needs no torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mirl.errors import UserError
 
 
 def require_same_classes(ours: Sequence[str] | None, theirs: Sequence[str] | None, *, train: str, val: str) -> None:
-    """UserError where two sets number their classes differently: their labels would mean different things.
+    """Raise UserError if two sets number their classes differently: their labels would mean different things.
 
-    Class names come from folders, or from beside shards; a list of paths has numbers alone (None), which must agree by
-    themselves. Names on one side alone are refused: folders called 0 ... 11 are numbered as text, 0, 1, 10, 11, 2 ...
-    ``train``, ``val``: the sets, for the message.
+    Class names come from folders, or from a file beside shards. A list of paths has numbers alone (None), which must
+    agree by themselves. Names on one side alone are refused: folders called 0 ... 11 are numbered as text, 0, 1, 10,
+    11, 2 ... ``train``, ``val``: the sets, for the message.
     """
     if ours is not None and theirs is None or ours is None and theirs is not None:
         named, bare = (train, val) if theirs is None else (val, train)
@@ -33,7 +33,7 @@ def require_same_classes(ours: Sequence[str] | None, theirs: Sequence[str] | Non
 
 
 def require_labels(source: Source, num_classes: int) -> None:
-    """UserError that names the first sample of an evaluation set whose label is none of ``num_classes``."""
+    """Raise UserError that names the first sample of an evaluation set whose label is none of ``num_classes``."""
     for index in range(source.num_images):
         try:
             label = source.label(index)

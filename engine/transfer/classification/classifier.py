@@ -1,4 +1,4 @@
-"""A pre-trained encoder with a classification head: a plain Vision Transformer under timm's parameter names.
+"""A classifier is a pre-trained encoder with a head: a plain Vision Transformer under timm's parameter names.
 
 Shapes: B batch, H W image, C channels, N patches, D width, L depth.
 """
@@ -27,15 +27,15 @@ HEAD_STD = 2e-5
 
 
 class Classifier(ComputeChoices):
-    """Images to logits, with all patches visible; initialised from torch's global random numbers.
+    """Map images to logits, with all patches visible; initialised from torch's global random numbers.
 
     | pool  | path                                                                       |
     |-------|----------------------------------------------------------------------------|
     | avg   | mean of the patch tokens -> ``fc_norm`` -> ``head``; no ``encoder.norm``   |
     | token | ``encoder.norm`` -> class token -> ``head``; no ``fc_norm``                |
 
-    State dict: ``encoder.*``, ``fc_norm.*``, ``head.*``: timm's names behind the first prefix. Fixed positions are not
-    in it; trained ones are ``encoder.pos_embed`` [1 + N, D].
+    State dict: ``encoder.*``, ``fc_norm.*``, ``head.*``: timm's names behind the first prefix. It has no fixed
+    positions; trained ones are ``encoder.pos_embed`` [1 + N, D].
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class Classifier(ComputeChoices):
         position_grid: tuple[int, int] | None = None,
         train_positions: bool = False,
     ) -> None:
-        """config: of the encoder and the images; what it says of decoders and objective is not used.
+        """Build the model of ``config``, whose fields on decoders and objective are not used.
 
-        position_grid: the grid that the encoder was pre-trained on, from which the positions are resampled to that of
-        ``config``; None: the same. train_positions: positions are a parameter instead of a fixed buffer.
+        position_grid: the grid of pre-training, from which positions are resampled to the grid of ``config``; None: the
+        same. train_positions: positions are a parameter instead of a fixed buffer.
         """
         super().__init__(encoder_config(config, drop_path, config.attention))
         if num_classes < 1:
@@ -65,7 +65,8 @@ class Classifier(ComputeChoices):
             self.encoder.norm, self.fc_norm = nn.Identity(), layer_norm(config.width)
         self.head = nn.Linear(config.width, num_classes)
         initialise(self)
-        # Cut at two deviations: torch's bounds of +-2 would let through, once in millions of draws, a weight of 2.
+        # The cut is at two deviations: torch's bounds of +-2 would let a weight of 2 through, once in millions of
+        # draws.
         nn.init.trunc_normal_(self.head.weight, std=HEAD_STD, a=-2 * HEAD_STD, b=2 * HEAD_STD)
         self.position_grid = position_grid or self.config.grid
         positions = fixed_positions(self.config, self.position_grid)
@@ -76,40 +77,42 @@ class Classifier(ComputeChoices):
             self.encoder.pos_embed.copy_(positions)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, classes] of uint8 images [B, H, W, C] or normalised float ones [B, C, H, W]."""
+        """Return logits [B, classes] of uint8 images [B, H, W, C] or normalised float ones [B, C, H, W]."""
         return self.head(self.features(images))
 
     def trial_loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Distance of the features to random ones, beside the logits: the head, which begins near zero, lets through
-        hardly any gradient. A square is never near zero, so that its relative error says something.
+        """Return the distance of the features to random ones, plus the squares of the logits.
+
+        The head begins near zero, so the logits alone would let hardly any gradient through. A square is never near
+        zero, so its relative error says something.
         """
         features_BD = self.features(images)
         random_BD = torch.randn(features_BD.shape, generator=generator).to(features_BD)
         return (features_BD - random_BD).float().square().mean() + self.head(features_BD).float().square().mean()
 
     def features(self, images: Tensor) -> Tensor:
-        """What the head sees: [B, D]."""
+        """Return the features that the head sees: [B, D]."""
         return self.fc_norm(pool_tokens(self.tokens(images), self.pool))
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Class token and patches after the last block, [B, 1 + N, D]; under the pool "token" through the norm."""
+        """Return class token and patches after the last block, [B, 1 + N, D]; under the pool "token" normalised."""
         self.choose(images)
         (latent_BSD,) = self.encoder(images, all_visible(len(images), self.config.num_patches, images.device))
         return latent_BSD
 
     @torch.no_grad()
     def block_features(self, images: Tensor) -> list[Tensor]:
-        """Mean of the patch tokens after each of the L blocks, not normalised: L tensors [B, D]."""
+        """Return the mean of the patch tokens after each of the L blocks, not normalised: L tensors [B, D]."""
         return [pool_tokens(x_BSD, "avg") for x_BSD in self._after_blocks(images)]
 
     @torch.no_grad()
     def features_after(self, images: Tensor, block: int, pool: str) -> Tensor:
-        """The pooled tokens after ``block``, counted from 0, not normalised: [B, D]. Later blocks are not computed."""
+        """Pool the tokens after ``block``, counted from 0, not normalised: [B, D]. Later blocks are not computed."""
         (x_BSD,) = islice(self._after_blocks(images), block, block + 1)
         return pool_tokens(x_BSD, pool)
 
     def _after_blocks(self, images: Tensor) -> Iterator[Tensor]:
-        """The tokens [B, 1 + N, D] after each block."""
+        """Yield the tokens [B, 1 + N, D] after each block."""
         self.choose(images, plain=True)
         mask = all_visible(len(images), self.config.num_patches, images.device)
         x_BSD, delta_BSD, bias_D = self.encoder.embed(images, mask.ids_keep), None, None
@@ -119,10 +122,10 @@ class Classifier(ComputeChoices):
 
 
 def fixed_positions(config: ModelConfig, source_grid: tuple[int, int]) -> Tensor:
-    """The sin-cos positions of ``source_grid``, resampled to the grid of ``config``: [1 + N, D]."""
+    """Return the sin-cos positions of ``source_grid``, resampled to the grid of ``config``: [1 + N, D]."""
     return resample_positions(sincos_positions(source_grid, config.width), source_grid, config.grid)
 
 
 def pool_tokens(tokens_BSD: Tensor, pool: str) -> Tensor:
-    """[B, 1 + N, D] -> [B, D]: the class token, or the mean of the others."""
+    """Pool [B, 1 + N, D] to [B, D]: the class token, or the mean of the others."""
     return tokens_BSD[:, 0] if pool == "token" else tokens_BSD[:, 1:].mean(dim=1)

@@ -1,4 +1,4 @@
-"""What `engine/finetune.py` offers on its command line."""
+"""`engine/finetune.py` offers this command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of a fine-tuning run: those of any run, and what a classifier needs besides."""
+"""A fine-tuning run has the settings of any run, and further ones for a classifier."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mirl.errors import UserError
 from mirl.settings import Section
 
 OFF = "off"
-RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # here, and not beside its code: the help waits for no torch
+RAND_AUGMENT = "rand-m9-mstd0.5-inc1"  # it is not beside its code, so that the help waits for no torch
 HEAD_INITS = ("probe", "random")
-# What help shows for a value that is None until the length of the run and the size of its images are known.
+# The help shows this for a value that is None until the length of the run and the size of its images are known.
 SCALED = "scaled"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSection(Section):
-    """Encoder, head, augmentation and evaluation."""
+    """This section sets the encoder, the head, augmentation and evaluation."""
 
     checkpoint: str = setting(
         "", "pre-trained checkpoint, or folder of a run (its newest good checkpoint)", metavar="PATH"
@@ -57,7 +57,7 @@ class FinetuneSection(Section):
 
     @property
     def mixes_pairs(self) -> bool:
-        """Whether images of a micro-batch are mixed in pairs, or may be once the length of the run is known."""
+        """Say whether images of a micro-batch are mixed in pairs, or may be once the length of the run is known."""
         return any(value is None or value > 0 for value in (self.mixup, self.cutmix))
 
     def check(self) -> None:
@@ -76,11 +76,11 @@ class FinetuneSection(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(Config):
-    """One fine-tuning run.
+    """This is the configuration of one fine-tuning run.
 
-    source, model: of the pre-trained encoder, and of the encoder as it is fine-tuned (its own image size, all of its
-    depth); known once the checkpoint has been read. classes: names by label, known once the data has been listed; empty
-    where the data has numbers alone.
+    source, model: the pre-trained encoder, and the encoder as it is fine-tuned (its own image size, all of its depth);
+    known once the checkpoint has been read. classes: names by label, known once the data has been listed; empty if the
+    data has numbers alone.
     """
 
     finetune: FinetuneSection
@@ -90,18 +90,18 @@ class FinetuneConfig(Config):
 
     @property
     def pretrained(self) -> ModelConfig:
-        """``source``, once the checkpoint has been read."""
+        """Return ``source``, once the checkpoint has been read."""
         assert self.source is not None
         return self.source
 
     @property
     def encoder(self) -> ModelConfig:
-        """``model``, once the checkpoint has been read."""
+        """Return ``model``, once the checkpoint has been read."""
         assert self.model is not None
         return self.model
 
     def resized(self, model: ModelConfig) -> ModelConfig:
-        """``model`` at the image size that was asked for, or at its own."""
+        """Return ``model`` at the image size that was asked for, or at its own."""
         section = self.finetune
         if not section.image_height:
             return model
@@ -109,7 +109,7 @@ class FinetuneConfig(Config):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, source: str) -> FinetuneConfig:
-        """As `Config.from_dict`, with the two models and the classes."""
+        """Read as `Config.from_dict` does, with the two models and the classes."""
         made = super().from_dict(values, source=source)
         models = {
             name: section_from_dict(ModelConfig, values[name], source=source)

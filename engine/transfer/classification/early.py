@@ -1,5 +1,6 @@
-"""What is told of a fine-tuning run before torch is imported: a missing checkpoint, data not there, classes that
-differ. Everything is checked again by the run, which also sees what these quick looks do not.
+"""Refuse a fine-tuning run before torch is imported: a missing checkpoint, missing data, classes that differ.
+
+The run checks everything again, and sees faults that these quick looks do not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mirl.errors import UserError
 
 
 def refuse_early(config: FinetuneConfig) -> None:
-    """Raise what the run would raise some seconds later, where a look at names is enough.
+    """Raise what the run would raise some seconds later, if a look at names is enough.
 
     Raises:
         UserError: no data or no checkpoint is given, one of them does not exist, or the classes of training and
@@ -31,13 +32,13 @@ def refuse_early(config: FinetuneConfig) -> None:
         if not (
             _is_checkpoint(checkpoint) or list_checkpoints(checkpoint) or list_checkpoints(checkpoint / "checkpoints")
         ):
-            locate(checkpoint)  # raises; it is not asked of others, because it reads them whole
+            locate(checkpoint)  # it raises; other checkpoints are spared, because it reads them whole
     index_dir = config.data.index_dir or None
     for root, split in (*((root, "train") for root in data), *((root, "val") for root in val)):
         if not Path(root).expanduser().exists():
             open_source(root, split=split)  # raises
     ours, theirs = _class_folders(data, "train"), _class_folders(val, "val")
-    # Folders without images make no class. Only where names differ is it worth to list the data, which is done twice.
+    # Folders without images make no class. The data is listed here only if names differ, because the run lists it too.
     if val and ours is not None and theirs is not None and ours != theirs:
         train = open_source(data, labels=True, index_dir=index_dir, split="train")
         other = open_source(val, labels=True, index_dir=index_dir, split="val")
@@ -45,7 +46,7 @@ def refuse_early(config: FinetuneConfig) -> None:
 
 
 def require_inputs(config: FinetuneConfig) -> None:
-    """UserError where data, or a checkpoint to start from, are not given."""
+    """Raise UserError if data, or a checkpoint to start from, is not given."""
     if not config.data.data:
         raise UserError("data is not given: name a folder with a sub-folder of images for each class")
     if not config.run.resume and not config.finetune.checkpoint:
@@ -57,7 +58,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _class_folders(roots: Sequence[str], split: str) -> set[str] | None:
-    """Names of the first level of folders; None where something else than a folder is given, or one cannot be read."""
+    """Return the names of the first level of folders; None if a root is no folder, or cannot be read."""
     names: set[str] = set()
     for root in roots:
         try:

@@ -1,4 +1,4 @@
-"""Top-1, top-5 and loss on a labelled set: sums over all images of all ranks, each counted once."""
+"""Measure top-1, top-5 and loss on a labelled set: sums over all images of all ranks, each counted once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOP = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Counts of images; ``loss`` is their mean cross-entropy."""
+    """The scores are counts of images; ``loss`` is their mean cross-entropy."""
 
     images: int
     correct: int
@@ -41,18 +41,18 @@ class Scores:
 
     @property
     def top5_percent(self) -> float:
-        """Label among the 5 largest logits, or among all where there are fewer classes."""
+        """Return how often the label is among the 5 largest logits, or among all if there are fewer classes."""
         return 100 * self.correct_in_5 / max(1, self.images)
 
     def metrics(self, prefix: str = "val_") -> dict[str, float]:
-        """For a log."""
+        """Return the values for a log."""
         values = {"loss": self.loss, "top1_percent": self.top1_percent, "top5_percent": self.top5_percent}
         return {prefix + name: value for name, value in values.items()} | {prefix + "images": self.images}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassScores:
-    """Scores of a whole set and of each class.
+    """A whole set and each of its classes have scores.
 
     confusion: images of class i (rows) that were taken for class j (columns). correct_in_5: by class.
     """
@@ -62,9 +62,9 @@ class ClassScores:
     correct_in_5: list[int]
 
     def of_classes(self) -> list[dict[str, int | float | None]]:
-        """For each class: its images, how many were found (recall), how many of those named so are (precision).
+        """Return for each class its images, how many were found (recall), and how many named so are right (precision).
 
-        None where there is nothing to divide by: a class without images, or one that no image was taken for.
+        A share without a divisor is None: for a class without images, or one that no image was taken for.
         """
         named = [sum(column) for column in zip(*self.confusion, strict=True)]
         found = []
@@ -89,7 +89,7 @@ class EvaluationInterrupted(Exception):
 def evaluate(
     model: nn.Module, loader: EvalLoader, device: torch.device, interrupted: Callable[[], bool] | None = None
 ) -> Scores:
-    """Scores of ``model`` (images -> logits) in eval mode, the same on every rank of the process group, if any.
+    """Score ``model`` (images -> logits) in eval mode, with the same result on every rank of the process group, if any.
 
     ``loader`` is of this rank; padding and broken images, which it marks, are in no count. Counts are exact on every
     number of ranks and batch size; the loss differs by the order of a float64 sum.
@@ -106,7 +106,7 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_by_class(model: nn.Module, loader: EvalLoader, device: torch.device, num_classes: int) -> ClassScores:
-    """As `evaluate`, and besides which class was taken for which. Labels must be below ``num_classes``."""
+    """Score as `evaluate` does, and count which class was taken for which. Labels must be below ``num_classes``."""
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     confusion_CC = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     in_5_C = torch.zeros(num_classes, dtype=torch.int64, device=device)
@@ -128,8 +128,10 @@ Judged = tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...
 def _judged(
     model: nn.Module, loader: EvalLoader, device: torch.device, interrupted: Callable[[], bool] | None
 ) -> Iterator[Judged]:
-    """Of each batch: logits [B, C], labels [B], which images count [B], and of each image one, whether it is right,
-    right among the first five, and its loss, each [B]. ``model`` is in eval mode meanwhile.
+    """Yield of each batch logits [B, C], labels [B], a mask of the images that count [B], and four columns [B].
+
+    The columns are one, whether the image is right, whether it is right among the first five, and its loss. ``model``
+    is in eval mode meanwhile.
     """
     training = model.training
     model.eval()
@@ -147,12 +149,12 @@ def _judged(
 
 
 def _sum_valid(columns: tuple[torch.Tensor, ...], valid_B: torch.Tensor) -> torch.Tensor:
-    # where, not a product: what padding gives may be no number
+    # torch.where and not a product, because the values of padding may be NaN.
     return torch.stack([torch.where(valid_B, column, 0).sum(dtype=torch.float64) for column in columns])
 
 
 def _scores(sums: torch.Tensor) -> Scores:
-    """Of the sums of one rank: those of all."""
+    """Add the sums of one rank up over all ranks."""
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
     images, correct, correct_in_5, loss = sums.tolist()
@@ -162,6 +164,6 @@ def _scores(sums: torch.Tensor) -> Scores:
 
 
 def hits(logits_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
-    """bool [B, T]: whether the t-th largest logit is the label's, T = min(5, C)."""
+    """Return bool [B, T]: whether the t-th largest logit is the label's, T = min(5, C)."""
     best_BT = logits_BC.topk(min(TOP, logits_BC.shape[1]), dim=1).indices
     return best_BT == labels_B[:, None]

@@ -1,5 +1,4 @@
-"""A linear probe of the encoder that fine-tuning starts from: the head may begin with it, and the classifier is held
-against it.
+"""Fit a linear probe of the encoder at the start: the head may begin with it, and the classifier is compared with it.
 
 Kumar et al. (2022, "Fine-tuning can distort pretrained features") fit the head to frozen features first. A head near
 zero needs hundreds of steps to grow, which a short run does not have, and until then pulls the encoder along.
@@ -37,8 +36,10 @@ RECORDED = "val_start_probe_top1_percent"
 
 @dataclass(frozen=True, kw_only=True)
 class StartProbe:
-    """The probe, on every rank the same. top1_percent: on the evaluation set; None without one. images, of: how many
-    training images it was fitted to, and how many there are.
+    """The probe is the same on every rank.
+
+    top1_percent: on the evaluation set; None without one. images, of: how many training images it was fitted to, and
+    how many there are.
     """
 
     probe: LinearProbe
@@ -55,9 +56,10 @@ class StartProbe:
 def fit_start_probe(
     plan: RunPlan[FinetuneConfig], model: Classifier, source: Source, val: EvalLoader | None, *, num_classes: int
 ) -> StartProbe:
-    """Fit a linear probe to what the head of ``model`` sees of centre crops of ``source``; all ranks share the work.
+    """Fit a linear probe to the features that the head of ``model`` sees in centre crops of ``source``, on all ranks.
 
-    It takes at most `MOST_IMAGES`, spread over the set, and no more than the run itself will see, or `FEWEST_IMAGES`.
+    It takes at most `MOST_IMAGES`, spread over the set. It takes no more than the run itself will see, but at least
+    `FEWEST_IMAGES` if the set has them.
 
     Raises:
         UserError: no class has two readable images; a label beyond ``num_classes``.
@@ -85,7 +87,7 @@ def fit_start_probe(
 
 
 def recorded_start(out: Path) -> float | None:
-    """Top-1 of the probe as the start of the run in folder ``out`` recorded it; None where none did."""
+    """Return the top-1 of the probe that the run in folder ``out`` recorded at its start; None if it recorded none."""
     found = None
     with contextlib.suppress(FileNotFoundError):
         for line in (out / "metrics.jsonl").read_text().splitlines():
@@ -95,10 +97,9 @@ def recorded_start(out: Path) -> float | None:
 
 
 def compare_with_start(reached: float | None, probe: float | None, unknown: str) -> str:
-    """One line that holds the top-1 of the classifier, ``reached``, against that of the probe; all in per cent.
+    """Write one line that compares the top-1 of the classifier, ``reached``, with that of the probe, in per cent.
 
-    reached: None where no evaluation was as good as the start, which was the probe. unknown: why there is no
-    ``probe``.
+    reached: None if no evaluation was as good as the probe at the start. unknown: why there is no ``probe``.
     """
     if probe is None:
         return f"not compared with a linear probe of the encoder it began from: {unknown}"
@@ -119,7 +120,7 @@ def compare_with_start(reached: float | None, probe: float | None, unknown: str)
 def _fit(
     train: LabelledFeatures, val: LabelledFeatures | None, num_classes: int, seed: int
 ) -> tuple[LinearProbe | None, float | None, str]:
-    """(probe, its top-1 in per cent on ``val``, why there is none), on one rank."""
+    """Return (probe, its top-1 in per cent on ``val``, why there is none), on one rank."""
     largest = int(train.labels.max()) if len(train) else -1
     if largest >= num_classes:
         return None, None, f"data has label {largest} and num_classes is {num_classes}: give at least {largest + 1}"
@@ -129,13 +130,13 @@ def _fit(
         return None, None, str(error)
     if val is None or not len(val):
         return probe, None, ""
-    # In whole numbers, as an evaluation counts: the two are compared.
+    # It counts in whole numbers, as an evaluation does, because the two are compared.
     return probe, 100 * int(hits(probe(val.features), val.labels)[:, 0].sum()) / len(val), ""
 
 
 @torch.no_grad()
 def set_head(model: Classifier, probe: LinearProbe) -> None:
-    """Make the head of ``model`` give the logits of ``probe``: the standardisation of the features goes into it."""
+    """Make the head of ``model`` give the logits of ``probe``; its weights take in the standardisation of features."""
     weight_CD = probe.weight / probe.deviation
     model.head.weight.copy_(weight_CD)
     model.head.bias.copy_(probe.bias - weight_CD @ probe.mean)
@@ -143,7 +144,7 @@ def set_head(model: Classifier, probe: LinearProbe) -> None:
 
 @torch.no_grad()
 def _features(model: Classifier, batches: Iterable[Batch], ranks: Ranks) -> LabelledFeatures:
-    """What the head sees of every readable image, of all ranks, on the CPU."""
+    """Return the features that the head sees of every readable image, of all ranks, on the CPU."""
     features, labels = [torch.empty(0, model.config.width)], [torch.empty(0, dtype=torch.int64)]
     training = model.training
     model.eval()

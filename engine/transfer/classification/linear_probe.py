@@ -1,9 +1,9 @@
-"""A linear classifier on frozen features.
+"""Train a linear classifier on frozen features.
 
-Standardised features (the BatchNorm without affine of MAE's protocol, with the exact statistics of the training set),
-then one Linear, by SGD with momentum on shuffled mini-batches. Not L-BFGS: that needs a penalty to be searched instead
-of a learning rate, and passes over all features at once, which ImageNet's do not allow on a small GPU; short SGD
-regularises by itself. As features are cached, all learning rates are trained side by side in one product.
+Features are standardised (the BatchNorm without affine of MAE's protocol, with the exact statistics of the training
+set). One Linear follows, trained by SGD with momentum on shuffled mini-batches. L-BFGS would need a search for a
+penalty instead of a learning rate, and passes over all features at once, which ImageNet's size forbids on a small GPU.
+Short SGD regularises by itself. As features are cached, all learning rates are trained side by side in one product.
 
 Letters: n images, D width, C classes, R learning rates, b images of a mini-batch.
 """
@@ -29,8 +29,11 @@ _EPS = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledFeatures:
-    """features: float32 [n, D]; labels: int64 [n], both on one device; classes: their names, None for a list of paths.
-    skipped: broken images, which are not among the n. account: how many files there are, as text (see `Ledger`)."""
+    """The features of a set are cached with their labels.
+
+    features: float32 [n, D]; labels: int64 [n], both on one device; classes: their names, None for a list of paths.
+    skipped: broken images, which are not among the n. account: how many files there are, as text (see `Ledger`).
+    """
 
     features: Tensor
     labels: Tensor
@@ -42,13 +45,16 @@ class LabelledFeatures:
         return len(self.labels)
 
     def subset(self, rows: Tensor) -> LabelledFeatures:
-        """The images numbered in ``rows``."""
+        """Return the images numbered in ``rows``."""
         return LabelledFeatures(features=self.features[rows], labels=self.labels[rows], classes=self.classes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbe:
-    """weight [C, D], bias [C] of standardised features; rate: the learning rate that did best on held-out images."""
+    """The probe has weight [C, D] and bias [C] for standardised features.
+
+    rate: the learning rate that did best on held-out images.
+    """
 
     mean: Tensor
     deviation: Tensor
@@ -57,7 +63,7 @@ class LinearProbe:
     rate: float
 
     def __call__(self, features_nD: Tensor) -> Tensor:
-        """Logits [n, C]."""
+        """Return logits [n, C]."""
         return F.linear((features_nD - self.mean) / self.deviation, self.weight, self.bias)
 
 
@@ -66,8 +72,8 @@ def train_linear_probe(
 ) -> LinearProbe:
     """Choose a learning rate on held-out training images, then train on all of them.
 
-    by_loss: the rate with the lowest cross-entropy of the held-out images, instead of the most right answers: where the
-    probe is not the end but the start of a training.
+    by_loss: choose the rate with the lowest cross-entropy of the held-out images instead of the most right answers;
+    for a probe that is the start of a training and not its end.
 
     Raises:
         UserError: no class has two images, so that nothing can be held out.
@@ -87,13 +93,13 @@ def train_linear_probe(
         logits = F.linear(trial.features, weight_CD, bias_C)
         loss, correct = F.cross_entropy(logits, trial.labels), hits(logits, trial.labels)[:, 0].sum()
         merits_R.append(-loss.item() if by_loss else correct.item())
-    rate = RATES[max(range(len(RATES)), key=merits_R.__getitem__)]  # the smallest of those that do equally well
+    rate = RATES[max(range(len(RATES)), key=merits_R.__getitem__)]  # of equally good rates the smallest
     weight_RCD, bias_RC = _train(standard, num_classes, (rate,), epochs, seed)
     return LinearProbe(mean=mean, deviation=deviation, weight=weight_RCD[0], bias=bias_RC[0], rate=rate)
 
 
 def hold_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """(kept, held out) image numbers: one in ten of each class, at least one where a class has two, by ``seed``."""
+    """Return (kept, held out) image numbers by ``seed``: one in ten of each class, at least one if a class has two."""
     generator = torch.Generator().manual_seed(seed)
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():
@@ -106,7 +112,7 @@ def hold_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 def _train(
     data: LabelledFeatures, num_classes: int, rates: tuple[float, ...], epochs: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Weights [R, C, D] and biases [R, C] after SGD from zeros, its rate falling along half a cosine to 0."""
+    """Return weights [R, C, D] and biases [R, C] after SGD from zeros, its rate falling along half a cosine to 0."""
     device, width = data.features.device, data.features.shape[1]
     weight_RCD = torch.zeros(len(rates), num_classes, width, device=device, requires_grad=True)
     bias_R1C = torch.zeros(len(rates), 1, num_classes, device=device, requires_grad=True)
@@ -123,7 +129,7 @@ def _train(
         rows = order[step % steps_per_epoch * batch :][:batch]
         logits_RbC = data.features[rows] @ weight_RCD.mT + bias_R1C
         labels_Rb = data.labels[rows].expand(len(rates), -1)
-        # A sum over the rates: each has a gradient of its own.
+        # The loss is a sum over the rates, so that each has a gradient of its own.
         loss = F.cross_entropy(logits_RbC.flatten(0, 1), labels_Rb.flatten(), reduction="sum") / batch
         gradients = torch.autograd.grad(loss, parameters)
         rate_R11 = peak_R11 * 0.5 * (1 + math.cos(math.pi * step / total))

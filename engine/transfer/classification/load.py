@@ -1,4 +1,4 @@
-"""A classifier from a checkpoint of fine-tuning, in one call and without a process group."""
+"""Load a classifier from a checkpoint of fine-tuning, in one call and without a process group."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ WEIGHTS = {"last": "weight", "ema": KIND}
 
 
 def is_classifier(path: Path | str) -> bool:
-    """Whether the checkpoint, or the newest good one of a run, is of fine-tuning. UserError if there is none."""
+    """Say whether the checkpoint, or the newest good one of a run, is of fine-tuning. UserError if there is none."""
     return kind_of(read_state(locate(Path(path)))) == CLASSIFIER
 
 
 def load_classifier(
     path: Path | str, *, which: str | None = None, weights: str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Classifier, FinetuneConfig]:
-    """The fine-tuned model (fp32, in eval mode) and its run's configuration, with the names of its classes.
+    """Load the fine-tuned model (fp32, in eval mode) and its run's configuration, with the names of its classes.
 
     path: a checkpoint, or the folder of a run. which: of a run, "best" by validation or "last", the newest; None: the
-    best where there is one, as the commands do. weights: "last", as training left them, or "ema", their average; None:
+    best if there is one, as the commands do. weights: "last", as training left them, or "ema", their average; None:
     those that made the checkpoint the best, else "last".
 
     Raises:
-        UserError: no such checkpoint, a damaged one, or no average in it.
+        UserError: ``path`` has no such checkpoint, a damaged one, or one without an average that was asked for.
 
     >>> model, config = load_classifier("runs/finetune")                         # doctest: +SKIP
     >>> config.classes[model(images).argmax()]                                   # doctest: +SKIP

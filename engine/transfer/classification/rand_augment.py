@@ -1,7 +1,7 @@
-"""RandAugment on the CPU, in processes of its own, while the training step runs.
+"""Apply RandAugment on the CPU, in processes of its own, while the training step runs.
 
-timm's operators draw from the global generators of ``random`` and numpy, and hold Python's lock much of the time: so
-processes, each seeded for one image at a time.
+timm's operators draw from the global generators of ``random`` and numpy, and hold Python's lock much of the time. So
+they run in processes, each seeded for one image at a time.
 """
 
 from __future__ import annotations
@@ -35,18 +35,20 @@ Operation = Callable[[Image.Image], Image.Image]
 
 
 class RandAugment:
-    """A ``batch_transform`` of `mirl.dataloaders.build_train_loader`: the same batch with other pixels.
+    """Return the same batch with other pixels, as a ``batch_transform`` of `mirl.dataloaders.build_train_loader`.
 
-    What happens to an image is a function of (seed, epoch, position in the epoch's order), whatever the number of
-    ranks, workers and resumptions. Close it after the loader.
+    The change of an image is a function of (seed, epoch, position in the epoch's order), whatever the number of ranks,
+    workers and resumptions. Close it after the loader.
     """
 
     def __init__(
         self, form: str = DEFAULT, *, image_size: tuple[int, int], mean: Sequence[float], seed: int, workers: int
     ) -> None:
-        """form: timm's notation: magnitude m, its deviation mstd, n operators, inc1 for rising severity.
-        mean: of each channel, in [0, 1], the colour of what comes in from outside. workers: processes; 0: none, the
-        loader's thread does the work.
+        """Start the processes.
+
+        form: timm's notation: magnitude m, its deviation mstd, n operators, inc1 for rising severity. mean: of each
+        channel, in [0, 1]; it fills what comes in from outside. workers: processes; 0: the loader's thread does the
+        work.
 
         Raises:
             UserError: images that do not have 3 channels, or a form that timm does not know.
@@ -66,7 +68,7 @@ class RandAugment:
             self._pool = _start_pool(workers, form, image_size, tuple(mean))
 
     def __call__(self, batch: Batch) -> Batch:
-        """``batch`` with augmented images, uint8 [B, H, W, 3], on the CPU."""
+        """Return ``batch`` with augmented images, uint8 [B, H, W, 3], on the CPU."""
         if batch.images.dtype != torch.uint8:
             raise UserError("rand_augment takes uint8 pictures and these are arrays of floats: set --rand-augment off")
         images_BHWC = self._on_host(batch.images).numpy()
@@ -86,7 +88,7 @@ class RandAugment:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _on_host(self, images: torch.Tensor) -> torch.Tensor:
-        """A copy on a stream of its own: on the default one it would wait for the training step."""
+        """Copy to the CPU on a stream of its own: on the default stream a copy would wait for the training step."""
         if not images.is_cuda:
             return images
         if self._stream is None:
@@ -96,8 +98,8 @@ class RandAugment:
 
 
 def make_operation(form: str, image_size: tuple[int, int], mean: Sequence[float]) -> Operation:
-    """timm's RandAugment with the settings that its own training pipeline gives it, bicubic."""
-    from timm.data.auto_augment import rand_augment_transform  # imports all of timm: only where it is used
+    """Make timm's RandAugment with the settings that its own training pipeline gives it, bicubic."""
+    from timm.data.auto_augment import rand_augment_transform  # it imports all of timm, so it comes late
 
     settings = {
         "translate_const": int(min(image_size) * 0.45),
@@ -112,12 +114,12 @@ def make_operation(form: str, image_size: tuple[int, int], mean: Sequence[float]
 
 
 def _at_least_one_bit(level_of: Callable[..., tuple[int]], magnitude: float, settings: dict) -> tuple[int]:
-    """timm's strongest posterising keeps 0 bits, an all-black picture, which Pillow refuses from version 13 on."""
+    """Keep at least one bit: timm's strongest posterising keeps none, an all-black picture, which Pillow 13 refuses."""
     return (max(1, *level_of(magnitude, settings)),)
 
 
 def augment(operation: Operation, images_BHWC: np.ndarray, keys: list[int]) -> np.ndarray:
-    """uint8 [B, H, W, 3] -> the same shape, image i as key i wants it."""
+    """Augment uint8 [B, H, W, 3] to the same shape, image i as a function of key i."""
     result_BHWC = np.empty_like(images_BHWC)
     for i, key in enumerate(keys):
         with seeded(key):
@@ -126,16 +128,16 @@ def augment(operation: Operation, images_BHWC: np.ndarray, keys: list[int]) -> n
 
 
 def _start_pool(workers: int, *operation: object) -> ProcessPoolExecutor:
-    """``workers`` processes that no signal to the run's whole group ends, in any thread from their first moment on.
+    """Start ``workers`` processes that no signal to the run's whole group ends, from their first moment on.
 
     A scheduler or a terminal signals whole groups; a run that is told to stop saves first, and needs its workers until
     then.
     """
     context = multiprocessing.get_context("spawn")  # a fork would take CUDA and the loader's threads along
-    with _stop_signals_blocked():  # for the process that tracks semaphores, which starts here
+    with _stop_signals_blocked():  # the process that tracks semaphores starts here, and must not be ended either
         all_started = context.Event()
         pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(all_started, *operation))
-    with _stop_signals_blocked():  # again: starting the tracker unblocks them
+    with _stop_signals_blocked():  # again, because starting the tracker unblocks them
         try:
             for _ in range(workers):  # each starts one process, as long as none is ready
                 pool.submit(os.getpid)
@@ -146,7 +148,7 @@ def _start_pool(workers: int, *operation: object) -> ProcessPoolExecutor:
 
 @contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """Of this thread, and so of the processes that it starts; another thread takes what arrives meanwhile."""
+    """Block stop signals in this thread and so in processes that it starts; another thread takes them meanwhile."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
         yield
@@ -160,7 +162,7 @@ _operation: Operation | None = None
 
 
 def _start_worker(all_started: Event, form: str, image_size: tuple[int, int], mean: tuple[float, ...]) -> None:
-    """A worker leaves when the run says so, or when it is gone."""
+    """Prepare a worker, which leaves when the run says so, or when the run is gone."""
     global _operation
     for watch in (_leave_when_told, _leave_with_parent):
         threading.Thread(target=watch, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Named fine-tuning runs; every field can be overridden on the command line.
+"""Recipes are named fine-tuning runs; every field can be overridden on the command line.
 
 Figures of the paper are ImageNet-1K top-1 after fine-tuning, from its authors' release. None of them was measured here.
 """
@@ -18,7 +18,7 @@ DEFAULT_RECIPE = "small_data"
 
 
 def small_data() -> FinetuneConfig:
-    """A labelled folder of one's own, some hundreds to some ten thousand images, on one GPU or a CPU.
+    """Fine-tune on a labelled folder of one's own, some hundreds to some ten thousand images, on one GPU or a CPU.
 
     Size: pixels of pre-training, batch 32; estimated memory for vit_s at 224x224: CPU with 16 GB 4.6 GiB at
     micro-batch 32, GPU of 8 GB 2.6 GiB at micro-batch 32, GPU of 80 GB 2.6 GiB at micro-batch 32
@@ -60,7 +60,9 @@ def _imagenet(name: str, epochs: int, warmup_epochs: int, drop_path: float) -> F
 
 
 def vit_b_48() -> FinetuneConfig:
-    """ViT-B-48 on ImageNet-1K. The paper: 85.3 % after 300 epochs of pre-training, 86.2 % after 800. Not measured here.
+    """Fine-tune ViT-B-48 on ImageNet-1K. The paper has 85.3 % after 300 epochs of pre-training, 86.2 % after 800.
+
+    Not measured here.
 
     Size: pixels of pre-training, batch 2048; estimated memory for vit_b_48 at 224x224: CPU with 16 GB too
     small, 16.1 GiB at micro-batch 2, GPU of 8 GB too small, 9.9 GiB at micro-batch 2, GPU of 80 GB 40.8 GiB at
@@ -72,7 +74,9 @@ def vit_b_48() -> FinetuneConfig:
 
 
 def vit_s_54() -> FinetuneConfig:
-    """ViT-S-54 on ImageNet-1K. The paper: 84.4 % after 300 epochs of pre-training, 84.8 % after 800. Not measured here.
+    """Fine-tune ViT-S-54 on ImageNet-1K. The paper has 84.4 % after 300 epochs of pre-training, 84.8 % after 800.
+
+    Not measured here.
 
     Size: pixels of pre-training, batch 2048; estimated memory for vit_s_54 at 224x224: CPU with 16 GB 6.4 GiB
     at micro-batch 4, GPU of 8 GB 5.6 GiB at micro-batch 16, GPU of 80 GB 39.2 GiB at micro-batch 256
@@ -88,7 +92,7 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
 
 
 def finetune_recipe(name: str, **changes: Any) -> FinetuneConfig:
-    """The recipe called ``name``, with single settings changed; they have the names of the flags.
+    """Return the recipe called ``name``, with single settings changed; they have the names of the flags.
 
     Raises:
         UserError: no such recipe or setting, or settings that do not fit together.

@@ -1,4 +1,4 @@
-"""The fine-tuning run: what it builds from a pre-trained encoder, and what it says of it."""
+"""The fine-tuning run builds a classifier from a pre-trained encoder, and describes it in the log."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ FinetunePlan = RunPlan[FinetuneConfig]
 
 
 def finetune(config: FinetuneConfig) -> Path:
-    """Run ``config`` on this rank; returns the run's folder. Raises what `run_training` does."""
+    """Run ``config`` on this rank; return the run's folder. Raises what `run_training` does."""
     return run_training(config, Finetuning())
 
 
 class Finetuning(RunKind[FinetuneConfig]):
-    """A classifier, trained end to end from a pre-trained encoder on labelled images."""
+    """This kind of run trains a classifier end to end from a pre-trained encoder on labelled images."""
 
     num_classes: int
     source: Source
@@ -65,14 +65,14 @@ class Finetuning(RunKind[FinetuneConfig]):
 
     def __init__(self) -> None:
         self._remarks: list[str] = []
-        self.start: float | None = None  # top-1 of a linear probe of the encoder that the run began from
+        self.start: float | None = None  # top-1 of a linear probe of the encoder at the start of the run
         self.start_unknown = "it was not evaluated when the run began"
 
     def recipe_out(self, name: str) -> str:
         return finetune_recipe(name).run.out
 
     def read_start(self, plan: FinetunePlan) -> FinetunePlan:
-        """The plan comes back with the encoder's two configurations."""
+        """Return the plan with the encoder's two configurations."""
         require_inputs(plan.config)
         source = agree_on_main(plan.ranks, lambda: _source_config(plan))
         plan = plan.with_config(_with_models(plan.config, source))
@@ -93,11 +93,11 @@ class Finetuning(RunKind[FinetuneConfig]):
         )  # fmt: skip
 
     def open_data(self, plan: FinetunePlan, closing: ExitStack) -> tuple[FinetunePlan, TrainLoader]:
-        """The plan comes back with the names of the classes."""
+        """Open the data, and return the plan with the names of the classes."""
         rand_augment = _rand_augment(plan)
         if rand_augment is not None:
             closing.callback(rand_augment.close)
-        # Closed before the workers that it calls.
+        # The loader is closed before the workers that it calls.
         transform = partial(_prepare, plan.config.finetune.num_classes, rand_augment)
         loader = build_loader(plan, ImageShape.of(plan.config.encoder), labels=True, batch_transform=transform)
         closing.callback(loader.close)
@@ -108,7 +108,7 @@ class Finetuning(RunKind[FinetuneConfig]):
         return plan, loader
 
     def _classifier(self, plan: FinetunePlan, device: torch.device) -> Classifier:
-        """With its first weights, to compute as ``plan`` asks for on ``device``, where it is not yet."""
+        """Make the model with its first weights, to compute as ``plan`` asks for on ``device``, where it is not yet."""
         config, section = plan.config, plan.config.finetune
         model = Classifier(
             config.encoder,
@@ -144,7 +144,10 @@ class Finetuning(RunKind[FinetuneConfig]):
         return model
 
     def _probe_start(self, plan: FinetunePlan, model: Classifier) -> None:
-        """Fit the linear probe that the head begins with, or that the run is compared with; say why not where not."""
+        """Fit the linear probe that the head begins with, or with which the run is compared.
+
+        If it cannot be fitted, say why.
+        """
         asked = plan.config.finetune.head_init == "probe"
         if not asked and (self.val is None or self.source.num_images > MOST_IMAGES):
             self.start_unknown = f"it has more than {MOST_IMAGES} training images and head_init is not probe"
@@ -223,14 +226,14 @@ def _next_commands(out: Path, evaluated: bool) -> list[str]:
 
 
 def _count_images(config: FinetuneConfig) -> int:
-    """Images of the training set, where the length of the run is given in steps; 1 where it is given in epochs."""
+    """Count the images of the training set if the length of the run is given in steps; return 1 if in epochs."""
     if config.optim.epochs:
         return 1
     return open_source(config.data.data, labels=True, index_dir=config.data.index_dir or None).num_images
 
 
 def _source_config(plan: FinetunePlan) -> ModelConfig:
-    """The configuration of the pre-trained encoder; a resumed run has it without the pre-trained checkpoint."""
+    """Return the configuration of the pre-trained encoder; a resumed run has it without the pre-trained checkpoint."""
     config = plan.config
     if plan.reader is not None:
         if "finetune" not in plan.reader.state["config"]:
@@ -242,7 +245,7 @@ def _source_config(plan: FinetunePlan) -> ModelConfig:
 
 
 def _require_same_model(saved: FinetuneConfig, asked: FinetuneConfig, path: Path) -> None:
-    """UserError that names what differs: fixed positions and stochastic depth show in no weight."""
+    """Raise UserError that names the difference, because fixed positions and stochastic depth show in no weight."""
     found = differences("model", ModelConfig, asked.encoder, dataclasses.asdict(saved.encoder))
     refuse_unnamed([item for item in found if not item.free], asked, path)
 
@@ -266,9 +269,9 @@ def _rand_augment(plan: FinetunePlan) -> RandAugment | None:
 
 
 def _prepare(num_classes: int, rand_augment: RandAugment | None, batch: Batch) -> Batch:
-    """Check the labels and apply RandAugment, in the loader's thread, where the labels are still on the host.
+    """Check the labels and apply RandAugment, in the loader's thread, while the labels are still on the host.
 
-    num_classes: as asked for, 0 where folders gave the labels, which are then right.
+    num_classes: as asked for; 0: folders gave the labels, so they are right.
     """
     assert batch.labels is not None, "the loader was built without labels"
     largest = int(batch.labels.max())
@@ -291,7 +294,7 @@ def _num_classes(config: FinetuneConfig, loader: TrainLoader) -> int:
 
 
 def _build_val(plan: FinetunePlan, loader: TrainLoader, num_classes: int, closing: ExitStack) -> EvalLoader | None:
-    """Open the evaluation data. All of its labels are looked at now: a wrong one would end the run an epoch later."""
+    """Open the evaluation data and check all of its labels now: a wrong one would end the run an epoch later."""
     config, model = plan.config, plan.config.encoder
     if not config.finetune.val:
         return None

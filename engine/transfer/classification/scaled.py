@@ -1,4 +1,4 @@
-"""Settings that a recipe leaves to the length of the run and the size of the images: how strongly it regularises.
+"""A recipe can leave the strength of regularisation to the length of the run and the size of the images.
 
 | epochs            | strength s          | why                                                             |
 |-------------------|---------------------|-----------------------------------------------------------------|
@@ -15,9 +15,9 @@
 | rand_augment    | each operator with probability 0.5 s, timm's being 0.5; off at 0                 |
 | crop_scale      | from 0.6 - 0.4 s of the area, but never fewer than `SIDE` x `SIDE` pixels, to 1  |
 
-Also ``centre_crops``, the share of images that are shown as evaluation shows them: 1 at no epochs, 0 from `VARIED` on.
-Features of an encoder that was pre-trained briefly depend on where a thing stands in the image. To learn otherwise
-takes more passes than a short run has: without centred crops 6 epochs cost 2.6 points (benchmarks/LOG.md).
+``centre_crops`` is scaled too, the share of images that are shown as in evaluation: 1 at no epochs, 0 from `VARIED` on.
+The features of a briefly pre-trained encoder depend on the place of a thing in the image. To learn otherwise takes more
+passes than a short run has: without centred crops 6 epochs cost 2.6 points (benchmarks/LOG.md).
 
 The average of the weights needs no such rule: its decay rises with the steps taken (`ShardedEma`), so that it looks
 back at most a ninth of the run so far. The warm-up is a share of the run in itself (``warmup_share``).
@@ -38,7 +38,7 @@ LARGEST_FLOOR = 0.6  # images of hardly more than SIDE pixels are still cropped
 
 @dataclass(frozen=True, kw_only=True)
 class Regularisation:
-    """The scaled settings of a section, once none is open."""
+    """These are the scaled settings of a section, once none is open."""
 
     drop_path: float
     rand_augment: str
@@ -49,16 +49,16 @@ class Regularisation:
 
 
 def is_open(config: FinetuneConfig) -> bool:
-    """Whether a setting is still left to `settle`."""
+    """Say whether a setting is still left to `settle`."""
     return None in (config.data.crop_scale, config.data.centre_crops) or any(
         getattr(config.finetune, item.name) is None for item in dataclasses.fields(Regularisation)
     )
 
 
 def settle(config: FinetuneConfig, *, images: int, side: int) -> FinetuneConfig:
-    """``config`` with a value for each setting that was left open; what was given stays.
+    """Return ``config`` with a value for each setting that was left open; given values stay.
 
-    images: of the training set, which turn steps into epochs. side: the shorter one of the images, in pixels.
+    images: size of the training set, which turns steps into epochs. side: the shorter one of the images, in pixels.
     """
     optim, section = config.optim, config.finetune
     epochs = optim.epochs or optim.steps * optim.batch_size / images
@@ -89,12 +89,12 @@ def settle(config: FinetuneConfig, *, images: int, side: int) -> FinetuneConfig:
 
 
 def strength_of(epochs: float) -> float:
-    """How much of the full regularisation a run of ``epochs`` passes over its images gets, from 0 to 1."""
+    """Return the share of the full regularisation, from 0 to 1, for a run of ``epochs`` passes over its images."""
     return min(1.0, max(0.0, (epochs - MILD) / (FULL - MILD)))
 
 
 def regularisation(section: FinetuneSection) -> Regularisation:
-    """The settled values of ``section``."""
+    """Return the settled values of ``section``."""
     values = {item.name: getattr(section, item.name) for item in dataclasses.fields(Regularisation)}
     assert None not in values.values(), "a scaled setting was not resolved"
     return Regularisation(**values)

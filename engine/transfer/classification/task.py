@@ -1,4 +1,4 @@
-"""Fine-tuning as a task of the loop: augmentation, cross-entropy, the average of the weights, evaluation."""
+"""Fine-tuning is this task of the loop: augmentation, cross-entropy, the average of the weights, evaluation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mirl.engine.transfer.classification.head_probe import RECORDED
 
 
 class FinetuneTask:
-    """One rank's part. val: what is evaluated every ``eval_every`` steps, None for no evaluation."""
+    """The task is one rank's part. val: the set to evaluate every ``eval_every`` steps, None for no evaluation."""
 
     term_names = ("cross_entropy",)
 
@@ -41,8 +41,10 @@ class FinetuneTask:
         start_top1_percent: float | None = None,
         begins_with_probe: bool = False,
     ) -> None:
-        """start_top1_percent: of a linear probe of the encoder that the run began from; it stands in the metrics.
-        begins_with_probe: whether that probe is the head that the run began with.
+        """Set up the task.
+
+        start_top1_percent: of a linear probe of the encoder at the start; the metrics record it. begins_with_probe:
+        whether the run's first head is this probe.
         """
         self.ranks, self.engine, self.log, self.augmentation = ranks, engine, log, augmentation
         self.ema, self.val, self.eval_every = ema, val, eval_every
@@ -55,7 +57,7 @@ class FinetuneTask:
         self.scores: dict[str, Scores] = {}
 
     def forward(self, batch: Batch, place: Place) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the augmented micro-batch with its soft targets."""
+        """Return the cross-entropy of the augmented micro-batch with its soft targets."""
         images_BCHW, targets_BC = self.augmentation(batch)
         if self.drop_path:
             seed_stochastic_depth(self.augmentation.seed, place.step, place.first)
@@ -68,15 +70,15 @@ class FinetuneTask:
             self.ema.update()
 
     def standing_at_start(self) -> Standing | None:
-        """That of the linear probe, where it is the head: training that makes it worse leaves it the best."""
+        """Return the probe's standing if it is the head, so that it stays the best if training makes it worse."""
         if self.start_top1_percent is None or not self.begins_with_probe or self.val is None:
             return None
-        # For a run that is resumed before its first report.
+        # A run that is resumed before its first report reads this record.
         self.log.metrics({"step": 0, RECORDED: self.start_top1_percent}, None)
         return Standing(weights="last", score_percent=self.start_top1_percent, images=self.val.num_images)
 
     def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> Standing | None:
-        """Top-1, top-5 and loss of the weights, and of their average, at the interval and at the end."""
+        """Evaluate the weights, and their average, at the interval and at the end: top-1, top-5 and loss."""
         due = last or (self.eval_every is not None and step % self.eval_every == 0)
         if self.val is None or not due:
             return None
@@ -104,11 +106,11 @@ class FinetuneTask:
         return Standing(weights="ema" if better else "last", score_percent=found.top1_percent, images=found.images)
 
     def reports_after(self, step: int, total_steps: int) -> int:
-        """The evaluations."""
+        """Count the evaluations."""
         return 0 if self.val is None else count_reports(self.eval_every, after=step, total=total_steps)
 
     def fragments(self) -> Iterator[Fragment]:
-        """This rank's part of the average."""
+        """Yield this rank's part of the average."""
         if self.ema is not None:
             yield from self.ema.fragments()
 

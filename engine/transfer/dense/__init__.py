@@ -1,1 +1,1 @@
-"""What predicts at every place of an image from a pre-trained encoder has in common: feature maps and their pyramid."""
+"""Models that predict at every place of an image share this room: feature maps of an encoder and their pyramid."""

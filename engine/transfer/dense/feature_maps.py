@@ -1,4 +1,4 @@
-"""An encoder that gives feature maps of images of any size, and the pyramid that BEiT makes of four of them.
+"""An encoder gives feature maps of images of any size, and BEiT's pyramid scales four of them.
 
 Shapes: B batch, H W image, C channels, P patch side, h = H / P, w = W / P, N = h * w patches, S = 1 + N, D width.
 """
@@ -26,10 +26,10 @@ MOST_TABLES = 16  # a table of 64 x 64 positions of width 768 takes 12 MB
 
 
 def taken_blocks(depth: int) -> tuple[int, ...]:
-    """Numbers, from 0, of the blocks that four maps are taken from: the last ones of depth x 1/3, 1/2, 2/3 and 1.
+    """Number, from 0, the blocks whose outputs are the four maps: the last ones of depth x 1/3, 1/2, 2/3 and 1.
 
-    BEiT and CAE take 3, 5, 7, 11 of 12 blocks and 7, 11, 15, 23 of 24. Where these are not four, the last four blocks.
-    UserError for an encoder of fewer.
+    BEiT and CAE take 3, 5, 7, 11 of 12 blocks and 7, 11, 15, 23 of 24. If these are not four different blocks, the last
+    four are taken. UserError for an encoder of fewer than four.
 
     >>> taken_blocks(12), taken_blocks(48)
     ((3, 5, 7, 11), (15, 23, 31, 47))
@@ -43,11 +43,11 @@ def taken_blocks(depth: int) -> tuple[int, ...]:
 
 
 class DenseModel(ComputeChoices):
-    """Base of a model that predicts at every place of an image: the encoder, at any image size.
+    """This is the base of a model that predicts at every place of an image: the encoder, at any image size.
 
-    State dict: ``encoder.*`` under timm's names, without ``norm``: the maps are what the blocks give, as in BEiT, CAE
-    and MAE. Positions are fixed and not in it. ``config`` has the image size of training; a forward pass takes any
-    whose sides are multiples of the patch side.
+    State dict: ``encoder.*`` under timm's names, without ``norm``: the maps are the blocks' own outputs, as in BEiT,
+    CAE and MAE. Positions are fixed, so it leaves them out. ``config`` has the image size of training; a forward pass
+    takes any size whose sides are multiples of the patch side.
 
     A subclass initialises what it adds; the encoder is initialised here, from torch's global random numbers.
     """
@@ -60,27 +60,27 @@ class DenseModel(ComputeChoices):
         position_grid: tuple[int, int] | None = None,
         taken: Sequence[int] | None = None,
     ) -> None:
-        """config: of the encoder and of the images of training; what it says of decoders and objective is not used.
+        """Build the encoder of ``config``, whose fields on decoders and objective are not used.
 
-        position_grid: the grid that the encoder was pre-trained on, over which the positions of any other are
-        stretched; None: that of ``config``. taken: ascending numbers of the blocks whose outputs are maps, the last
-        block among them; None: `taken_blocks`.
+        position_grid: the grid of pre-training, over which the positions of any other grid are stretched; None: that of
+        ``config``. taken: ascending numbers of the blocks whose outputs are maps, the last block among them; None:
+        `taken_blocks`.
         """
         super().__init__(encoder_config(config, drop_path, config.attention))
         self.taken = taken_blocks(config.depth) if taken is None else tuple(taken)
         assert list(self.taken) == sorted(set(self.taken)) and self.taken[-1] == config.depth - 1, self.taken
         self.position_grid = position_grid or self.config.grid
-        self._tables: dict[tuple[Any, ...], Tensor] = {}  # positions, of the grids last seen
+        self._tables: dict[tuple[Any, ...], Tensor] = {}  # positions of the grids last seen
         self.encoder = _DenseEncoder(self.config)
         self.encoder.norm = nn.Identity()
-        del self.encoder.pos_embed  # of one grid alone
+        del self.encoder.pos_embed  # it is of one grid alone
         initialise(self.encoder)
 
     def feature_maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The output of each taken block as a map [B, D, h, w], in the dtype of the weights, without a norm.
+        """Return the output of each taken block as a map [B, D, h, w], in the dtype of the weights, without a norm.
 
-        images: uint8 [B, H, W, C], or normalised float [B, C, H, W]. UserError where the patch side does not divide H
-        and W, or C is another than the model's.
+        images: uint8 [B, H, W, C], or normalised float [B, C, H, W]. UserError if the patch side does not divide H and
+        W, or C is not the model's.
         """
         self.choose(images)
         return self.encoder(self._maps, images)
@@ -96,14 +96,14 @@ class DenseModel(ComputeChoices):
         return tuple(maps)
 
     def embed(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Class token and all patches with the positions of ``grid`` (rows, columns): [B, S, D]."""
+        """Return class token and all patches with the positions of ``grid`` (rows, columns): [B, S, D]."""
         encoder = self.encoder
         ids_BN = all_visible(len(images), grid[0] * grid[1], images.device).ids_keep
         x_BND = encoder.patch_embed(images, ids_BN).to(encoder.cls_token.dtype)
         return assemble_tokens(x_BND, ids_BN, self.positions(grid, x_BND), encoder.cls_token.flatten())
 
     def positions(self, grid: tuple[int, int], like: Tensor) -> Tensor:
-        """The fixed positions of ``grid``, [N, D], of the dtype and on the device of ``like``."""
+        """Return the fixed positions of ``grid``, [N, D], in the dtype and on the device of ``like``."""
         key = (*grid, like.device, like.dtype)
         if key not in self._tables:
             while len(self._tables) >= MOST_TABLES:
@@ -113,8 +113,10 @@ class DenseModel(ComputeChoices):
         return self._tables[key]
 
     def trial_loss(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Distance of the maps to random ones. What stands outside the encoder is never compiled and no pass of it is
-        made, which could wait for other ranks: its parameters have a part of their own.
+        """Return the distance of the maps to random ones, plus the squares of all parameters outside the encoder.
+
+        The parts outside the encoder are never compiled. No pass of theirs is made, because it could wait for other
+        ranks, so their parameters enter the loss directly.
         """
         loss = images.new_zeros((), dtype=torch.float32)
         for map_BDhw in self.feature_maps(images):
@@ -124,15 +126,15 @@ class DenseModel(ComputeChoices):
         return loss + sum(parameter.float().square().mean() for parameter in rest)
 
     def choose(self, images: Tensor, *, plain: bool = False) -> None:
-        """As of any model; regions are compiled for the image size of training alone."""
+        """Choose as any model does; regions are compiled for the image size of training alone."""
         super().choose(images, plain=plain or self._grid_of(images) != self.config.grid)
 
     def _advance(self, start: int, stop: int, branch: Branch) -> Branch:
-        """Blocks ``start`` up to ``stop`` of x + (delta + bias), as such a sum again."""
+        """Run blocks ``start`` to ``stop`` - 1 on an open sum, and return one."""
         plan = self.encoder.checkpointing
         if plan.group == 0:
             return self.encoder.run_blocks(start, stop, *branch)
-        x_BSD = add_branch(*branch)  # each group keeps one tensor, that which it begins with
+        x_BSD = add_branch(*branch)  # each group keeps the one tensor with which it begins
         for first, last in plan.groups(start, stop):
             x_BSD = plan.call(_Blocks(self.encoder, first, last), x_BSD)
         return x_BSD, None, None
@@ -153,17 +155,15 @@ class DenseModel(ComputeChoices):
 
 
 class _DenseEncoder(Encoder):
-    """The encoder, whose forward pass is what a model of places makes of it: in there ZeRO-3 has gathered its own
-    parameters.
-    """
+    """The forward pass of this encoder runs a function of the dense model, while ZeRO-3 has gathered its parameters."""
 
     def forward(self, run: Callable[..., Any], *inputs: Any) -> Any:
-        """``run(*inputs)``."""
+        """Return ``run(*inputs)``."""
         return run(*inputs)
 
 
 class _Blocks:
-    """A run of blocks, to be recomputed together."""
+    """These blocks are recomputed together."""
 
     def __init__(self, encoder: Encoder, first: int, last: int) -> None:
         self.encoder, self.first, self.last = encoder, first, last
@@ -173,7 +173,7 @@ class _Blocks:
 
 
 class Pyramid(nn.Module):
-    """Four maps of one size at strides 4, 8, 16 and 32 for a patch of 16, all of them of the encoder's width.
+    """Scale four maps of one size to strides 4, 8, 16 and 32 for a patch of 16; all keep the encoder's width.
 
     | name   | size | how                                       |
     |--------|------|-------------------------------------------|
@@ -186,7 +186,7 @@ class Pyramid(nn.Module):
     """
 
     def __init__(self, width: int, norm: Callable[[int], nn.Module]) -> None:
-        """norm: makes a norm of so many channels, which takes [B, D, h, w]."""
+        """Build the layers. norm: makes a norm of so many channels, which takes [B, D, h, w]."""
         super().__init__()
 
         def double() -> nn.ConvTranspose2d:
@@ -198,6 +198,6 @@ class Pyramid(nn.Module):
         self.fpn4 = nn.MaxPool2d(kernel_size=2, stride=2)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Four maps [B, D, h, w] -> [B, D, 4h, 4w], [B, D, 2h, 2w], [B, D, h, w], [B, D, h/2, w/2], rounded down."""
+        """Scale four maps [B, D, h, w]: [B, D, 4h, 4w], [B, D, 2h, 2w], [B, D, h, w] and [B, D, h // 2, w // 2]."""
         first, second, third, fourth = maps
         return self.fpn1(first), self.fpn2(second), self.fpn3(third), self.fpn4(fourth)

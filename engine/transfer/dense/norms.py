@@ -1,6 +1,6 @@
-"""Norms of feature maps [B, D, h, w], with parameters under torch's names ``weight`` and ``bias``.
+"""Norms of feature maps [B, D, h, w] have their parameters under torch's names ``weight`` and ``bias``.
 
-Both compute in float32, whatever the dtype of the maps and of the parameters.
+Both norms compute in float32, whatever the dtype of the maps and of the parameters.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def each_rank_alone() -> Iterator[None]:
 
 
 def norm_of(kind: str) -> Callable[[int], nn.Module]:
-    """What makes a norm of so many channels. "batch": statistics over all ranks; "group": of each image alone."""
+    """Return the maker of a norm of so many channels. "batch": statistics over all ranks; "group": of each image."""
     assert kind in NORMS, kind
     return BatchNorm if kind == "batch" else GroupNorm
 
 
 class GroupNorm(nn.GroupNorm):
-    """At most 32 groups of at least four channels: a map of one place has to have something to be normalised by."""
+    """The norm has at most 32 groups, of four channels at least: a map of one place needs more than one value."""
 
     def __init__(self, channels: int) -> None:
         most = max(1, min(GROUPS, channels // 4))
@@ -51,10 +51,10 @@ class GroupNorm(nn.GroupNorm):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over the images of all ranks, on any device: torch's SyncBatchNorm knows no CPU.
+    """Normalise over the images of all ranks, on any device: torch's SyncBatchNorm knows no CPU.
 
-    In training it takes mean and variance of the micro-batch and keeps their running averages (momentum 0.1), which
-    evaluation uses: buffers, always in float32. All ranks must make the same passes.
+    In training it takes mean and variance of all ranks' micro-batches and keeps their running averages (momentum 0.1)
+    for evaluation, in float32 buffers. All ranks must make the same passes.
     """
 
     running_mean: Tensor
@@ -78,7 +78,7 @@ class BatchNorm(nn.Module):
         return y_BDhw.to(x_BDhw.dtype)
 
     def _over_ranks(self, x_BDhw: Tensor, weight_D: Tensor, bias_D: Tensor) -> Tensor:
-        # Each rank's mean and sum of squares about it, in a row of its own: one sum over ranks gathers them all.
+        # Each rank writes its mean and the sum of squares about it into its own row: one sum over ranks gathers all.
         count = x_BDhw.numel() // x_BDhw.shape[1]
         variance_D, mean_D = torch.var_mean(x_BDhw, dim=(0, 2, 3), unbiased=False)
         own = torch.cat([mean_D, variance_D * count, mean_D.new_full((1,), count)])
@@ -95,7 +95,7 @@ class BatchNorm(nn.Module):
         return x_BDhw * scale_D[:, None, None] + (bias_D - mean_D * scale_D)[:, None, None]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As of any module, but the running averages stay in float32 when the parameters are cast."""
+        """Apply ``fn`` as any module does, but keep the running averages in float32 when the parameters are cast."""
         mean, variance = self.running_mean, self.running_var
         super()._apply(fn, recurse)
         self.running_mean, self.running_var = mean.to(self.running_mean.device), variance.to(self.running_var.device)
@@ -103,7 +103,7 @@ class BatchNorm(nn.Module):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over ranks, and that of its gradients."""
+    """Sum over ranks, and sum the gradients over ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

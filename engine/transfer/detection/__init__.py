@@ -1,1 +1,1 @@
-"""Detection and instance segmentation by Mask R-CNN from a pre-trained encoder: model, COCO data, evaluation, run."""
+"""This room detects and segments instances by Mask R-CNN on a pre-trained encoder: model, data, evaluation, run."""

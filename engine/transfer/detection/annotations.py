@@ -1,4 +1,4 @@
-"""A COCO annotation file and its pictures: read, checked whole before training, and asked for masks. Needs no torch.
+"""Read a COCO annotation file and its pictures, check it whole before training, and give masks. This needs no torch.
 
 COCO's own code (pycocotools) decodes the masks: polygons, run lengths as lists and as text.
 """
@@ -32,8 +32,9 @@ DEGENERATE = ("refuse", "drop")
 
 @dataclass(frozen=True)
 class Objects:
-    """What a picture holds, crowds left out: boxes float32 [n, 4] as x1 y1 x2 y2, labels int64 [n] from 1, masks uint8
-    [n, H, W].
+    """A picture holds these objects, crowds left out.
+
+    boxes: float32 [n, 4] as x1 y1 x2 y2. labels: int64 [n] from 1. masks: uint8 [n, H, W].
     """
 
     boxes: np.ndarray
@@ -42,7 +43,7 @@ class Objects:
 
 
 def coco_tools() -> tuple[Any, ModuleType]:
-    """pycocotools' COCO and its module ``mask``. UserError that names what to install where it is not there."""
+    """Return pycocotools' COCO and its module ``mask``. UserError that names what to install if it is missing."""
     try:
         from pycocotools import mask
         from pycocotools.coco import COCO
@@ -52,17 +53,17 @@ def coco_tools() -> tuple[Any, ModuleType]:
 
 
 class CocoSet:
-    """One annotation file with the folder of its pictures.
+    """The set is one annotation file with the folder of its pictures.
 
-    names: of the classes, by ascending id; label n of `objects` is the n-th of them. category_ids: their ids.
-    num_images, fingerprint: of the pictures and their objects. dropped: annotations without area that were left out.
+    names: of the classes, by ascending id; label n of `objects` is the n-th name. category_ids: their ids. num_images,
+    fingerprint: of the pictures and their objects. dropped: annotations without area that were left out.
     """
 
     def __init__(self, annotations: str | Path, folder: str | Path, *, degenerate: str = "refuse") -> None:
-        """degenerate: "refuse" or "drop" annotations that have no area.
+        """Read and check the file. degenerate: "refuse" or "drop" annotations that have no area.
 
         Raises:
-            UserError: the file is no COCO file with masks, names what is not there, or pycocotools is not installed.
+            UserError: the file is no COCO file with masks or names missing files, or pycocotools is not installed.
         """
         self.path, self.folder = Path(annotations), Path(folder).expanduser()
         coco_class, self._mask = coco_tools()
@@ -73,7 +74,7 @@ class CocoSet:
         kept, self.dropped = self._checked(values["annotations"], images, degenerate)
         self.coco = coco_class()
         self.coco.dataset = dict(values, annotations=kept)
-        with contextlib.redirect_stdout(io.StringIO()):  # it tells how long it took
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints how long it took
             self.coco.createIndex()
         self.image_ids = sorted(images)
         self.num_images = len(self.image_ids)
@@ -82,7 +83,7 @@ class CocoSet:
 
     @property
     def fingerprint(self) -> str:
-        """Of file names, sizes, boxes and classes, whatever the folder."""
+        """Hash file names, sizes, boxes and classes, whatever the folder."""
         digest = hashlib.sha256()
         for image_id in self.image_ids:
             image = self.coco.imgs[image_id]
@@ -98,20 +99,20 @@ class CocoSet:
         return f"{self.num_images} images, {', '.join(notes)}"
 
     def file(self, index: int) -> str:
-        """Where picture ``index`` is."""
+        """Return the path of picture ``index``."""
         return str(self.folder / self.coco.imgs[self.image_ids[index]]["file_name"])
 
     def size(self, index: int) -> tuple[int, int]:
-        """Height and width of picture ``index``, as the file of annotations says."""
+        """Return height and width of picture ``index``, as the file of annotations says."""
         image = self.coco.imgs[self.image_ids[index]]
         return int(image["height"]), int(image["width"])
 
     def of_image(self, image_id: int) -> list[dict[str, Any]]:
-        """The annotations of an image, crowds among them."""
+        """Return the annotations of an image, crowds among them."""
         return self.coco.imgToAnns.get(image_id, [])
 
     def picture(self, index: int, channels: int = 3) -> np.ndarray:
-        """uint8 [H, W, C]; ImageError where it cannot be read, or has another size than the annotations say."""
+        """Read uint8 [H, W, C]; ImageError if it cannot be read, or its size is not that of the annotations."""
         path = self.file(index)
         try:
             with Image.open(path) as image:
@@ -124,7 +125,7 @@ class CocoSet:
         return pixels if channels == 3 else pixels[..., None]
 
     def objects(self, index: int) -> Objects:
-        """What is to be found in picture ``index``: its annotations but for crowds, boxes cut at the borders."""
+        """Return the objects to find in picture ``index``: its annotations but for crowds, boxes cut at the borders."""
         height, width = self.size(index)
         found = [item for item in self.of_image(self.image_ids[index]) if not item.get("iscrowd")]
         boxes = np.array([item["bbox"] for item in found], np.float32).reshape(-1, 4)
@@ -168,7 +169,7 @@ class CocoSet:
     def _checked(
         self, annotations: Sequence[dict[str, Any]], images: dict[int, dict[str, Any]], degenerate: str
     ) -> tuple[list[dict[str, Any]], int]:
-        """The annotations to keep, and how many have no area."""
+        """Return the annotations to keep, and how many have no area."""
         kept, bad = [], []
         for number, item in enumerate(annotations):
             name = f"annotation {item.get('id', f'number {number}')}"
@@ -208,7 +209,7 @@ class CocoSet:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The parts of a COCO file. UserError where it is none."""
+    """Read the parts of a COCO file. UserError if it is none."""
     if path.is_dir():
         raise UserError(
             f"annotations is {path}, a folder: give a COCO file (JSON) for detection; a folder of label images is for "
@@ -239,7 +240,7 @@ def _by_id(items: Sequence[Any], path: Path, kind: str) -> dict[int, dict[str, A
 
 
 def _problem(item: dict[str, Any], image: dict[str, Any]) -> str | None:
-    """What is wrong with the box or the mask of an annotation."""
+    """Say what is wrong with the box or the mask of an annotation."""
     box, shape = item.get("bbox"), item.get("segmentation")
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, int | float) for x in box):
         return f"the box {box}"
@@ -259,7 +260,7 @@ def _problem(item: dict[str, Any], image: dict[str, Any]) -> str | None:
 
 
 def require_same_classes(train: CocoSet, val: CocoSet) -> None:
-    """UserError where the classes of two sets have other names; ids may differ."""
+    """Raise UserError if the classes of two sets have other names; ids may differ."""
     extra, missing = sorted(set(val.names) - set(train.names)), sorted(set(train.names) - set(val.names))
     if extra or missing:
         parts = [f"val has {', '.join(map(repr, extra[:3]))}, which data lacks"] if extra else []

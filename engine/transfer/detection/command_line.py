@@ -1,4 +1,4 @@
-"""What `engine/detect.py` offers on its command line."""
+"""`engine/detect.py` offers this command line."""
 
 from __future__ import annotations
 

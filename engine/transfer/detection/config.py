@@ -1,4 +1,4 @@
-"""The settings of a detection run: those of any run, and what a Mask R-CNN needs besides."""
+"""A detection run has the settings of any run, and further ones for a Mask R-CNN."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from mirl.engine.models.config import ATTENTION_BACKENDS, ModelConfig
 from mirl.errors import UserError
 from mirl.settings import Section
 
-VARIANTS = ("paper", "vitdet")  # here too, so that the help waits for no torch
+VARIANTS = ("paper", "vitdet")  # repeated here, so that the help waits for no torch
 BOX_LOSSES = ("l1", "giou")
 DEGENERATE = ("refuse", "drop")
-SIZES = 11  # of the short side in training: 0.6, 0.64 ... 1 of the largest; 480, 512 ... 800
+SIZES = 11  # the short side in training has so many: 0.6, 0.64 ... 1 of the largest; 480, 512 ... 800
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectSection(Section):
-    """Encoder, Mask R-CNN, annotations and evaluation."""
+    """This section sets the encoder, Mask R-CNN, annotations and evaluation."""
 
     checkpoint: str = setting(
         "", "pre-trained checkpoint, or folder of a run (its newest good checkpoint)", metavar="PATH"
@@ -80,11 +80,11 @@ class DetectSection(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DetectConfig(Config):
-    """One detection run.
+    """This is the configuration of one detection run.
 
-    source, model: of the pre-trained encoder, and of the encoder as it is trained, its image size the largest that a
-    padded image has; known once the checkpoint has been read. classes, category_ids: name and COCO id of labels 1, 2
-    and so on; known once the annotations have been read.
+    source, model: the pre-trained encoder, and the encoder as it is trained, with the image size of the largest padded
+    image; known once the checkpoint has been read. classes, category_ids: name and COCO id of labels 1, 2 and so on;
+    known once the annotations have been read.
     """
 
     detect: DetectSection
@@ -95,25 +95,25 @@ class DetectConfig(Config):
 
     @property
     def pretrained(self) -> ModelConfig:
-        """``source``, once the checkpoint has been read."""
+        """Return ``source``, once the checkpoint has been read."""
         assert self.source is not None
         return self.source
 
     @property
     def encoder(self) -> ModelConfig:
-        """``model``, once the checkpoint has been read."""
+        """Return ``model``, once the checkpoint has been read."""
         assert self.model is not None
         return self.model
 
     @property
     def size(self) -> tuple[int, int]:
-        """Largest short and long side, or height and width of the crop: as asked for, or of pre-training."""
+        """Return largest short and long side, or height and width of the crop: as asked for, or of pre-training."""
         section, source = self.detect, self.pretrained
         return section.image_height or source.image_height, section.image_width or source.image_width
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, source: str) -> DetectConfig:
-        """As `Config.from_dict`, with the two models and the classes."""
+        """Read as `Config.from_dict` does, with the two models and the classes."""
         made = super().from_dict(values, source=source)
         models = {
             name: section_from_dict(ModelConfig, values[name], source=source)

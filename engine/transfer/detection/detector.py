@@ -1,4 +1,4 @@
-"""Mask R-CNN on a plain Vision Transformer: images to losses, or to boxes, classes, scores and masks.
+"""Mask R-CNN on a plain Vision Transformer maps images to losses, or to boxes, classes, scores and masks.
 
 Shapes: B images, H W padded size, C channels, P patch side, D width, n objects of an image.
 """
@@ -29,22 +29,23 @@ from mirl.errors import UserError
 
 VARIANTS = ("paper", "vitdet")
 Target = dict[str, Tensor]
-"""Of one image: "boxes" float32 [n, 4] as x1 y1 x2 y2 in pixels, "labels" int64 [n] from 1, "masks" uint8 [n, H, W]."""
+"""An image has "boxes" float32 [n, 4] as x1 y1 x2 y2 in pixels, "labels" int64 [n] from 1, "masks" uint8 [n, H, W]."""
 
 
 class Detector(DenseModel):
-    """A Mask R-CNN; initialised from torch's global random numbers.
+    """The detector is a Mask R-CNN, initialised from torch's global random numbers.
 
     | variant | maps of blocks             | pyramid                        | proposals     |
     |---------|----------------------------|--------------------------------|---------------|
     | paper   | depth x 1/3, 1/2, 2/3, 1   | BEiT's scales, then FPN        | 1 convolution |
     | vitdet  | the last                   | simple, LayerNorm              | 2             |
 
-    With a window, blocks attend inside windows of so many patches a side, but for the global ones: those of the maps
-    (paper), or the last of each quarter (vitdet). There is no class token then, and images are padded to whole windows.
+    With a window, blocks attend inside windows of so many patches a side. The global blocks do not: those of the maps
+    (paper), or the last of each quarter (vitdet). A windowed model has no class token, and its images are padded to
+    whole windows.
 
     State dict: ``encoder.*`` as of any `DenseModel`, ``pyramid.*``, ``rpn.*``, ``roi_heads.*`` (torchvision's names).
-    Encoder and pyramid compute in the dtype of the weights, what follows in float32.
+    Encoder and pyramid compute in the dtype of the weights, the heads in float32.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class Detector(DenseModel):
         channels: int = 256,
         proposals: int = PROPOSALS,
     ) -> None:
-        """classes: besides the background. window: side in patches, 0 for none. regions: sampled from each image in
-        training. channels: of pyramid and heads. proposals: that the box head sees of an image.
+        """Build the model.
+
+        classes: besides the background. window: side in patches, 0 for none. regions: sampled from each image in
+        training. channels: of pyramid and heads. proposals: regions of an image that the box head sees.
 
         Raises:
             UserError: an unknown variant or loss, or sizes that do not go together.
@@ -83,16 +86,17 @@ class Detector(DenseModel):
 
     @property
     def multiple(self) -> int:
-        """Padded sides are multiples of it: of two patches, which the smallest map halves, and of a window."""
+        """Return the divisor of padded sides: two patches, which the smallest map halves, and a window."""
         return padding_multiple(self.config.patch_size, self.window)
 
     def forward(
         self, images: Tensor, sizes: Sequence[tuple[int, int]], targets: list[Target] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Losses by the names of `TERMS` in training; in evaluation of each image "boxes" float32 [n, 4], "labels" [n],
-        "scores" [n] and "masks", probabilities in the boxes, float32 [n, 1, 28, 28].
+        """Return losses by the names of `TERMS` in training, and detections of each image in evaluation.
 
-        images: uint8 [B, H, W, C], padded at the bottom and on the right; sizes: height and width of each without it.
+        Detections are "boxes" float32 [n, 4], "labels" [n], "scores" [n] and "masks", probabilities in the boxes,
+        float32 [n, 1, 28, 28]. images: uint8 [B, H, W, C], padded at the bottom and on the right. sizes: height and
+        width of each without the padding.
         """
         sizes = [(int(height), int(width)) for height, width in sizes]
         images_BCHW = blank_padding(normalise_images(images, self.config.mean, self.config.std, torch.float32), sizes)
@@ -106,7 +110,7 @@ class Detector(DenseModel):
         return dict(zip(TERMS, losses, strict=True))
 
     def feature_maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        """As of any `DenseModel`; with windows the class token is left out."""
+        """Return the maps of any `DenseModel`; with windows the class token is left out."""
         dtype = self.weight_dtype
         images = images if images.dtype == torch.uint8 else images.to(dtype)
         if not self.window:
@@ -142,12 +146,12 @@ class Detector(DenseModel):
 
 
 def padding_multiple(patch_size: int, window: int) -> int:
-    """What the sides of padded images are multiples of: whole windows, or two patches, which the last map halves."""
+    """Return the divisor of the sides of padded images: whole windows, or two patches, which the last map halves."""
     return patch_size * (window if window > 1 and window % 2 == 0 else 2 * max(1, window))
 
 
 def blank_padding(images_BCHW: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-    """``images_BCHW`` with 0, the mean, where an image has ended; in place."""
+    """Set ``images_BCHW`` to 0, the mean, outside of each image; in place."""
     for image_CHW, (height, width) in zip(images_BCHW, sizes, strict=True):
         image_CHW[:, height:] = 0
         image_CHW[:, :, width:] = 0

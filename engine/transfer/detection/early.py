@@ -1,6 +1,6 @@
-"""What is told of a detection run before torch is imported, and what the demo fills in.
+"""Refuse a detection run before torch is imported, and fill in the demo's data.
 
-The run checks all of it again.
+The run checks everything again.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from mirl.engine.transfer.detection.annotations import CocoSet, require_same_cla
 from mirl.engine.transfer.detection.config import DetectConfig
 from mirl.errors import UserError
 
-DEMO_RUN = "runs/demo"  # of mirl pretrain without flags
+DEMO_RUN = "runs/demo"  # mirl pretrain without flags writes there
 
 
 def with_demo(config: DetectConfig) -> DetectConfig:
-    """``config``; for recipe demo, where no data or no checkpoint is given, with composites and the demo's encoder.
+    """Return ``config``; for recipe demo, fill in composites and the demo's encoder if they are not given.
 
-    UserError where that has not been pre-trained yet.
+    UserError if this encoder has not been pre-trained yet.
     """
     if config.recipe != "demo":
         return config
@@ -42,7 +42,7 @@ def with_demo(config: DetectConfig) -> DetectConfig:
 
 
 def require_inputs(config: DetectConfig) -> None:
-    """UserError where data, annotations, or a checkpoint to start from, are not given."""
+    """Raise UserError if data, annotations, or a checkpoint to start from, is not given."""
     section, data = config.detect, config.data.data
     if not data:
         raise UserError("data is not given: name the folder of the images that --annotations lists")
@@ -57,8 +57,9 @@ def require_inputs(config: DetectConfig) -> None:
 
 
 def open_sets(config: DetectConfig) -> tuple[CocoSet, CocoSet | None]:
-    """The pictures to train and to evaluate on, their annotations checked whole. UserError as `CocoSet`, or where the
-    classes of the two differ, or no picture has an object.
+    """Open the pictures to train and to evaluate on, and check their annotations whole.
+
+    UserError as in `CocoSet`, or if the classes of the two differ, or no picture has an object.
     """
     section = config.detect
     train = CocoSet(section.annotations, config.data.data[0], degenerate=section.degenerate)

@@ -1,7 +1,7 @@
-"""COCO's average precision of boxes and masks: detections as rows of results.json, judged once by pycocotools itself.
+"""Measure COCO's average precision of boxes and masks; pycocotools itself judges detections as rows of results.json.
 
-Each rank turns what it finds into rows, masks run-length encoded one by one. Rank 0 gathers the rows, keeps those of
-each image once, and judges them against the annotation file. So the figures are those that pycocotools gives for the
+Each rank turns its detections into rows, masks run-length encoded one by one. All rows are gathered; each image is on
+one rank alone. Rank 0 judges them against the annotation file. So the figures are those that pycocotools gives for the
 written results.json, on any number of ranks.
 """
 
@@ -31,7 +31,7 @@ FIGURES = (
     "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium",
     "AR_large",
 )  # fmt: skip
-MOST = 100  # detections of an image that COCO counts
+MOST = 100  # COCO counts so many detections of an image
 RESULTS, MASK_RESULTS, REPORT = "results.json", "results-masks.json", "evaluation.json"
 
 
@@ -41,8 +41,9 @@ class EvaluationInterrupted(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class CocoScores:
-    """box, mask: COCO's twelve figures in per cent by name; None where nothing could count (a size without objects).
+    """The scores are COCO's figures of boxes and masks.
 
+    box, mask: the twelve figures in per cent by name; None if nothing could count (a size without objects).
     of_classes: AP of "box" and "mask" of each class, in per cent.
     """
 
@@ -53,7 +54,7 @@ class CocoScores:
     of_classes: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
     def metrics(self, prefix: str = "val_") -> dict[str, float]:
-        """For a log: the twelve figures of boxes and of masks."""
+        """Return the twelve figures of boxes and of masks, for a log."""
         values = {
             f"{prefix}{kind}_{name}": value
             for kind, figures in (("box", self.box), ("mask", self.mask))
@@ -74,7 +75,7 @@ def find_rows(
     model: nn.Module, batches: Iterable[DetectionBatch], data: CocoSet, labels: Sequence[int],
     interrupted: Callable[[], bool] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of results.json for the images of ``batches``, in eval mode. labels: category ids of labels 1, 2 ...
+    """Return rows of results.json for the images of ``batches``, in eval mode. labels: category ids of labels 1, 2 ...
 
     Raises:
         EvaluationInterrupted: ``interrupted``, asked before every batch, said so.
@@ -100,7 +101,7 @@ def find_rows(
 def as_rows(
     result: dict[str, Tensor], image_id: int, size: tuple[int, int], original: tuple[int, int], labels: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """What the detector found in one image of ``size``, in the pixels of the ``original``, as rows of results.json."""
+    """Return detections in one image of ``size`` as rows of results.json, in the pixels of the ``original``."""
     scale_4 = torch.tensor([original[1] / size[1], original[0] / size[0]] * 2)
     boxes = (result["boxes"].float().cpu() * scale_4).tolist()
     masks = result["masks"].float().cpu()
@@ -118,9 +119,9 @@ def as_rows(
 
 
 def paste_mask(mask_SS: Tensor, box: Sequence[float], size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """The part of an image that ``box`` covers, True inside the mask, and its place (top, left).
+    """Return the part of an image that ``box`` covers, True inside the mask, and its place (top, left).
 
-    A pixel's centre takes the bilinear value of the mask there, which counts from one half on, as in detectron2.
+    A pixel is inside if the bilinear value of the mask at its centre is one half or more, as in detectron2.
     """
     (height, width), (x0, y0, x1, y1) = size, box
     left, top = max(0, int(np.floor(x0))), max(0, int(np.floor(y0)))
@@ -135,7 +136,7 @@ def paste_mask(mask_SS: Tensor, box: Sequence[float], size: tuple[int, int]) -> 
 
 
 def encode_mask(mask_SS: Tensor, box: Sequence[float], size: tuple[int, int]) -> dict[str, Any]:
-    """The run lengths, as text, of a mask [S, S] of probabilities in ``box``, in an image of ``size``."""
+    """Return the run lengths, as text, of a mask [S, S] of probabilities in ``box``, in an image of ``size``."""
     whole = np.zeros(size, np.uint8, order="F")
     part, (top, left) = paste_mask(mask_SS, box, size)
     whole[top : top + part.shape[0], left : left + part.shape[1]] = part
@@ -144,13 +145,13 @@ def encode_mask(mask_SS: Tensor, box: Sequence[float], size: tuple[int, int]) ->
 
 
 def gather_rows(rows: list[dict[str, Any]], ranks: Ranks) -> list[dict[str, Any]]:
-    """Those of all ranks, by image: every image is some rank's alone."""
+    """Gather the rows of all ranks, sorted by image: each image is on one rank alone."""
     found = [row for theirs in ranks.gather(rows) for row in theirs]
     return sorted(found, key=lambda row: (row["image_id"], -row["score"]))
 
 
 def judge(rows: list[dict[str, Any]], data: CocoSet) -> CocoScores:
-    """COCO's figures for ``rows``; without any, 0 where there is something to be found."""
+    """Return COCO's figures for ``rows``; without rows they are 0 if there is something to be found."""
     of_kinds, of_classes = {}, {name: {} for name in data.names}
     for kind, coco_kind in KINDS.items():
         evaluated = _evaluate(rows, data, coco_kind)
@@ -180,8 +181,10 @@ def _evaluate(rows: list[dict[str, Any]], data: CocoSet, kind: str) -> Any:
 
 
 def rows_for(kind: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows that "bbox" or "segm" is judged by. Those of masks have no box: COCO would take its area for that of the
-    mask, by which objects are small or large; detectron2 and mmdetection leave it out too.
+    """Return the rows by which "bbox" or "segm" is judged.
+
+    Rows of masks have no box: COCO would take the box's area for that of the mask, by which objects are small or large.
+    detectron2 and mmdetection leave it out too.
     """
     return [{key: value for key, value in row.items() if kind == "bbox" or key != "bbox"} for row in rows]
 
@@ -194,7 +197,7 @@ def _nothing(data: CocoSet) -> Any:
 
 
 def _percent(value: float) -> float | None:
-    """COCO says -1 where nothing counts."""
+    """Convert to per cent; COCO says -1 if nothing counts."""
     return None if value < 0 else 100 * float(value)
 
 
@@ -214,7 +217,7 @@ def write_results(folder: Path, rows: list[dict[str, Any]], scores: CocoScores, 
 
 
 def require_known(labels: Sequence[str], data: CocoSet) -> tuple[int, ...]:
-    """Category ids, in ``data``, of the classes that a detector knows, in its order. UserError for a missing one."""
+    """Return the category ids, in ``data``, of a detector's classes, in its order. UserError for a missing class."""
     ids = dict(zip(data.names, data.category_ids, strict=True))
     missing = [name for name in labels if name not in ids]
     if missing:

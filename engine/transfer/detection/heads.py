@@ -1,4 +1,4 @@
-"""Mask R-CNN's heads: torchvision's, with what detectron2 and mmdetection do otherwise put in its place by name.
+"""Mask R-CNN's heads are torchvision's, with the parts below replaced by those of detectron2 and mmdetection.
 
 | what                    | torchvision               | here, as in detectron2 and mmdetection                        |
 |-------------------------|---------------------------|---------------------------------------------------------------|
@@ -31,7 +31,7 @@ from mirl.engine.transfer.detection.pyramids import NAMES, ChannelNorm
 GIOU_WEIGHT = 10.0
 BOX_LOSSES = ("l1", "giou")
 TERMS = ("objectness", "proposal_box", "class", "box", "mask")
-PROPOSALS = 1000  # after NMS; before it twice as many of each level in training, and as many in evaluation
+PROPOSALS = 1000  # after NMS; before NMS each level has twice as many in training, and as many in evaluation
 
 
 class _Conv32(nn.Conv2d):
@@ -61,7 +61,7 @@ def _float(bias: Tensor | None) -> Tensor | None:
 
 
 def in_float32(module: nn.Module) -> None:
-    """Let every layer inside ``module`` compute in float32, whatever its weights are kept in.
+    """Let every layer inside ``module`` compute in float32, whatever the dtype of its weights.
 
     DeepSpeed casts all weights of a bfloat16 run, and neither NMS nor RoIAlign takes bfloat16. Parameters and names
     stay; under ZeRO-3 each layer still uses its own weights in its own forward pass, where they are gathered.
@@ -72,7 +72,7 @@ def in_float32(module: nn.Module) -> None:
 
 
 class AlignedPool(MultiScaleRoIAlign):
-    """RoIAlign from the level of the pyramid that fits a region's size, aligned, at known strides.
+    """Apply RoIAlign, aligned, to the level of the pyramid that fits a region's size, at known strides.
 
     Regions of sqrt(area) 14 P are taken from the third level, whose stride is the patch side P: 224 from stride 16.
     """
@@ -83,12 +83,12 @@ class AlignedPool(MultiScaleRoIAlign):
         self._canonical = 14 * patch_size
 
     def levels_of(self, boxes_R4: Tensor) -> Tensor:
-        """The level of each box, 0 to 3: [R], int64 (Eq. 1 of the FPN paper)."""
+        """Return the level of each box, 0 to 3: [R], int64 (Eq. 1 of the FPN paper)."""
         sides_R = ((boxes_R4[:, 2] - boxes_R4[:, 0]) * (boxes_R4[:, 3] - boxes_R4[:, 1])).clamp(min=0).sqrt()
         return (2 + torch.log2(sides_R / self._canonical + 1e-8)).floor().clamp(0, 3).long()
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """Maps by name and boxes of each image -> [R, channels, output_size, output_size]."""
+        """Pool maps by name over the boxes of each image: [R, channels, output_size, output_size]."""
         numbers = [torch.full_like(found[:, :1], number) for number, found in enumerate(boxes)]
         regions_R5 = torch.cat([torch.cat(numbers), torch.cat(boxes)], dim=1)
         levels_R = self.levels_of(regions_R5[:, 1:])
@@ -96,19 +96,19 @@ class AlignedPool(MultiScaleRoIAlign):
         pooled = maps[0].new_zeros(len(regions_R5), maps[0].shape[1], *self.output_size)
         for level, (map_BDhw, stride) in enumerate(zip(maps, self.strides, strict=True)):
             (members,) = torch.where(levels_R == level)
-            # Also where there are none, so that every level has a part in the graph on every rank.
+            # A level without members is pooled too, so that every level has a part in the graph on every rank.
             part = roi_align(map_BDhw, regions_R5[members], self.output_size, 1 / stride, self.sampling_ratio, True)
             pooled = pooled.index_put((members,), part)
         return pooled
 
 
 class Proposals(RegionProposalNetwork):
-    """The region proposal network with L1 for its boxes."""
+    """This region proposal network has the L1 loss for its boxes."""
 
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Objectness and box loss over the sampled anchors."""
+        """Return objectness and box loss over the sampled anchors."""
         positive, negative = (torch.where(torch.cat(found))[0] for found in self.fg_bg_sampler(labels))
         sampled = torch.cat([positive, negative])
         box = F.l1_loss(pred_bbox_deltas[positive], torch.cat(regression_targets)[positive], reduction="sum")
@@ -120,7 +120,7 @@ class Proposals(RegionProposalNetwork):
 
 
 class RegionHeads(RoIHeads):
-    """Box and mask head. In training it gives losses, in evaluation boxes, classes, scores and small masks."""
+    """Box and mask head give losses in training, and boxes, classes, scores and small masks in evaluation."""
 
     box_loss = "l1"
 
@@ -131,7 +131,7 @@ class RegionHeads(RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """As torchvision's; "masks" of a result is float32 [n, 1, 28, 28], not pasted."""
+        """Return what torchvision's returns, but "masks" of a result is float32 [n, 1, 28, 28], not pasted."""
         if not self.training:
             return self._detect(features, proposals, image_shapes), {}
         proposals, matched, labels, regression_targets = self.select_training_samples(proposals, targets)
@@ -177,14 +177,14 @@ class RegionHeads(RoIHeads):
 
 
 def mask_targets(masks_nHW: Tensor, boxes_R4: Tensor, matched_R: Tensor, side: int) -> Tensor:
-    """What of the matched masks lies in each box, in ``side`` x ``side`` places: float32 0 or 1, [R, side, side]."""
+    """Cut the matched masks to each box, in ``side`` x ``side`` places: float32 0 or 1, [R, side, side]."""
     regions_R5 = torch.cat([matched_R[:, None].to(boxes_R4), boxes_R4], dim=1)
     masks_n1HW = masks_nHW[:, None].to(boxes_R4)
     return (roi_align(masks_n1HW, regions_R5, (side, side), 1.0, 0, True)[:, 0] >= 0.5).to(boxes_R4)
 
 
 def mask_loss(logits_RK: Tensor, wanted_RSS: Tensor, labels_R: Tensor) -> Tensor:
-    """Binary cross-entropy of the mask of each region's own class; without regions 0, with the same graph."""
+    """Return binary cross-entropy of the mask of each region's own class; without regions 0, with the same graph."""
     if not len(labels_R):
         return logits_RK.sum() * 0
     rows_R = torch.arange(len(labels_R), device=labels_R.device)
@@ -192,8 +192,9 @@ def mask_loss(logits_RK: Tensor, wanted_RSS: Tensor, labels_R: Tensor) -> Tensor
 
 
 def build_proposals(patch_size: int, channels: int, convolutions: int, proposals: int = PROPOSALS) -> Proposals:
-    """Anchors of side 2 P to 32 P, 8 times the stride of their level, in three aspect ratios; ``convolutions`` before
-    the predictions. proposals: that are left of an image.
+    """Build the network with anchors of side 2 P to 32 P, 8 times the stride of their level, in three aspect ratios.
+
+    convolutions: before the predictions. proposals: regions that are left of an image.
     """
     sides = tuple((8 * patch_size * factor / 4,) for factor in (1, 2, 4, 8, 16))
     anchors = AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * len(sides))  # type: ignore[arg-type]  # sides may be floats
@@ -204,14 +205,14 @@ def build_proposals(patch_size: int, channels: int, convolutions: int, proposals
 
 
 def build_region_heads(patch_size: int, channels: int, classes: int, *, box_loss: str, regions: int) -> RegionHeads:
-    """Four convolutions and one linear layer for boxes, four convolutions and a deconvolution for masks, LayerNorm.
+    """Build the heads: four convolutions and a linear layer for boxes, four and a deconvolution for masks, LayerNorm.
 
     A norm over a batch does not survive a rank without regions. classes: besides the background. regions: sampled from
     each image in training.
     """
     pool, mask_pool = AlignedPool(7, patch_size), AlignedPool(14, patch_size)
     predictor = FastRCNNPredictor(4 * channels, 1 + classes)
-    nn.init.normal_(predictor.cls_score.weight, std=0.01)  # detectron2's and mmdetection's
+    nn.init.normal_(predictor.cls_score.weight, std=0.01)  # as in detectron2 and mmdetection
     nn.init.normal_(predictor.bbox_pred.weight, std=0.001)
     for layer in (predictor.cls_score, predictor.bbox_pred):
         nn.init.zeros_(layer.bias)
@@ -226,5 +227,5 @@ def build_region_heads(patch_size: int, channels: int, classes: int, *, box_loss
 
 
 def image_list(images_BCHW: Tensor, sizes: list[tuple[int, int]]) -> ImageList:
-    """What the proposals want to know of a padded batch."""
+    """Return a padded batch in the form that the proposals take."""
     return ImageList(images_BCHW, sizes)

@@ -1,4 +1,4 @@
-"""A detector from its configuration, or from a checkpoint in one call and without a process group."""
+"""Make a detector from its configuration, or from a checkpoint in one call and without a process group."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mirl.engine.transfer.detection.windows import global_blocks
 
 
 def build_detector(config: DetectConfig, classes: int) -> Detector:
-    """The detector of a run whose checkpoint has been read, with fresh weights. classes: besides the background."""
+    """Build the detector of a run whose checkpoint has been read, with fresh weights. classes: without background."""
     section = config.detect
     return Detector(
         config.encoder, classes=classes, variant=section.variant, window=section.window, drop_path=section.drop_path,
@@ -26,7 +26,7 @@ def build_detector(config: DetectConfig, classes: int) -> Detector:
 
 
 def shape_of(config: DetectConfig, classes: int) -> DetectorShape:
-    """What decides the cost of that detector."""
+    """Return the sizes that decide the cost of such a detector."""
     section = config.detect
     four = 4 if section.variant == "paper" else len(global_blocks(config.encoder.depth))
     return DetectorShape(
@@ -38,9 +38,9 @@ def shape_of(config: DetectConfig, classes: int) -> DetectorShape:
 def load_detector(
     path: Path | str, *, which: str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Detector, DetectConfig]:
-    """The detector (fp32, in eval mode) and its run's configuration, with the names of its classes.
+    """Load the detector (fp32, in eval mode) and its run's configuration, with the names of its classes.
 
-    path, which: see `mirl.engine.checkpoints.kinds.given`. UserError: no such checkpoint, or a damaged one.
+    path, which: see `mirl.engine.checkpoints.kinds.given`. UserError for no such checkpoint, or a damaged one.
 
     >>> model, config = load_detector("runs/detect")                                # doctest: +SKIP
     """

@@ -1,7 +1,7 @@
-"""The loader of detection: pictures with their objects, in the order that any run has, ahead of the training step.
+"""Load pictures with their objects, in the order that any run has, ahead of the training step.
 
-It has the face of `mirl.dataloaders.TrainLoader` as far as a run asks for it: the same images at a step on any number
-of ranks, resumable at any step, broken pictures replaced and counted.
+The loader has the face of `mirl.dataloaders.TrainLoader` as far as a run asks for it: the same images at a step on any
+number of ranks, resumable at any step, broken pictures replaced and counted.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from mirl.engine.transfer.detection.config import DetectSection
 from mirl.engine.transfer.detection.transforms import Sample, for_evaluation, for_training, pad_together
 from mirl.errors import UserError
 
-AHEAD = 2  # micro-batches that are read while one is used
-STAND_INS = 16  # pictures tried in the place of a broken one
+AHEAD = 2  # so many micro-batches are read while one is used
+STAND_INS = 16  # so many pictures are tried, a broken one and those after it
 
 
 @dataclass(slots=True)
 class DetectionBatch(Batch):
-    """sizes: height and width of each image without padding. targets: of each image, on the device.
+    """The batch has images padded to one size, and their objects.
 
-    originals: sizes of the pictures before they were resized (evaluation).
+    sizes: height and width of each image without padding. targets: of each image, on the device. originals: sizes of
+    the pictures before they were resized (evaluation).
     """
 
     sizes: list[tuple[int, int]] = field(default_factory=list)
@@ -42,7 +43,7 @@ class DetectionBatch(Batch):
 
 
 class DetectionLoader:
-    """Endless micro-batches of one rank. Not safe to share between threads."""
+    """The loader hands out endless micro-batches of one rank. It is not safe to share between threads."""
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class DetectionLoader:
         flip: bool = True,
         bad_image_limit: float = 0.001,
     ) -> None:
-        """size, multiple: see `DetectConfig.size` and `pad_together`. threads: that read and transform pictures."""
+        """Start the threads, ``threads`` of them. size, multiple: see `DetectConfig.size` and `pad_together`."""
         self.data, self.plan, self.section, self.size, self.multiple = data, plan, section, size, multiple
         self.seed, self.device, self.channels, self.flip = seed, device, channels, flip
         self.num_images, self.ledger, self.source = data.num_images, data, data
@@ -76,16 +77,16 @@ class DetectionLoader:
 
     @property
     def step(self) -> int:
-        """Optimiser steps whose images have all been handed out."""
+        """Count the optimiser steps whose images have all been handed out."""
         return self._micro_step // self.plan.accumulation
 
     @property
     def too_many_bad(self) -> bool:
-        """Whether more distinct pictures broke on this rank than the limit allows."""
+        """Say whether more distinct pictures broke on this rank than the limit allows."""
         return len(self.bad_images) > self.bad_allowed
 
     def next_micro_batch(self) -> DetectionBatch:
-        """The images of the next forward pass of this rank. UserError where sixteen in a row are broken."""
+        """Return the images of this rank's next forward pass. UserError if sixteen in a row are broken."""
         while len(self._ahead) <= AHEAD:
             epoch, positions = self.plan.locate(self._micro_step + len(self._ahead))
             chosen = self._order(epoch)[positions]
@@ -120,7 +121,7 @@ class DetectionLoader:
 
     @property
     def _least(self) -> tuple[int, int]:
-        """Crops all have one size, which smaller pictures are padded to."""
+        """Return the least padded size: crops all have one size, to which smaller pictures are padded."""
         return self.size if self.section.variant == "vitdet" else (1, 1)
 
     def _read(self, index: int, epoch: int, position: int) -> _Read:
@@ -150,13 +151,13 @@ class DetectionLoader:
                 self.bad_images.append(image)
 
     def paths(self, sample_ids: Sequence[int] | np.ndarray) -> list[str]:
-        """Where the images are, for messages."""
+        """Return where the images are, for messages."""
         return [self.data.file(int(index)) for index in sample_ids]
 
     suspects = paths
 
     def bad_limit_error(self) -> TooManyBadImages:
-        """The error for a run that has passed its limit, naming the first few images."""
+        """Make the error for a run that has passed its limit, naming the first few images."""
         some = "; ".join(f"{bad.path}: {bad.reason}" for bad in self.bad_images[:3])
         return TooManyBadImages(
             f"{len(self.bad_images)} of {self.num_images} images are broken, more than the {self.bad_allowed} that "
@@ -165,14 +166,14 @@ class DetectionLoader:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands, at the last whole optimiser step. The same on all ranks."""
+        """Return where the run stands, at the last whole optimiser step. It is the same on all ranks."""
         return {
             "version": 1, "seed": self.seed, "step": self.step, "effective_batch": self.effective_batch,
             "num_images": self.num_images, "fingerprint": self.fingerprint,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the step of ``state``. UserError where seed, batch or annotations are others."""
+        """Go on after the step of ``state``. UserError if seed, batch or annotations differ."""
         mends = {
             "seed": "set the seed of the run that is resumed",
             "effective_batch": "choose micro_batch x accumulation x world_size to match",
@@ -206,7 +207,7 @@ class _Read:
 
 
 def _padded(sample: Sample, height: int, width: int) -> dict[str, Tensor]:
-    """The target of ``sample`` with masks of the padded size."""
+    """Return the target of ``sample`` with masks of the padded size."""
     masks = sample.target["masks"]
     padding = (0, width - masks.shape[2], 0, height - masks.shape[1])
     return sample.target | {"masks": torch.nn.functional.pad(masks, padding)}
@@ -216,9 +217,10 @@ def evaluation_batches(
     data: CocoSet, *, rank: int, world_size: int, batch_size: int, variant: str, size: tuple[int, int], multiple: int,
     device: torch.device, channels: int, threads: int,
 ) -> Iterator[DetectionBatch]:  # fmt: skip
-    """Every image once, divided among the ranks, which all get equally many batches.
+    """Yield every image once, divided among the ranks, which all get equally many batches.
 
-    ``sample_ids`` are numbers of images, -1 where an image only fills up a batch; ``bad`` names what cannot be read.
+    ``sample_ids`` are numbers of images, -1 for an image that only fills up a batch or cannot be read; ``bad`` names
+    the unreadable ones.
     """
     rounds = -(-data.num_images // (world_size * batch_size))
     with ThreadPoolExecutor(threads, thread_name_prefix="mirl-detect-val") as pool:

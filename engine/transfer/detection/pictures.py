@@ -1,4 +1,4 @@
-"""Pictures of detections: masks in colour, boxes, names and scores, drawn on the image; and grids of such pictures."""
+"""Draw detections on images: masks in colour, boxes, names and scores; and put such pictures into grids."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from mirl.engine.transfer.detection.annotations import CocoSet
 from mirl.engine.transfer.detection.evaluation import paste_mask
 
 OPACITY = 0.5
-LEAST_SCORE = 0.5  # of a detection that is drawn
+LEAST_SCORE = 0.5  # detections below it are not drawn
 GAP, LINE = 4, 14
-CELL = 256  # shorter side of a picture in a grid, at least
+CELL = 256  # the shorter side of a picture in a grid is at least this long
 COLUMNS = ("input", "truth", "prediction")
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """An object to draw. box: x1 y1 x2 y2. mask: the part of the picture at ``place`` (top, left) that it covers."""
+    """An object is drawn by its box, x1 y1 x2 y2, and its mask, the part of the picture at ``place`` (top, left)."""
 
     box: tuple[float, ...]
     mask: np.ndarray
@@ -35,13 +35,13 @@ class Drawn:
 
 
 def colour_of(label: int) -> tuple[int, int, int]:
-    """A colour for class ``label``, from 1: hues by the golden ratio, so that neighbours differ."""
+    """Return a colour for class ``label``, from 1: hues by the golden ratio, so that neighbours differ."""
     red, green, blue = colorsys.hsv_to_rgb(label * 0.61803398875 % 1, 0.75, 1.0)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def truth_of(data: CocoSet, index: int) -> list[Drawn]:
-    """The objects of a picture; crowds are not drawn."""
+    """Return the objects of a picture; crowds are not drawn."""
     found = data.objects(index)
     return [
         Drawn(box=tuple(box), mask=mask.astype(bool), place=(0, 0), label=int(label))
@@ -52,7 +52,7 @@ def truth_of(data: CocoSet, index: int) -> list[Drawn]:
 def found_in(
     result: dict[str, Tensor], size: tuple[int, int], original: tuple[int, int], *, least: float = LEAST_SCORE
 ) -> list[Drawn]:
-    """Detections of at least score ``least`` in an image of ``size``, in the pixels of the ``original``."""
+    """Return detections of at least score ``least`` in an image of ``size``, in the pixels of the ``original``."""
     scale = torch.tensor([original[1] / size[1], original[0] / size[0]] * 2)
     drawn = []
     for box, label, score, mask in zip(
@@ -66,7 +66,7 @@ def found_in(
 
 
 def draw(pixels: np.ndarray, objects: Sequence[Drawn], names: Sequence[str]) -> Image.Image:
-    """``pixels``, uint8 [H, W, C], with the ``objects`` on them; small pictures are enlarged by a whole factor."""
+    """Draw the ``objects`` on ``pixels``, uint8 [H, W, C]; small pictures are enlarged by a whole factor."""
     canvas = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
     canvas = canvas.astype(np.float32)
     for item in objects:
@@ -88,7 +88,7 @@ def draw(pixels: np.ndarray, objects: Sequence[Drawn], names: Sequence[str]) -> 
 
 
 def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of input, truth and prediction with titles above the columns."""
+    """Lay out rows of input, truth and prediction with titles above the columns."""
     widths = [max(row[column].width for row in rows) for column in range(len(COLUMNS))]
     heights = [max(picture.height for picture in row) for row in rows]
     canvas = Image.new("RGB", (sum(widths) + GAP * 4, LINE + GAP + sum(heights) + GAP * len(rows)), "white")
@@ -114,7 +114,7 @@ def save(picture: Image.Image, path: Path) -> None:
 
 
 def as_json(drawn: Sequence[Drawn], names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Detections of a file of predictions: name, score, box as x1 y1 x2 y2, and the run lengths of the mask."""
+    """Return detections for a file of predictions: name, score, box as x1 y1 x2 y2, and the run lengths of the mask."""
     return [
         {
             "class": names[item.label - 1], "label": item.label, "score": row["score"],

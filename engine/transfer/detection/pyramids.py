@@ -1,4 +1,4 @@
-"""The two pyramids of five maps, of 256 channels as everywhere, at strides P/4, P/2, P, 2P, 4P for patches of side P.
+"""Both pyramids have five maps, usually of 256 channels, at strides P/4, P/2, P, 2P, 4P for patches of side P.
 
 Names of the maps are torchvision's: "0", "1", "2", "3" and "pool".
 """
@@ -20,7 +20,7 @@ NAMES = ("0", "1", "2", "3", "pool")
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each place of a map [B, D, h, w], computed in float32 (ViTDet's LN)."""
+    """Normalise the channels of each place of a map [B, D, h, w] by LayerNorm, computed in float32 (ViTDet's LN)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=NORM_EPS)
@@ -32,9 +32,9 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class PaperPyramid(nn.Module):
-    """Four maps of the encoder through BEiT's up- and down-sampling, then a feature pyramid network.
+    """Scale four maps of the encoder by BEiT's up- and down-sampling, then run a feature pyramid network.
 
-    Its norm is of groups of channels, as in the benchmark of plain ViTs that MAE's protocol is taken from: it needs no
+    Its norm is of groups of channels, as in the benchmark of plain ViTs whose protocol MAE has. This norm needs no
     other image, and no running averages.
     """
 
@@ -44,15 +44,15 @@ class PaperPyramid(nn.Module):
         self.fpn = FeaturePyramidNetwork([width] * 4, channels, extra_blocks=LastLevelMaxPool())
 
     def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Four maps [B, D, h, w] -> five maps [B, channels, ...] by name."""
+        """Map four maps [B, D, h, w] to five maps [B, channels, ...] by name."""
         return dict(self.fpn(dict(zip(NAMES, self.scales(maps), strict=False))))
 
 
 class SimplePyramid(nn.Module):
-    """The last map of the encoder alone, scaled and projected (ViTDet's simple feature pyramid, LayerNorm)."""
+    """Scale and project the last map of the encoder alone (ViTDet's simple feature pyramid, LayerNorm)."""
 
     def __init__(self, width: int, channels: int) -> None:
-        """width: of the encoder, a multiple of 4. channels: of the maps."""
+        """Build the stages. width: of the encoder, a multiple of 4. channels: of the maps."""
         super().__init__()
 
         def double(ins: int, outs: int) -> nn.ConvTranspose2d:
@@ -74,7 +74,7 @@ class SimplePyramid(nn.Module):
         )  # fmt: skip
 
     def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """One map [B, D, h, w] -> five maps [B, channels, ...] by name."""
+        """Map one map [B, D, h, w] to five maps [B, channels, ...] by name."""
         (last,) = maps
         made = [stage(last) for stage in self.stages]
         return dict(zip(NAMES, [*made, F.max_pool2d(made[-1], kernel_size=1, stride=2)], strict=True))

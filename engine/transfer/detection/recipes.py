@@ -1,13 +1,13 @@
-"""Named detection runs; every field can be overridden on the command line.
+"""Recipes are named detection runs; every field can be overridden on the command line.
 
 The paper says of its runs "Mask R-CNN", "identical training configurations from mmdetection", "1x schedule" (12 epochs)
-and gives Table 4, from which the figures below are. Every other setting is inherited; each docstring says from where.
+and gives Table 4, the source of the figures below. Every other setting is inherited; each docstring names its source.
 None of these runs was measured here.
 
-What CAE is below: Atten4Vis/CAE, downstream_tasks/detection, configs/mask_rcnn/vit_base_giou_4conv1f_coco_maskrcnn_1x:
+"CAE" below means Atten4Vis/CAE, downstream_tasks/detection, configs/mask_rcnn/vit_base_giou_4conv1f_coco_maskrcnn_1x:
 blocks 3, 5, 7, 11 with BEiT's scales and an FPN of 256, global attention, short sides 480 - 800 by at most 1333, AdamW
-with weight decay 0.05, batch 32, GIoU times 10 for boxes, 12 epochs with x0.1 at 9 and 11. Between its own figures for
-MAE (48.4 / 42.6) and CAE (49.9 / 43.9) lie the paper's for MIRL ViT-B, which is why it is taken for the paper's set-up.
+with weight decay 0.05, batch 32, GIoU times 10 for boxes, 12 epochs with x0.1 at 9 and 11. The paper's figures for MIRL
+ViT-B lie between CAE's own for MAE (48.4 / 42.6) and CAE (49.9 / 43.9), so CAE's set-up is taken for the paper's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEFAULT_RECIPE = "small_data"
 
 
 def small_data() -> DetectConfig:
-    """Some tens to some thousand pictures of one's own with COCO annotations, on one GPU or a CPU.
+    """Train on some tens to some thousand pictures of one's own with COCO annotations, on one GPU or a CPU.
 
     Inherited: variant, losses and layer decay as vit_b. Chosen here: 640 pixels at most, 3,000 steps of 8 pictures, a
     cosine, clipping at 1, and a file with degenerate boxes refused instead of mended in silence.
@@ -45,7 +45,7 @@ def small_data() -> DetectConfig:
 
 
 def demo() -> DetectConfig:
-    """Composites of 96 x 96 pixels and the encoder of `mirl pretrain`, for some minutes on two CPU cores.
+    """Train on composites of 96 x 96 pixels with the encoder of `mirl pretrain`, for some minutes on two CPU cores.
 
     Nothing is inherited: pyramid and heads have 48 channels in place of 256; 200 regions are proposed in a picture and
     32 sampled from them; pictures are neither mirrored nor scaled.
@@ -68,8 +68,9 @@ def demo() -> DetectConfig:
 
 
 def _coco(name: str, *, lr: float, layer_decay: float, drop_path: float) -> DetectConfig:
-    """COCO as in CAE: see the top of this file. Warm-up of 1,000 steps: mmdetection's for CAE's and BEiT's runs is of
-    this order; the paper is silent.
+    """Make a recipe for COCO with CAE's settings; see the top of this file.
+
+    The warm-up has 1,000 steps: mmdetection's for CAE's and BEiT's runs is of this order; the paper is silent.
     """
     return DetectConfig(
         recipe=name,
@@ -88,7 +89,9 @@ def _coco(name: str, *, lr: float, layer_decay: float, drop_path: float) -> Dete
 
 
 def vit_b() -> DetectConfig:
-    """ViT-B on COCO, 1x. The paper: box AP 49.3, mask AP 43.7 after 800 epochs of pre-training. Not measured here.
+    """Train ViT-B on COCO, 1x. The paper has box AP 49.3, mask AP 43.7 after 800 epochs of pre-training.
+
+    Not measured here.
 
     Inherited: all from CAE's ViT-B: learning rate 3e-4, layer decay 0.75, drop path 0.2.
 
@@ -99,7 +102,7 @@ def vit_b() -> DetectConfig:
 
 
 def vit_s_54() -> DetectConfig:
-    """ViT-S-54 on COCO, 1x. The paper has no figure for it. Not measured here.
+    """Train ViT-S-54 on COCO, 1x. The paper has no figure for it. Not measured here.
 
     Inherited: from CAE, learning rate 2e-4 and drop path 0.2 as for its ViT-L. Reckoned here: layer decay 0.91, by
     which the lowest of 54 blocks learns as slowly as that of 12 under 0.75.
@@ -110,7 +113,7 @@ def vit_s_54() -> DetectConfig:
 
 
 def vit_b_24() -> DetectConfig:
-    """ViT-B-24 on COCO, 1x. The paper has no figure for it. Not measured here.
+    """Train ViT-B-24 on COCO, 1x. The paper has no figure for it. Not measured here.
 
     Inherited: from CAE, learning rate 2e-4, layer decay 0.85 and drop path 0.2 as for its ViT-L, which has 24 blocks
     too.
@@ -121,7 +124,7 @@ def vit_b_24() -> DetectConfig:
 
 
 def vit_b_48() -> DetectConfig:
-    """ViT-B-48 on COCO, 1x. The paper: mask AP 46.5 after 800 epochs of pre-training. Not measured here.
+    """Train ViT-B-48 on COCO, 1x. The paper has mask AP 46.5 after 800 epochs of pre-training. Not measured here.
 
     Inherited: from CAE, learning rate 2e-4 as for its ViT-L; drop path 0.4 of ViTDet-L. Reckoned here: layer decay
     0.90, by which the lowest of 48 blocks learns as slowly as that of 12 under 0.75; MIRL's own fine-tuning has 0.88.
@@ -132,7 +135,9 @@ def vit_b_48() -> DetectConfig:
 
 
 def vitdet_b() -> DetectConfig:
-    """ViT-B on COCO as in ViTDet, 100 epochs of large-scale jitter. Not the paper's set-up, and not measured here.
+    """Train ViT-B on COCO as in ViTDet, 100 epochs of large-scale jitter. This is not the paper's set-up.
+
+    Not measured here.
 
     Inherited: detectron2 projects/ViTDet, configs/COCO/mask_rcnn_vitdet_b_100ep.py: last map, simple pyramid,
     LayerNorm, 1024 pixels, scales 0.1 - 2, AdamW, learning rate 1e-4, weight decay 0.1, layer decay 0.7, drop path 0.1,
@@ -165,7 +170,7 @@ RECIPES: dict[str, Callable[[], DetectConfig]] = {
 
 
 def detect_recipe(name: str, **changes: Any) -> DetectConfig:
-    """The recipe called ``name``, with single settings changed; they have the names of the flags.
+    """Return the recipe called ``name``, with single settings changed; they have the names of the flags.
 
     Raises:
         UserError: no such recipe or setting, or settings that do not fit together.

@@ -1,4 +1,4 @@
-"""The detection run: what it builds from a pre-trained encoder, and what it says of it."""
+"""The detection run builds a detector from a pre-trained encoder, and describes it in the log."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ from mirl.engine.transfer.layer_decay import layer_decay_groups
 from mirl.errors import UserError
 
 DetectPlan = RunPlan[DetectConfig]
-TRIAL_OBJECTS = 20  # an image, of which the estimate counts the masks too
+TRIAL_OBJECTS = 20  # objects of an image; the estimate counts as many masks
 MANY_TOKENS = 2048
-USUAL_CLASSES = 80  # for an estimate before the annotations are read
+USUAL_CLASSES = 80  # an estimate before the annotations are read assumes so many
 
 
 def detect(config: DetectConfig) -> Path:
-    """Run ``config`` on this rank; returns the run's folder. Raises what `run_training` does."""
+    """Run ``config`` on this rank; return the run's folder. Raises what `run_training` does."""
     return run_training(config, Detection())
 
 
 class Detection(RunKind[DetectConfig]):
-    """A Mask R-CNN, trained end to end from a pre-trained encoder on COCO annotations."""
+    """This kind of run trains a Mask R-CNN end to end from a pre-trained encoder on COCO annotations."""
 
     train: CocoSet
     val: CocoSet | None
@@ -65,7 +65,7 @@ class Detection(RunKind[DetectConfig]):
         return detect_recipe(name).run.out
 
     def read_start(self, plan: DetectPlan) -> DetectPlan:
-        """The plan comes back with the encoder's two configurations."""
+        """Return the plan with the encoder's two configurations."""
         require_inputs(plan.config)
         source = agree_on_main(plan.ranks, lambda: _source_config(plan))
         plan = plan.with_config(with_models(plan.config, source))
@@ -77,7 +77,7 @@ class Detection(RunKind[DetectConfig]):
         return detection_footprint(config, plan.precision, on_gpu=plan.ranks.device.type == "cuda")
 
     def open_data(self, plan: DetectPlan, closing: ExitStack) -> tuple[DetectPlan, DetectionLoader]:  # type: ignore[override]
-        """The plan comes back with names and ids of the classes."""
+        """Open the data, and return the plan with names and ids of the classes."""
         config, ranks = plan.config, plan.ranks
         self.train, self.val = open_sets(config)
         config = dataclasses.replace(config, classes=self.train.names, category_ids=self.train.category_ids)
@@ -110,13 +110,13 @@ class Detection(RunKind[DetectConfig]):
         return model.to(device)
 
     def _detector(self, plan: DetectPlan, device: torch.device) -> Detector:
-        """With its first weights, to compute as ``plan`` asks for on ``device``, where it is not yet."""
+        """Make the model with its first weights, to compute as ``plan`` asks for on ``device``, where it is not yet."""
         model = build_detector(plan.config, len(plan.config.classes))
         set_computation(model, plan.config.run, device)
         return model
 
     def trial_loss(self, plan: DetectPlan, model: Detector, images: Tensor, generator: torch.Generator) -> Tensor:  # type: ignore[override]
-        """The sum of the five losses of images padded as in a run, with `TRIAL_OBJECTS` random objects on each."""
+        """Sum the five losses of images padded as in a run, with `TRIAL_OBJECTS` random objects on each."""
         height, width = (-(-side // model.multiple) * model.multiple for side in images.shape[1:3])
         padded = F.pad(images, (0, 0, 0, width - images.shape[2], 0, height - images.shape[1]))
         targets = []
@@ -132,7 +132,7 @@ class Detection(RunKind[DetectConfig]):
         return torch.stack(list(model(padded, [(height, width)] * len(padded), targets).values())).sum()
 
     def bare_model(self, plan: DetectPlan) -> None:
-        """None: a step with sampled regions has no fixed list of operators to predict from."""
+        """Return None: a step with sampled regions has no fixed list of operators to predict from."""
         return None
 
     def parameter_groups(self, plan: DetectPlan, model: Detector) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -179,7 +179,7 @@ class Detection(RunKind[DetectConfig]):
 
 
 def detection_footprint(config: DetectConfig, precision: str, *, on_gpu: bool) -> Footprint:
-    """What a run of ``config``, whose checkpoint has been read, holds in memory."""
+    """Return what a run of ``config``, whose checkpoint has been read, holds in memory."""
     model, classes = config.encoder, len(config.classes) or USUAL_CLASSES
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build_detector(config, classes).parameters())
@@ -194,7 +194,7 @@ def detection_footprint(config: DetectConfig, precision: str, *, on_gpu: bool) -
 
 
 def with_models(config: DetectConfig, source: ModelConfig) -> DetectConfig:
-    """``config`` with the encoder of ``source``, and that encoder at the size of the largest padded image."""
+    """Return ``config`` with the encoder of ``source``, and with it at the size of the largest padded image."""
     section = config.detect
     config = dataclasses.replace(config, source=source)
     if bool(section.image_height) != bool(section.image_width):
@@ -206,9 +206,9 @@ def with_models(config: DetectConfig, source: ModelConfig) -> DetectConfig:
 
 
 def refuse_full_matrix(config: DetectConfig, device: str) -> None:
-    """UserError where attention would write out its whole matrix on a GPU.
+    """Raise UserError if attention would write out its whole matrix on a GPU.
 
-    At 4,096 tokens and 12 heads that is 384 MiB an image and block in bfloat16, before its softmax.
+    At 4,096 tokens and 12 heads the matrix takes 384 MiB an image and block in bfloat16, before its softmax.
     """
     tokens = config.encoder.num_patches
     if device == "cuda" and config.detect.attention == "math" and tokens >= MANY_TOKENS:
@@ -223,7 +223,7 @@ def _multiple(config: DetectConfig) -> int:
 
 
 def _source_config(plan: DetectPlan) -> ModelConfig:
-    """The configuration of the pre-trained encoder; a resumed run has it without the pre-trained checkpoint."""
+    """Return the configuration of the pre-trained encoder; a resumed run has it without the pre-trained checkpoint."""
     config = plan.config
     if plan.reader is None:
         return load_encoder(config.detect.checkpoint)[0]
@@ -258,12 +258,12 @@ def _val_batches(plan: DetectPlan, val: CocoSet | None) -> Iterator[DetectionBat
 
 
 def _one_picture(config: DetectConfig, data: CocoSet, device: torch.device, index: int) -> DetectionBatch:
-    """Picture ``index`` as evaluation shows it."""
+    """Return picture ``index`` as evaluation shows it."""
     return picture_batch(config, data.picture(index, config.encoder.channels), device)
 
 
 def picture_batch(config: DetectConfig, pixels: np.ndarray, device: torch.device | str) -> DetectionBatch:
-    """A batch of one picture, uint8 [H, W, C], as evaluation shows it."""
+    """Make a batch of one picture, uint8 [H, W, C], as evaluation shows it."""
     image = for_evaluation(pixels, config.detect.variant, config.size)
     least = config.size if config.detect.variant == "vitdet" else (1, 1)
     size = int(image.shape[1]), int(image.shape[2])

@@ -1,4 +1,4 @@
-"""Detection as a task of the loop: the five losses, pictures, evaluation."""
+"""Detection is this task of the loop: the five losses, pictures, evaluation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ METRIC = "mask AP"
 
 
 class DetectTask:
-    """One rank's part. val: what is evaluated every ``eval_every`` steps, None for no evaluation."""
+    """The task is one rank's part. val: the set to evaluate every ``eval_every`` steps, None for no evaluation."""
 
     term_names = TERMS
 
@@ -55,8 +55,10 @@ class DetectTask:
         eval_every: int | None,
         picture_every: int | None,
     ) -> None:
-        """val_batches: those of this rank, anew. shown, shown_batch: the pictures to draw, and one of them as a batch.
-        eval_every, picture_every: in steps; None: at the end alone, and none at all.
+        """Set up the task.
+
+        val_batches: makes the evaluation batches of this rank anew. shown, shown_batch: the pictures to draw, and one
+        of them as a batch. eval_every, picture_every: in steps; None: an evaluation at the end alone, no pictures.
         """
         self.ranks, self.engine, self.log, self.out, self.seed, self.classes = ranks, engine, log, out, seed, classes
         self.val, self.val_batches, self.eval_every = val, val_batches, eval_every
@@ -67,23 +69,23 @@ class DetectTask:
         self.scores: CocoScores | None = None
 
     def forward(self, batch: Batch, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum of the five losses of a micro-batch."""
+        """Return the sum of the five losses of a micro-batch."""
         assert isinstance(batch, DetectionBatch)
-        # Dropped paths, and which anchors and regions are sampled: the same in a resumed run.
+        # So a resumed run drops the same paths, and samples the same anchors and regions.
         seed_stochastic_depth(self.seed, place.step, place.first)
         losses = self.engine.forward(batch.images, batch.sizes, batch.targets)
         terms = torch.stack([losses[name] for name in TERMS])
         return terms.sum(), terms.detach()
 
     def after_step(self, applied: bool) -> None:
-        """Nothing."""
+        """Do nothing: there is no average of the weights."""
 
     def standing_at_start(self) -> Standing | None:
-        """Not known."""
+        """Return None: the heads begin with random weights."""
         return None
 
     def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> Standing | None:
-        """Pictures at their interval, AP of boxes and masks at theirs, and both at the end."""
+        """Draw pictures at their interval, measure AP of boxes and masks at theirs, and do both at the end."""
         if self.picture_every is not None and (last or step % self.picture_every == 0):
             self._draw(step)
         due = last or (self.eval_every is not None and step % self.eval_every == 0)
@@ -107,7 +109,7 @@ class DetectTask:
         return Standing(weights="last", score_percent=scores.mask["AP"] or 0.0, images=scores.images, metric=METRIC)
 
     def _draw(self, step: int) -> None:
-        """All ranks run the detector, which may need all of them; rank 0 draws."""
+        """Run the detector on all ranks, which it may need; rank 0 draws."""
         data, indices = self.shown
         model, rows = self.engine.module, []
         training = model.training
@@ -134,12 +136,12 @@ class DetectTask:
             self.log.picture(picture, step, name="detections")
 
     def reports_after(self, step: int, total_steps: int) -> int:
-        """The evaluations."""
+        """Count the evaluations."""
         return 0 if self.val is None else count_reports(self.eval_every, after=step, total=total_steps)
 
     def fragments(self) -> Iterator[Fragment]:
-        """None: all state is in the weights."""
+        """Yield nothing: all state is in the weights."""
         return iter(())
 
     def load(self, read: FragmentReader) -> None:
-        """Nothing."""
+        """Do nothing: all state is in the weights."""

@@ -1,4 +1,4 @@
-"""What is done to a picture and its objects before the detector sees them, as a function of a key and nothing else.
+"""Transform a picture and its objects before the detector sees them, as a function of a key and nothing else.
 
 The operations are those of torchvision's transforms v2 on its image, boxes and masks at once. Their random parameters
 are drawn here: torchvision's own transforms draw from torch's global generator, which the training step uses meanwhile.
@@ -24,14 +24,17 @@ from mirl.engine.transfer.detection.annotations import Objects
 from mirl.engine.transfer.detection.config import SIZES, DetectSection
 from mirl.keyed import keyed_uniform
 
-STREAM = 14  # first word of a key; others are in dataloaders/, engine/training/noise.py and transfer/random_state.py
-LEAST_SIDE = 1.0  # of a box after a crop, in pixels
+# The first word of a key. Others are in dataloaders/, engine/training/noise.py and transfer/random_state.py; the split
+# of pretraining/evaluation_data.py has 14 as well, but no run draws from both.
+STREAM = 14
+LEAST_SIDE = 1.0  # a box has at least this side after a crop, in pixels
 
 
 @dataclass
 class Sample:
-    """image: uint8 [C, H, W]. target: "boxes" float32 [n, 4], "labels" int64 [n], "masks" uint8 [n, H, W].
+    """A sample is a transformed picture with its objects.
 
+    image: uint8 [C, H, W]. target: "boxes" float32 [n, 4], "labels" int64 [n], "masks" uint8 [n, H, W].
     original: height and width of the picture before it was resized.
     """
 
@@ -41,14 +44,14 @@ class Sample:
 
 
 def evaluation_size(variant: str, height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width that a picture is resized to; ``size`` as `DetectConfig.size`."""
+    """Return height and width to which a picture is resized; ``size`` as `DetectConfig.size`."""
     if variant == "vitdet":
         return _scaled(height, width, min(size[0] / height, size[1] / width))
     return by_short_side(height, width, size[0], size[1])
 
 
 def by_short_side(height: int, width: int, short: int, long: int) -> tuple[int, int]:
-    """Short side ``short``, or less where the long one would pass ``long``."""
+    """Return the size with short side ``short``, or less if the long side would pass ``long``."""
     return _scaled(height, width, min(short / min(height, width), long / max(height, width)))
 
 
@@ -57,7 +60,7 @@ def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
 
 
 def for_evaluation(pixels: np.ndarray, variant: str, size: tuple[int, int]) -> Tensor:
-    """Of a picture uint8 [H, W, C] the resized image, uint8 [C, H', W']."""
+    """Resize a picture uint8 [H, W, C] to an image uint8 [C, H', W']."""
     image = torch.from_numpy(pixels).permute(2, 0, 1)
     return tf.resize(image, list(evaluation_size(variant, *pixels.shape[:2], size)), antialias=True)
 
@@ -71,7 +74,7 @@ def for_training(
     *,
     flip: bool = True,
 ) -> Sample:
-    """A sample with random size, place and mirroring from ``key``: seed, epoch and place in the epoch's order."""
+    """Make a sample with random size, place and mirroring by ``key``: seed, epoch and place in the epoch's order."""
     draws = [float(keyed_uniform(STREAM, *key, number)[0]) for number in range(4)]
     original = height, width = pixels.shape[:2]
     image = tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
@@ -96,7 +99,7 @@ def for_training(
 
 
 def _sanitised(image: Tensor, boxes: Tensor, masks: Tensor, labels: Tensor, original: tuple[int, int]) -> Sample:
-    """Without objects that a crop has cut away, or whose mask is lost in a smaller picture."""
+    """Leave out objects that a crop has cut away, or whose mask is lost in a smaller picture."""
     target = {"boxes": tf.clamp_bounding_boxes(boxes), "labels": labels, "masks": masks}
     target = v2.SanitizeBoundingBoxes(
         min_size=LEAST_SIDE, labels_getter=lambda given: (given["labels"], given["masks"])
@@ -107,7 +110,7 @@ def _sanitised(image: Tensor, boxes: Tensor, masks: Tensor, labels: Tensor, orig
 
 
 def pad_together(images: list[Tensor], least: tuple[int, int], multiple: int) -> Tensor:
-    """Images uint8 [C, h, w] -> one batch uint8 [B, H, W, C], with 0 at the bottom and on the right.
+    """Put images uint8 [C, h, w] into one batch uint8 [B, H, W, C], with 0 at the bottom and on the right.
 
     H and W are multiples of ``multiple`` and no smaller than ``least``.
     """

@@ -1,1 +1,1 @@
-"""Semantic segmentation: a class for every pixel, by UperNet on a pre-trained encoder."""
+"""This room predicts a class for every pixel, by UperNet on a pre-trained encoder."""

@@ -1,4 +1,4 @@
-"""What `engine/segment.py` offers on its command line."""
+"""`engine/segment.py` offers this command line."""
 
 from __future__ import annotations
 

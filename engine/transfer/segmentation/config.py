@@ -1,4 +1,4 @@
-"""The settings of a segmentation run: those of any run, and what a segmenter needs besides."""
+"""A segmentation run has the settings of any run, and further ones for a segmenter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EVAL_MODES = ("slide", "whole")
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentSection(Section):
-    """Encoder, heads, label images, augmentation and evaluation."""
+    """This section sets the encoder, heads, label images, augmentation and evaluation."""
 
     checkpoint: str = setting(
         "", "checkpoint of any kind to take the encoder from, or folder of a run (its newest good one)", metavar="PATH"
@@ -83,10 +83,10 @@ class SegmentSection(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentConfig(Config):
-    """One segmentation run.
+    """This is the configuration of one segmentation run.
 
-    source, model: of the pre-trained encoder, and of the encoder as it is trained here (the size of the crops, all of
-    its depth); known once the checkpoint has been read. labels: what the values of label images mean, known once they
+    source, model: the pre-trained encoder, and the encoder as it is trained here (the size of the crops, all of its
+    depth); known once the checkpoint has been read. labels: the meaning of the values in label images, known once they
     have been looked at.
     """
 
@@ -97,29 +97,29 @@ class SegmentConfig(Config):
 
     @property
     def pretrained(self) -> ModelConfig:
-        """``source``, once the checkpoint has been read."""
+        """Return ``source``, once the checkpoint has been read."""
         assert self.source is not None
         return self.source
 
     @property
     def encoder(self) -> ModelConfig:
-        """``model``, once the checkpoint has been read."""
+        """Return ``model``, once the checkpoint has been read."""
         assert self.model is not None
         return self.model
 
     @property
     def label_map(self) -> LabelMap:
-        """``labels``, once they have been looked at."""
+        """Return ``labels``, once the label images have been looked at."""
         assert self.labels is not None
         return self.labels
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes by number."""
+        """Return the names of the classes by number."""
         return self.label_map.names
 
     def resized(self, model: ModelConfig) -> ModelConfig:
-        """``model`` at the size of the crops that was asked for, or at its own."""
+        """Return ``model`` at the size of the crops that was asked for, or at its own."""
         section = self.segment
         if not section.image_height:
             return model
@@ -127,7 +127,7 @@ class SegmentConfig(Config):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, source: str) -> SegmentConfig:
-        """As `Config.from_dict`, with the two models and the meaning of the labels."""
+        """Read as `Config.from_dict` does, with the two models and the meaning of the labels."""
         made = super().from_dict(values, source=source)
         models = {
             name: section_from_dict(ModelConfig, values[name], source=source)

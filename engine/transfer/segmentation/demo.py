@@ -1,4 +1,4 @@
-"""`mirl segment --demo`: a small segmenter on composites, and the same run from a fresh encoder beside it."""
+"""`mirl segment --demo` trains a small segmenter on composites, and then makes the same run from a fresh encoder."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from mirl.engine.transfer.segmentation.config import SegmentConfig
 from mirl.errors import UserError
 
 RECIPE = "demo"
-PRETRAINED = "runs/demo"  # where mirl pretrain writes by default; runs/demo-2 and so on where it was taken
+PRETRAINED = "runs/demo"  # mirl pretrain writes there by default, or to runs/demo-2 and so on if it was taken
 
 
 def run_demo(argv: Sequence[str]) -> int:
     """Train from the demo's own pre-trained checkpoint, then from a fresh encoder, and say which is better.
 
-    ``argv``: flags of `mirl segment`, which change both runs alike. UserError where there is no checkpoint.
+    ``argv``: flags of `mirl segment`, which change both runs alike. UserError if there is no checkpoint.
     """
     config = parse(SEGMENT, ["--recipe", RECIPE, *argv])
     config = with_checkpoint(config, Path(PRETRAINED))
     from mirl.engine.distributed.environment import hide_gpus
 
     hide_gpus(config.run.device)
-    # Only now, so that a wrong flag answers at once: these import torch, DeepSpeed and DALI.
+    # These import torch, DeepSpeed and DALI, so they come late: a wrong flag should answer at once.
     from mirl.dataloaders.tools.composite_labels import prepare_label_composites
     from mirl.engine.transfer.segmentation.run import segment
 
@@ -41,9 +41,9 @@ def run_demo(argv: Sequence[str]) -> int:
 
 
 def with_checkpoint(config: SegmentConfig, runs: Path) -> SegmentConfig:
-    """``config`` with a checkpoint: the one that was given, or that of the newest run called ``runs``, numbered or not.
+    """Return ``config`` with a checkpoint: the given one, or that of the newest run called ``runs``, numbered or not.
 
-    UserError where there is none.
+    UserError if there is none.
     """
     if config.segment.checkpoint or config.run.resume:
         return config
@@ -58,7 +58,7 @@ def with_checkpoint(config: SegmentConfig, runs: Path) -> SegmentConfig:
 
 
 def as_fresh(config: SegmentConfig, out: Path) -> SegmentConfig:
-    """The same run from a fresh encoder, in a folder beside ``out``."""
+    """Return the same run from a fresh encoder, in a folder beside ``out``."""
     return dataclasses.replace(
         config,
         segment=dataclasses.replace(config.segment, fresh=True),
@@ -67,7 +67,7 @@ def as_fresh(config: SegmentConfig, out: Path) -> SegmentConfig:
 
 
 def comparison(pretrained: Path, fresh: Path) -> list[str]:
-    """Lines that say how both ended, by their best evaluations on held-out composites."""
+    """Return lines that say how both ended, by their best evaluations on held-out composites."""
     scores = [read_best(out / "checkpoints") for out in (pretrained, fresh)]
     if None in scores:
         return ["there is nothing to compare: one of the runs was not evaluated"]

@@ -1,5 +1,6 @@
-"""What is told of a segmentation run before torch is imported: a missing checkpoint, data that is no pairs, a label map
-that cannot be read. Everything is opened again by the run, which also looks into the label images.
+"""Refuse a segmentation run before torch is imported: a missing checkpoint, data without pairs, a bad label map.
+
+The run opens everything again, and looks into the label images too.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from mirl.errors import UserError
 
 
 def refuse_early(config: SegmentConfig) -> None:
-    """Raise what the run would raise some seconds later, where a look at names is enough. UserError."""
+    """Raise what the run would raise some seconds later, if a look at names is enough. UserError."""
     require_inputs(config)
     if not config.run.resume:
         checkpoint = Path(config.segment.checkpoint)
         single = (checkpoint / "manifest.json").is_file() or (checkpoint / "state.json").is_file()
         if not (single or list_checkpoints(checkpoint) or list_checkpoints(checkpoint / "checkpoints")):
-            locate(checkpoint)  # raises; it is not asked of others, because it reads them whole
+            locate(checkpoint)  # it raises; other checkpoints are spared, because it reads them whole
     train, val = open_sets(config)
     given_map(config, train, val)
 
 
 def require_inputs(config: SegmentConfig) -> None:
-    """UserError where data, or a checkpoint to start from, are not given, or a flag goes without its companion."""
+    """Raise UserError if data or a first checkpoint is not given, or a flag goes without its companion."""
     section = config.segment
     if not config.data.data:
         raise UserError("data is not given: name a folder of images with --labels, a list of pairs, or a data set")
@@ -38,7 +39,7 @@ def require_inputs(config: SegmentConfig) -> None:
 
 
 def open_sets(config: SegmentConfig) -> tuple[PairSource, PairSource | None]:
-    """The pairs of training and of evaluation; None where there are none."""
+    """Open the pairs of training and of evaluation; the latter are None if there are none."""
     section, data = config.segment, config.data.data
     train = open_pairs(data, section.labels)
     if section.val:
@@ -49,9 +50,9 @@ def open_sets(config: SegmentConfig) -> tuple[PairSource, PairSource | None]:
 
 
 def given_map(config: SegmentConfig, train: PairSource, val: PairSource | None) -> LabelMap | None:
-    """What the values mean by --label-map, by a file beside the images, or by the layout; None: nothing says so.
+    """Return the meaning of the values by --label-map, by a file beside the images, or by the layout; else None.
 
-    UserError where the sets of training and of evaluation say it differently.
+    UserError if the sets of training and of evaluation give other meanings.
     """
     section = config.segment
     if section.label_map:

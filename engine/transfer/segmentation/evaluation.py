@@ -1,4 +1,4 @@
-"""A segmenter on a set of images with label images: one table of counts, each image once on all ranks together."""
+"""Evaluate a segmenter on images with label images: one table of counts, each image once on all ranks together."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def evaluate_segmenter(
     interrupted: Callable[[], bool] | None = None,
     lockstep: Lockstep | None = None,
 ) -> SegmentScores:
-    """Scores of ``model`` in eval mode, the same on every rank of the process group, if any.
+    """Score ``model`` in eval mode; the result is the same on every rank of the process group, if any.
 
     Each image is computed by itself, so the counts are the same on any number of ranks. An image that is broken, or
     has no pixel with a class, is in no count of pixels. lockstep: see `mirl.engine.transfer.segmentation.inference`.

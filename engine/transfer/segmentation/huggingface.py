@@ -1,4 +1,4 @@
-"""A segmenter as transformers' UperNetForSemanticSegmentation over BeitBackbone, with equal outputs.
+"""Write a segmenter as transformers' UperNetForSemanticSegmentation over BeitBackbone, with equal outputs.
 
 | here                                   | files that every version of transformers reads                     |
 |----------------------------------------|--------------------------------------------------------------------|
@@ -7,9 +7,9 @@
 | pyramid.fpn1, fpn2                     | backbone.fpn1, fpn2                                                |
 | decode_head, auxiliary_head: bn        | batch_norm; conv_seg: classifier                                   |
 
-BeitBackbone takes fixed positions as its absolute ones, and has no relative ones and no layer scale here. It resamples
-positions bicubically where an image has another size than the crops of training, and only to squares without a change
-of proportions; we stretch the formula. At the size of the crops both are the same.
+BeitBackbone takes fixed positions as its absolute ones, and has no relative ones and no layer scale here. If an image
+is not of the size of the training crops, it resamples positions bicubically, and only to squares without a change of
+proportions, but we stretch the formula. At the size of the crops both are the same.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ IGNORED = 255
 
 
 def upernet_state_dict(model: Segmenter) -> dict[str, Tensor]:
-    """model.safetensors of UperNetForSemanticSegmentation, float32. UserError for norms of groups, which it has not."""
+    """Return model.safetensors of UperNetForSemanticSegmentation, float32.
+
+    UserError for norms of groups, which that model lacks.
+    """
     state = model.state_dict()
     if not model.kept_buffers():
         raise UserError(
@@ -57,7 +60,7 @@ def upernet_state_dict(model: Segmenter) -> dict[str, Tensor]:
 
 
 def upernet_config(model: Segmenter, classes: Sequence[str]) -> dict[str, Any]:
-    """config.json of UperNetConfig. classes: names by label."""
+    """Return config.json of UperNetConfig. classes: names by label."""
     vit = hf_config(model.config)
     kept = (
         "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps",
@@ -70,7 +73,7 @@ def upernet_config(model: Segmenter, classes: Sequence[str]) -> dict[str, Any]:
         "use_shared_relative_position_bias": False,
         "layer_scale_init_value": 0.0,
         "drop_path_rate": model.config.drop_path,
-        "use_mean_pooling": True,  # it has no norm of its own
+        "use_mean_pooling": True,  # so the backbone has no norm of its own
         "add_fpn": True,
         "reshape_hidden_states": True,
         "out_features": [f"stage{block + 1}" for block in model.taken],
@@ -94,7 +97,10 @@ def upernet_config(model: Segmenter, classes: Sequence[str]) -> dict[str, Any]:
 
 
 def upernet_preprocessor(model: Segmenter) -> dict[str, Any]:
-    """preprocessor_config.json: an image squeezed into the size of the crops. transformers has no sliding window."""
+    """Return preprocessor_config.json, which squeezes an image into the size of the crops.
+
+    transformers has no sliding window.
+    """
     config = model.config
     return {
         "image_processor_type": "SegformerImageProcessor",

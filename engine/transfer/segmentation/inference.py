@@ -1,8 +1,8 @@
-"""What a segmenter sees in one image of any size: by sliding windows or as a whole, at one or more scales.
+"""Segment one image of any size, by sliding windows or as a whole, at one or more scales.
 
-As in mmsegmentation: the image is resized so that its shorter side is that of the crops of training; logits of windows
-that overlap are averaged, brought to the size of the image, and made probabilities, which scales and mirror images are
-averaged over. h w the image, H W the resized image, K classes, C channels.
+As in mmsegmentation, the image is resized so that its shorter side is that of the crops of training. Logits of windows
+that overlap are averaged, brought to the size of the image, and made probabilities. These are averaged over scales and
+mirror images. Letters: h w the image, H W the resized image, K classes, C channels.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from mirl.engine.transfer.segmentation.segmenter import Segmenter
 from mirl.engine.transfer.segmentation.upernet import resized
 
 WINDOWS_AT_ONCE = 8
-# Rounds up how many forward passes this rank makes to those of all ranks, which wait for each other under ZeRO-3.
+# It raises this rank's number of forward passes to the largest of all ranks, which wait for each other under ZeRO-3.
 Lockstep = Callable[[int], int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """How images are looked at. crop: (H, W) of the windows. stride: pixels from one to the next."""
+    """A view says how images are looked at. crop: (H, W) of the windows. stride: pixels from one to the next."""
 
     crop: tuple[int, int]
     mode: str = "slide"
@@ -37,7 +37,7 @@ class View:
 
     @property
     def strides(self) -> tuple[int, int]:
-        """Down and across; two thirds of the crop where none was given (341 of 512, as in BEiT)."""
+        """Return the strides down and across; by default two thirds of the crop (341 of 512, as in BEiT)."""
         return (self.stride, self.stride) if self.stride else (self.crop[0] * 2 // 3, self.crop[1] * 2 // 3)
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ class View:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Windows of one view of the image, to pass at once: uint8 [B, H', W', C] and where each lies."""
+    """A piece has windows of one view of the image, to pass at once: uint8 [B, H', W', C] and the place of each."""
 
     view: int
     images: Tensor
@@ -60,9 +60,9 @@ class _Piece:
 def predict(
     model: Segmenter, image_hwC: np.ndarray, view: View, device: torch.device, lockstep: Lockstep | None = None
 ) -> Tensor:
-    """Probabilities [K, h, w], float32 on ``device``, of a uint8 image; ``model`` is in eval mode."""
+    """Return probabilities [K, h, w], float32 on ``device``, of a uint8 image; ``model`` is in eval mode."""
     sizes, pieces = _pieces(model.config, image_hwC, view)
-    # Agreed on before anything is computed: on every rank the same exchanges come in the same order.
+    # The number is agreed on before anything is computed, so that all ranks make the same exchanges in the same order.
     spare = 0 if lockstep is None else lockstep(len(pieces)) - len(pieces)
     sums: list[Tensor | None] = [None] * len(sizes)
     counts: list[Tensor | None] = [None] * len(sizes)
@@ -93,14 +93,14 @@ def predict(
 
 @torch.no_grad()
 def idle(model: Segmenter, device: torch.device) -> None:
-    """A forward pass of nothing, for a rank that has run out while others go on under ZeRO-3."""
+    """Make a forward pass of nothing, for a rank that has run out while others go on under ZeRO-3."""
     config = model.config
     size = (config.image_height, config.image_width)
     model(torch.zeros(1, *size, config.channels, dtype=torch.uint8, device=device))
 
 
 def _pieces(config: ModelConfig, image_hwC: np.ndarray, view: View) -> tuple[list[tuple[int, int, bool]], list[_Piece]]:
-    """(H, W, whether mirrored) of each view, and the windows of all of them."""
+    """Return (H, W, whether mirrored) of each view, and the windows of all of them."""
     sizes: list[tuple[int, int, bool]] = []
     pieces: list[_Piece] = []
     for scale in view.scales:
@@ -117,7 +117,7 @@ def _windows(index: int, padded: np.ndarray, size: tuple[int, ...], view: View) 
         yield _Piece(index, torch.from_numpy(padded)[None], [(0, 0)])
         return
     height, width = view.crop
-    # As mmsegmentation: the last window of a row or column is moved back to end with the image.
+    # As in mmsegmentation, the last window of a row or column is moved back to end with the image.
     tops, lefts = (
         sorted({max(0, min(at, side - extent)) for at in range(0, max(side - extent, 0) + stride, stride)})
         for side, extent, stride in zip(size, view.crop, view.strides, strict=True)
@@ -130,7 +130,7 @@ def _windows(index: int, padded: np.ndarray, size: tuple[int, ...], view: View) 
 
 
 def _resize(image_hwC: np.ndarray, crop: tuple[int, int], scale: float) -> np.ndarray:
-    """The shorter side to that of the crop times ``scale``, the longer one to at most four times as much."""
+    """Resize the shorter side to that of the crop times ``scale``, the longer one to at most four times as much."""
     height, width = image_hwC.shape[:2]
     short = min(crop) * scale
     factor = min(short / min(height, width), LONGEST * short / max(height, width))
@@ -143,7 +143,7 @@ def _resize(image_hwC: np.ndarray, crop: tuple[int, int], scale: float) -> np.nd
 
 
 def _padded(config: ModelConfig, image: np.ndarray, view: View) -> np.ndarray:
-    """At least as large as the crop, or (whole) in whole patches, two at least; the mean colour stands beside."""
+    """Pad to the crop's size at least, or (whole) to whole patches, two at least, with the mean colour."""
     side = config.patch_size
     if view.mode == "whole":
         wanted = [max(2, -(-length // side)) * side for length in image.shape[:2]]

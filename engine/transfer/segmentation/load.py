@@ -1,4 +1,4 @@
-"""A segmenter from its checkpoint, in one call and without a process group."""
+"""Load a segmenter from its checkpoint, in one call and without a process group."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mirl.engine.transfer.segmentation.task import load_buffers
 def load_segmenter(
     path: Path | str, *, which: str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Segmenter, SegmentConfig]:
-    """The trained model (fp32, in eval mode) and its run's configuration, with the names of its classes.
+    """Load the trained model (fp32, in eval mode) and its run's configuration, with the names of its classes.
 
     path: a checkpoint, or the folder of a run. which: of a run, "best" by validation or "last", the newest; None: the
-    best where there is one.
+    best if there is one.
 
     Raises:
-        UserError: no such checkpoint, a damaged one, or one of another kind.
+        UserError: ``path`` has no such checkpoint, a damaged one, or one of another kind.
 
     >>> model, config = load_segmenter("runs/segment")                           # doctest: +SKIP
     >>> probabilities = predict(model, image, view_of(config), torch.device("cpu"))  # doctest: +SKIP
@@ -41,7 +41,7 @@ def load_segmenter(
 
 
 def build_segmenter(config: SegmentConfig) -> Segmenter:
-    """The model of a configuration in which nothing is open, with fresh weights."""
+    """Build the model of a configuration in which nothing is open, with fresh weights."""
     section = config.segment
     return Segmenter(
         config.encoder, num_classes=len(config.classes), head_channels=section.head_channels, norm=section.norm,
@@ -50,7 +50,7 @@ def build_segmenter(config: SegmentConfig) -> Segmenter:
 
 
 def view_of(config: SegmentConfig) -> View:
-    """How the run looks at images in its evaluations."""
+    """Return how the run looks at images in its evaluations."""
     section, model = config.segment, config.encoder
     return View(
         crop=(model.image_height, model.image_width), mode=section.eval_mode, stride=section.eval_stride,

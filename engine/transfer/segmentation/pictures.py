@@ -1,4 +1,4 @@
-"""Pictures of what a segmenter does: the image, the truth and the prediction side by side, with a legend of colours."""
+"""Draw what a segmenter does: the image, the truth and the prediction side by side, with a legend of colours."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from PIL import Image, ImageDraw
 
 GAP = 4
 LINE = 14
-HEIGHT = 192  # of a row
+HEIGHT = 192  # a row is so high
 OPACITY = 0.6
 IGNORED_COLOUR = (0, 0, 0)
-MOST_NAMED = 24  # classes in a legend
+MOST_NAMED = 24  # a legend names so many classes
 
 
 def palette(classes: int) -> np.ndarray:
-    """A colour of each class, uint8 [K, 3], told apart as well as may be: hues by the golden ratio, in three shades."""
+    """Return a colour of each class, uint8 [K, 3], easy to tell apart: hues by the golden ratio, in three shades."""
     index = np.arange(classes)
     hue = (index * 0.61803398875 + 0.08) % 1.0
     shades = np.array([(0.85, 0.95), (0.6, 0.75), (0.95, 0.6)])[index // 7 % 3]
@@ -27,7 +27,7 @@ def palette(classes: int) -> np.ndarray:
 
 
 def overlay(image_hwC: np.ndarray, classes_hw: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """The image in grey under the colours of its classes, uint8 [h, w, 3]; -1, ignored, is black."""
+    """Draw the image in grey under the colours of its classes, uint8 [h, w, 3]; -1, ignored, is black."""
     grey = image_hwC.astype(np.float32).mean(axis=2, keepdims=True)
     table = np.concatenate([np.array([IGNORED_COLOUR], np.uint8), colours])
     coloured = table[classes_hw.astype(np.int64) + 1]
@@ -38,8 +38,9 @@ def grid(
     rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], names: Sequence[str], colours: np.ndarray,
     shown: Sequence[int],
 ) -> Image.Image:  # fmt: skip
-    """Rows of pictures [h, w, C] of one size each, titles above the columns, and the colours of the classes ``shown``
-    below.
+    """Lay out rows of pictures [h, w, C] of one size each, with titles above the columns.
+
+    The colours of the classes ``shown`` stand below.
     """
     cells = [[_cell(picture) for picture in row] for row in rows]
     widths = [max(row[column].width for row in cells) for column in range(len(titles))]
@@ -78,7 +79,7 @@ def _cell(picture: np.ndarray) -> Image.Image:
 
 
 def _legend(width: int, names: Sequence[str], colours: np.ndarray, shown: Sequence[int]) -> Image.Image:
-    """A square of its colour and the name of each class, in as many lines as it takes."""
+    """Draw a coloured square and the name of each class, in as many lines as it takes."""
     canvas = Image.new("RGB", (width, 1))
     measure = ImageDraw.Draw(canvas)
     places: list[tuple[int, int, int]] = []

@@ -1,4 +1,4 @@
-"""What each segmentation recipe takes: pixels, batch, and estimated memory on three machines of one rank.
+"""Each segmentation recipe takes these pixels, batch, and estimated memory on three machines of one rank.
 
 `tests/engine/test_recipe_sizes.py` holds each text equal to the estimate, which needs torch; the help does not.
 """

@@ -1,7 +1,7 @@
-"""Named segmentation runs; every field can be overridden on the command line.
+"""Recipes are named segmentation runs; every field can be overridden on the command line.
 
-The paper says of its one run "the implementation of BEiT", gives one figure (Table 5) and no setting. What is inherited
-stands in the docstrings. None of these runs was measured here. docs/transfer.md has all of it in one table.
+The paper says of its one run "the implementation of BEiT", gives one figure (Table 5) and no setting. The docstrings
+name the inherited settings. None of these runs was measured here. docs/transfer.md has all recipes in one table.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DEFAULT_RECIPE = "small_data"
 
 
 def small_data() -> SegmentConfig:
-    """Some tens to some thousand images of one's own with label images, on one GPU or a CPU.
+    """Train on some tens to some thousand images of one's own with label images, on one GPU or a CPU.
 
     Chosen here, not inherited: 2,000 steps of 8 crops at the pixels of pre-training, learning rate 5e-4 and layer decay
     0.75. The rest is BEiT's, as in the recipes of ADE20K.
@@ -39,9 +39,10 @@ def small_data() -> SegmentConfig:
 
 
 def demo() -> SegmentConfig:
-    """Composites of objects on photographs, for some minutes on two CPU cores: what `mirl segment --demo` runs twice.
+    """Train on composites of objects on photographs, for some minutes on two CPU cores.
 
-    Chosen here for a short run of a small encoder; nothing is inherited, and nothing follows for other data.
+    `mirl segment --demo` runs it twice. The settings were chosen here for a short run of a small encoder; nothing is
+    inherited, and nothing follows for other data.
 
     Command: ``mirl segment --demo``
     """
@@ -61,10 +62,11 @@ def demo() -> SegmentConfig:
 
 
 def _ade20k(name: str, *, lr: float, layer_decay: float, drop_path: float) -> SegmentConfig:
-    """What all of them inherit from BEiT's segmentation (unilm/beit/semantic_segmentation,
-    configs/beit/upernet/upernet_beit_base_12_512_slide_160k_ade20k_pt.py): AdamW (0.9, 0.999), weight decay 0.05,
-    160,000 steps of 16 crops of 512 pixels, warm-up of 1,500 steps, a straight line to 0, no clipping, scales 0.5 to 2,
-    cat_max_ratio 0.75, windows of 512 every 341 pixels, batch norms.
+    """Make a recipe for ADE20K with the settings of BEiT's segmentation.
+
+    Source: unilm/beit/semantic_segmentation, configs/beit/upernet/upernet_beit_base_12_512_slide_160k_ade20k_pt.py. It
+    has AdamW (0.9, 0.999), weight decay 0.05, 160,000 steps of 16 crops of 512 pixels, warm-up of 1,500 steps, a
+    straight line to 0, no clipping, scales 0.5 to 2, cat_max_ratio 0.75, windows of 512 every 341 pixels, batch norms.
     """
     return SegmentConfig(
         recipe=name,
@@ -79,7 +81,7 @@ def _ade20k(name: str, *, lr: float, layer_decay: float, drop_path: float) -> Se
 
 
 def vit_b() -> SegmentConfig:
-    """ViT-B on ADE20K. The paper has no figure for it. Not measured here.
+    """Train ViT-B on ADE20K. The paper has no figure for it. Not measured here.
 
     Inherited: as all of them from BEiT; learning rate 1e-4, layer decay 0.65 and drop path 0.1 from the reproduction of
     MAE's 48.1 mIoU (implus/mae_segmentation, and mmsegmentation configs/mae/mae-base_upernet_8xb2-amp-160k). BEiT
@@ -91,7 +93,7 @@ def vit_b() -> SegmentConfig:
 
 
 def vit_s_54() -> SegmentConfig:
-    """ViT-S-54 on ADE20K. The paper has no figure for it. Not measured here.
+    """Train ViT-S-54 on ADE20K. The paper has no figure for it. Not measured here.
 
     Inherited: as all of them from BEiT; learning rate 1e-4 from MAE's reproduction. Reckoned here: layer decay 0.90, by
     which the lowest of 54 blocks learns as slowly as that of 12 under 0.65; drop path 0.15 of BEiT v2's deeper models.
@@ -103,7 +105,7 @@ def vit_s_54() -> SegmentConfig:
 
 
 def vit_b_24() -> SegmentConfig:
-    """ViT-B-24 on ADE20K. The paper has no figure for it. Not measured here.
+    """Train ViT-B-24 on ADE20K. The paper has no figure for it. Not measured here.
 
     Inherited: as all of them from BEiT; learning rate 1e-4 from MAE's reproduction. Reckoned here: layer decay 0.80,
     by which the lowest of 24 blocks learns as slowly as that of 12 under 0.65; drop path 0.15 (BEiT v2).
@@ -115,7 +117,7 @@ def vit_b_24() -> SegmentConfig:
 
 
 def vit_b_48() -> SegmentConfig:
-    """ViT-B-48 on ADE20K. The paper: 53.2 mIoU after 800 epochs of pre-training (Table 5). Not measured here.
+    """Train ViT-B-48 on ADE20K. The paper has 53.2 mIoU after 800 epochs of pre-training (Table 5). Not measured here.
 
     Inherited: as all of them from BEiT; learning rate 1e-4 from MAE's reproduction; drop path 0.2 of BEiT-L. Reckoned
     here: layer decay 0.89, by which the lowest of 48 blocks learns as slowly as that of 12 under 0.65; MIRL's own
@@ -134,7 +136,7 @@ RECIPES: dict[str, Callable[[], SegmentConfig]] = {
 
 
 def segment_recipe(name: str, **changes: Any) -> SegmentConfig:
-    """The recipe called ``name``, with single settings changed; they have the names of the flags.
+    """Return the recipe called ``name``, with single settings changed; they have the names of the flags.
 
     Raises:
         UserError: no such recipe or setting, or settings that do not fit together.

@@ -1,4 +1,4 @@
-"""The segmentation run: what it builds from a checkpoint and pairs of images, and what it says of it."""
+"""The segmentation run builds a segmenter from a checkpoint and pairs of images, and describes it in the log."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ from mirl.engine.transfer.segmentation.upernet import AUXILIARY_WEIGHT
 from mirl.errors import UserError
 
 SegmentPlan = RunPlan[SegmentConfig]
-EVALUATIONS = 10  # in a run, where no interval is given
-CLASSES = 150  # of ADE20K: what memory is estimated with before the label images are opened
+EVALUATIONS = 10  # a run has so many if no interval is given
+CLASSES = 150  # ADE20K's number, with which memory is estimated before the label images are opened
 
 
 def segment(config: SegmentConfig) -> Path:
-    """Run ``config`` on this rank; returns the run's folder. Raises what `run_training` does."""
+    """Run ``config`` on this rank; return the run's folder. Raises what `run_training` does."""
     return run_training(config, Segmenting())
 
 
 class Segmenting(RunKind[SegmentConfig]):
-    """A segmenter, trained end to end from a pre-trained encoder on images with label images."""
+    """This kind of run trains a segmenter end to end from a pre-trained encoder on images with label images."""
 
     train: PairSource
     val: PairSource | None
@@ -68,7 +68,7 @@ class Segmenting(RunKind[SegmentConfig]):
         return segment_recipe(recipe).run.out
 
     def read_start(self, plan: SegmentPlan) -> SegmentPlan:
-        """The plan comes back with the encoder's two configurations."""
+        """Return the plan with the encoder's two configurations."""
         require_inputs(plan.config)
         source = agree_on_main(plan.ranks, lambda: _source_config(plan))
         plan = plan.with_config(_with_models(plan.config, source))
@@ -82,12 +82,13 @@ class Segmenting(RunKind[SegmentConfig]):
             _with_models(config, config.pretrained).encoder, len(config.classes) if config.labels else CLASSES,
             section.head_channels, plan.precision, on_gpu=plan.ranks.device.type == "cuda",
             checkpointing=config.run.activation_checkpointing, recompute=config.run.recompute_pointwise,
-            # Statistics of a micro-batch: the results rest on its size, and one image of one place has none.
+            # Batch norms take statistics of a micro-batch: results depend on its size, and one image of one place has
+            # none.
             group=2 if section.norm == "batch" else 1,
         )  # fmt: skip
 
     def open_data(self, plan: SegmentPlan, closing: ExitStack) -> tuple[SegmentPlan, TrainLoader]:
-        """The plan comes back with what the values of the label images mean."""
+        """Open the data, and return the plan with the meaning of the values in label images."""
         config, ranks, model = plan.config, plan.ranks, plan.config.encoder
         self.train, self.val = agree_on_main(ranks, lambda: open_sets(config))
         threads = loader_threads(config, ranks)
@@ -141,7 +142,7 @@ class Segmenting(RunKind[SegmentConfig]):
         return model.to(device)
 
     def trial_loss(self, plan: SegmentPlan, model: Segmenter, images: Tensor, generator: torch.Generator) -> Tensor:  # type: ignore[override]
-        """Cross-entropy of both heads with random labels; batch statistics are those of this rank."""
+        """Return the cross-entropy of both heads with random labels; batch statistics are those of this rank."""
         labels_BHW = torch.randint(0, model.num_classes, images.shape[:3], generator=generator).to(images.device)
         with each_rank_alone():
             decode, auxiliary = model(images)
@@ -187,7 +188,7 @@ class Segmenting(RunKind[SegmentConfig]):
         ]
 
     def _unseen(self, known: LabelMap) -> list[str]:
-        """A line that names classes without a pixel in the training set."""
+        """Return a line that names classes without a pixel in the training set."""
         assert self._pixels is not None
         seen = set(known.table()[np.flatnonzero(self._pixels)].tolist()) - {IGNORED}
         missing = [name for index, name in enumerate(known.names) if index not in seen]
@@ -202,7 +203,7 @@ class Segmenting(RunKind[SegmentConfig]):
 
 
 def scan_on_all(ranks: Ranks, source: PairSource, known: LabelMap | None, threads: int) -> np.ndarray:
-    """`scan_labels` of a part of the files on each rank; the sum, and the first problem, on all of them."""
+    """Scan a part of the files on each rank by `scan_labels`; return the sum, or raise the first problem, on all."""
     found, problem = None, None
     try:
         found = scan_labels(source, known, threads=threads, rank=ranks.rank, world_size=ranks.world_size)
@@ -217,7 +218,7 @@ def scan_on_all(ranks: Ranks, source: PairSource, known: LabelMap | None, thread
 
 
 def _source_config(plan: SegmentPlan) -> ModelConfig:
-    """The configuration of the pre-trained encoder; a resumed run has it without the pre-trained checkpoint."""
+    """Return the configuration of the pre-trained encoder; a resumed run has it without the pre-trained checkpoint."""
     config = plan.config
     if plan.reader is not None:
         if "segment" not in plan.reader.state["config"]:

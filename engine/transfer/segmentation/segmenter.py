@@ -1,4 +1,4 @@
-"""UperNet on a plain Vision Transformer: images to a class for every pixel.
+"""UperNet on a plain Vision Transformer maps images to a class for every pixel.
 
 Shapes: B batch, H W image, C channels, K classes, P patch side.
 """
@@ -15,8 +15,10 @@ from mirl.errors import UserError
 
 
 class Segmenter(DenseModel):
-    """State dict: ``encoder.*`` under timm's names, ``pyramid.*`` under those of BEiT's backbone, ``decode_head.*`` and
-    ``auxiliary_head.*`` under mmsegmentation's. Initialised from torch's global random numbers.
+    """The segmenter is initialised from torch's global random numbers.
+
+    State dict: ``encoder.*`` under timm's names, ``pyramid.*`` under those of BEiT's backbone, ``decode_head.*`` and
+    ``auxiliary_head.*`` under mmsegmentation's.
     """
 
     def __init__(
@@ -29,8 +31,10 @@ class Segmenter(DenseModel):
         drop_path: float = 0.0,
         position_grid: tuple[int, int] | None = None,
     ) -> None:
-        """config: of the encoder, with the size of the crops of training. head_channels: 0 for the encoder's width.
-        norm: of pyramid and heads, "batch" (over all ranks) or "group". Others as in `DenseModel`.
+        """Build the model.
+
+        config: of the encoder, with the size of the crops of training. head_channels: 0 for the encoder's width. norm:
+        of pyramid and heads, "batch" (over all ranks) or "group". Others as in `DenseModel`.
         """
         super().__init__(config, drop_path=drop_path, position_grid=position_grid)
         if num_classes < 2:
@@ -42,8 +46,10 @@ class Segmenter(DenseModel):
         self.auxiliary_head = FCNHead(width, num_classes, made)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """In training logits of both heads, [B, K, 4H/P, 4W/P] and [B, K, H/P, W/P]; else those of the decode head at
-        the size of the images, float32 [B, K, H, W]. Images as in `DenseModel.feature_maps`.
+        """Return logits of both heads in training, [B, K, 4H/P, 4W/P] and [B, K, H/P, W/P].
+
+        In evaluation return those of the decode head at the size of the images, float32 [B, K, H, W]. Images are as in
+        `DenseModel.feature_maps`.
         """
         maps = self.pyramid(self.feature_maps(images))
         if self.training:
@@ -53,5 +59,5 @@ class Segmenter(DenseModel):
         return resized(self.decode_head(maps).float(), (rows * side, columns * side))
 
     def kept_buffers(self) -> dict[str, Tensor]:
-        """Running statistics of the norms, by name: what a checkpoint needs beside the parameters."""
+        """Return the running statistics of the norms, by name, which a checkpoint needs beside the parameters."""
         return {name: buffer for name, buffer in self.named_buffers() if name.rpartition(".")[2].startswith("running_")}

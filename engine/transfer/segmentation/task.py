@@ -1,4 +1,4 @@
-"""Segmentation as a task of the loop: cross-entropy of both heads, evaluation, pictures.
+"""Segmentation is this task of the loop: cross-entropy of both heads, evaluation, pictures.
 
 Shapes: B batch, H W crop, K classes.
 """
@@ -34,8 +34,10 @@ BUFFER = "buffer"  # the kind of a fragment that holds running statistics
 
 
 class SegmentTask:
-    """One rank's part. val: what is evaluated every ``eval_every`` steps, None for no evaluation. shown: what pictures
-    are made of, every ``picture_every`` steps.
+    """The task is one rank's part.
+
+    val: the set to evaluate every ``eval_every`` steps, None for no evaluation. shown: the set to draw pictures of,
+    every ``picture_every`` steps.
     """
 
     term_names = ("cross_entropy", "auxiliary")
@@ -66,7 +68,7 @@ class SegmentTask:
         self.scores: SegmentScores | None = None
 
     def forward(self, batch: Batch, place: Place) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the decode head and 0.4 times that of the auxiliary head."""
+        """Return the cross-entropy of the decode head and 0.4 times that of the auxiliary head."""
         assert batch.labels is not None
         seed_stochastic_depth(self.seed, place.step, place.first)  # and the dropout of the heads
         labels_BHW = batch.labels.long()
@@ -74,14 +76,14 @@ class SegmentTask:
         return losses[0] + AUXILIARY_WEIGHT * losses[1], torch.stack(losses).detach()
 
     def after_step(self, applied: bool) -> None:
-        """Nothing: there is no average of the weights."""
+        """Do nothing: there is no average of the weights."""
 
     def standing_at_start(self) -> Standing | None:
-        """None: the heads begin with random weights."""
+        """Return None: the heads begin with random weights."""
         return None
 
     def report(self, step: int, *, last: bool, interrupted: Callable[[], bool]) -> Standing | None:
-        """Pictures and an evaluation, at their intervals and at the end."""
+        """Draw pictures and evaluate, at their intervals and at the end."""
         if self.pictures and (last or step % self.picture_every == 0):
             self._picture(step)
         if self.val is None or not (last or step % self.eval_every == 0):
@@ -106,11 +108,11 @@ class SegmentTask:
         return Standing(weights="last", score_percent=found.miou_percent, images=found.images, metric="mIoU")
 
     def reports_after(self, step: int, total_steps: int) -> int:
-        """The evaluations."""
+        """Count the evaluations."""
         return 0 if self.val is None else count_reports(self.eval_every, after=step, total=total_steps)
 
     def fragments(self) -> Iterator[Fragment]:
-        """The running statistics of the norms, which are the same on all ranks, from rank 0."""
+        """Yield the running statistics of the norms, which are the same on all ranks, from rank 0."""
         if self.ranks.is_main:
             for name, buffer in self.engine.module.kept_buffers().items():
                 yield Fragment(name=name, kind=BUFFER, start=0, tensor=buffer)
@@ -122,13 +124,16 @@ class SegmentTask:
 
     @property
     def _lockstep(self) -> Lockstep | None:
-        """Under ZeRO-3 a forward pass gathers weights from all ranks, so that all have to make equally many."""
+        """Return a function that makes passes equally many on all ranks; None except under ZeRO-3.
+
+        There a forward pass gathers weights from all ranks.
+        """
         if self.engine.stage < 3 or self.ranks.world_size == 1:
             return None
         return lambda passes: round(self.ranks.agree_max([float(passes)])[0])
 
     def _picture(self, step: int) -> None:
-        """The first images of the set, on all ranks alike, written by rank 0."""
+        """Draw the first images of the set, on all ranks alike; rank 0 writes them."""
         model, colours = self.engine.module, palette(len(self.names))
         rows: list[list[np.ndarray]] = []
         seen: set[int] = set()
@@ -154,9 +159,9 @@ class SegmentTask:
 
 
 def pixel_cross_entropy(logits_BKhw: Tensor, labels_BHW: Tensor) -> Tensor:
-    """Mean over all pixels, ignored ones as zeros, of the logits at the size of the labels; float32.
+    """Return the mean over all pixels, ignored ones as zeros, with logits at the size of the labels; float32.
 
-    As mmsegmentation by default. The sum over a step does not depend on how it is divided among ranks, and a crop
+    mmsegmentation does so by default. The sum over a step does not depend on how it is divided among ranks, and a crop
     without a class gives no NaN.
     """
     logits = resized(logits_BKhw.float(), labels_BHW.shape[1:])

@@ -1,4 +1,4 @@
-"""The heads of UperNet (Xiao et al. 2018) as mmsegmentation has them, under its parameter names.
+"""UperNet's heads (Xiao et al. 2018) are built as in mmsegmentation, under its parameter names.
 
 Maps come from `mirl.engine.transfer.dense.feature_maps.Pyramid`. Shapes: B batch, D width of the maps, E channels of a
 head, K classes, h w places of a map.
@@ -25,8 +25,9 @@ Norm = Callable[[int], nn.Module]
 
 
 class ConvNormReLU(nn.Module):
-    """A convolution without bias that keeps the size, a norm and ReLU. The norm is called ``bn``, or ``gn`` for groups,
-    as in mmcv, whose initial values these are too.
+    """Apply a convolution without bias that keeps the size, a norm and ReLU.
+
+    The norm is called ``bn``, or ``gn`` for groups, as in mmcv. The initial values are mmcv's, too.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, norm: Norm) -> None:
@@ -42,11 +43,11 @@ class ConvNormReLU(nn.Module):
 
 
 class UPerHead(nn.Module):
-    """Pyramid pooling on the last map, a feature pyramid over all four, and one classifier at the size of the first."""
+    """Pool a pyramid on the last map, build a feature pyramid over all four, and classify at the size of the first."""
 
     def __init__(self, width: int, channels: int, classes: int, norm: Norm) -> None:
         super().__init__()
-        # Sequential with the parameters at "1", where mmsegmentation has them.
+        # Each Sequential has its parameters at "1", as in mmsegmentation.
         self.psp_modules = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(side), ConvNormReLU(width, channels, 1, norm)) for side in POOLS
         )
@@ -58,7 +59,7 @@ class UPerHead(nn.Module):
         self.conv_seg = _classifier(channels, classes)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Four maps [B, D, h, w], the largest first -> logits [B, K, h, w] at the size of the largest."""
+        """Map four maps [B, D, h, w], the largest first, to logits [B, K, h, w] at the size of the largest."""
         laterals = [conv(map_BDhw) for conv, map_BDhw in zip(self.lateral_convs, maps[:3], strict=True)]
         laterals.append(self._pooled(maps[3]))
         for level in range(3, 0, -1):
@@ -74,7 +75,7 @@ class UPerHead(nn.Module):
 
 
 class FCNHead(nn.Module):
-    """One convolution and a classifier on one map: the auxiliary loss of training."""
+    """Apply one convolution and a classifier to one map, for the auxiliary loss of training."""
 
     def __init__(self, width: int, classes: int, norm: Norm, channels: int = AUXILIARY_CHANNELS) -> None:
         super().__init__()
@@ -83,7 +84,7 @@ class FCNHead(nn.Module):
         self.conv_seg = _classifier(channels, classes)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Four maps -> logits [B, K, h, w] at the size of map 2, counted from 0."""
+        """Map four maps to logits [B, K, h, w] at the size of map 2, counted from 0."""
         x_BEhw = maps[AUXILIARY_MAP]
         for conv in self.convs:
             x_BEhw = conv(x_BEhw)
@@ -91,7 +92,7 @@ class FCNHead(nn.Module):
 
 
 def resized(map_BDhw: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, with the corners of pixels aligned and not their centres (``align_corners`` False)."""
+    """Resize bilinearly, with the corners of pixels aligned and not their centres (``align_corners`` False)."""
     if tuple(map_BDhw.shape[2:]) == tuple(size):
         return map_BDhw
     return F.interpolate(map_BDhw, size=tuple(size), mode="bilinear", align_corners=False)
