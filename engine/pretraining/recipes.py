@@ -87,8 +87,8 @@ def small_data() -> PretrainConfig:
     """Some hundred to some hundred thousand images of one's own, on a laptop or one GPU: long training of a ViT-S with
     gentle crops.
 
-    Size: 224x224 pixels, batch 512; estimated memory: CPU with 16 GB 5.0 GiB at micro-batch 64, GPU of 8 GB 4.4
-    GiB at micro-batch 128, GPU of 80 GB 12.9 GiB at micro-batch 512
+    Size: 224x224 pixels, batch 512; estimated memory: CPU with 16 GB 5.4 GiB at micro-batch 64, GPU of 8 GB 4.4 GiB at
+    micro-batch 128, GPU of 80 GB 12.9 GiB at micro-batch 512
 
     Command: ``mirl pretrain --recipe small_data --data FOLDER``
     """

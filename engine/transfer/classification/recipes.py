@@ -20,8 +20,8 @@ DEFAULT_RECIPE = "small_data"
 def small_data() -> FinetuneConfig:
     """Fine-tune on a labelled folder of one's own, some hundreds to some ten thousand images, on one GPU or a CPU.
 
-    Size: pixels of pre-training, batch 32; estimated memory for vit_s at 224x224: CPU with 16 GB 4.6 GiB at
-    micro-batch 32, GPU of 8 GB 2.6 GiB at micro-batch 32, GPU of 80 GB 2.6 GiB at micro-batch 32
+    Size: pixels of pre-training, batch 32; estimated memory for vit_s at 224x224: CPU with 16 GB 5.0 GiB at micro-batch
+    32, GPU of 8 GB 2.6 GiB at micro-batch 32, GPU of 80 GB 2.6 GiB at micro-batch 32
 
     Command: ``mirl finetune --checkpoint RUN --data train/ --val val/``
     """
@@ -64,9 +64,8 @@ def vit_b_48() -> FinetuneConfig:
 
     Not measured here.
 
-    Size: pixels of pre-training, batch 2048; estimated memory for vit_b_48 at 224x224: CPU with 16 GB too
-    small, 16.1 GiB at micro-batch 2, GPU of 8 GB too small, 9.9 GiB at micro-batch 2, GPU of 80 GB 40.8 GiB at
-    micro-batch 128
+    Size: pixels of pre-training, batch 2048; estimated memory for vit_b_48 at 224x224: CPU with 16 GB too small, 16.4
+    GiB at micro-batch 2, GPU of 8 GB too small, 9.9 GiB at micro-batch 2, GPU of 80 GB 40.8 GiB at micro-batch 128
 
     Command: ``deepspeed engine/finetune.py --recipe vit_b_48 --checkpoint runs/vit_b_48_800 --data train/ --val val/``
     """
@@ -78,8 +77,8 @@ def vit_s_54() -> FinetuneConfig:
 
     Not measured here.
 
-    Size: pixels of pre-training, batch 2048; estimated memory for vit_s_54 at 224x224: CPU with 16 GB 6.4 GiB
-    at micro-batch 4, GPU of 8 GB 5.6 GiB at micro-batch 16, GPU of 80 GB 39.2 GiB at micro-batch 256
+    Size: pixels of pre-training, batch 2048; estimated memory for vit_s_54 at 224x224: CPU with 16 GB 6.8 GiB at
+    micro-batch 4, GPU of 8 GB 5.6 GiB at micro-batch 16, GPU of 80 GB 39.2 GiB at micro-batch 256
 
     Command: ``deepspeed engine/finetune.py --recipe vit_s_54 --checkpoint runs/vit_s_54_800 --data train/ --val val/``
     """
