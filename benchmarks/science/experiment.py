@@ -6,7 +6,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from mirl.engine.accounting.flops import training_flops_per_image
 from mirl.engine.analysis.in_memory import ShortFinetune, accuracy_percent, autocast, finetune_in_memory, shift_and_flip
 from mirl.engine.configuration.config import OptimConfig
 from mirl.engine.models import MIRL, ExactSkips, ModelConfig
+from mirl.engine.models.initialise import initialise
 from mirl.engine.training.noise import mask_noise
 from mirl.engine.training.optimizer import build_optimizer
 from mirl.engine.training.schedule import Schedule
@@ -90,12 +91,36 @@ FULL = Scale(
 )  # fmt: skip
 
 
-def pretrain(scale: Scale, method: str, images: Tensor, seed: int) -> tuple[MIRL, dict[str, Any]]:
-    """The model of ``method`` trained on ``images`` [n, 28, 28, 1] with equal FLOPs, and how that went."""
+class Pretraining(Protocol):
+    """What `pretrain` asks of a scale."""
+
+    @property
+    def pretrain_batch(self) -> int: ...
+
+    @property
+    def pretrain_lr(self) -> float: ...
+
+    def model(self, method: str) -> ModelConfig: ...
+
+    def pretrain_steps(self, method: str) -> int: ...
+
+
+def pretrain(
+    scale: Pretraining, method: str, images: Tensor, seed: int, *, same_encoder: bool = False
+) -> tuple[MIRL, dict[str, Any]]:
+    """The model of ``method`` trained on ``images``, uint8 [n, H, W, C], for the steps of ``scale``; how that went.
+
+    same_encoder: the encoder begins with the same weights whatever the decoders are.
+    """
     config, device = scale.model(method), images.device
     steps = scale.pretrain_steps(method)
     torch.manual_seed(seed)
-    model = MIRL(config).to(device).train()
+    model = MIRL(config)
+    if same_encoder:
+        # Modules draw numbers when they are made, other decoders other ones.
+        torch.manual_seed(seed)
+        initialise(model.encoder)
+    model = model.to(device).train()
     optimizer = build_optimizer(model, OptimConfig(steps=steps, lr=scale.pretrain_lr), device)
     schedule = Schedule(
         peak_lr=scale.pretrain_lr, min_lr=0.0, warmup_steps=steps // 10, total_steps=steps, shape="cosine"
