@@ -149,12 +149,14 @@ def draw(records: list[Record], fresh: int, path: Path) -> None:
             worth.plot([place] * len(values), values, "k.", alpha=0.5)
             error = one.half_width if math.isfinite(one.half_width) else 0
             worth.errorbar(place + 0.15, one.mean, error, fmt="o", color="tab:red", capsize=4)
+    worth.margins(x=0.15)
     worth.axhline(0, color="grey", linewidth=0.8)
     worth.set_xticks(range(len(ASKED)), ASKED)
-    worth.set_title(f"what the last {fresh} blocks are worth: mean over the curve,\npoints; red: mean, 95 % interval")
-    probes.set_title("linear probe block by block, held-out top-1 %, a line a seed")
-    curves.set_title("fine-tuning, held-out top-1 %, mean over seeds")
-    curves.set_xlabel("look")
+    worth.set_title(f"worth of the last {fresh} blocks over the curve, points; mean, 95 %", fontsize=9)
+    probes.set_title("linear probe block by block, held-out top-1 %, a line a seed", fontsize=9)
+    curves.set_title("fine-tuning, held-out top-1 %, mean over seeds", fontsize=9)
+    curves.set_xlabel("look, of equal numbers of steps")
+    curves.xaxis.get_major_locator().set_params(integer=True)
     probes.set_xlabel("block")
     for axis in (probes, curves):
         axis.legend(fontsize=8)
