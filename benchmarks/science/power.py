@@ -143,6 +143,8 @@ def report(content: dict, scale: str, core_seconds: float) -> str:
     records, fresh, made = content["records"], content["settings"]["fresh"], content["scale"]
     if not repeats_by_seed(records, STATISTICS[0], fresh, ASKED[0]):
         raise ValueError("the records have no seed of both methods yet: go on with run_fresh_blocks")
+    if made not in SCALES:
+        raise ValueError(f"the records are of scale {made}: give those of one of {', '.join(SCALES)}")
     cost = seed_seconds(records)
     predicted = "" if scale == made else "Predicted from the seconds of the records: "
     paid, sentence = costs(seed_seconds_of(SCALES[scale], cost, SCALES[made]), core_seconds)
