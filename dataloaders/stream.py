@@ -31,12 +31,16 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """Which items a batch shows, at which positions of which epoch; valid is False for padding (evaluation)."""
+    """Which items a batch shows, at which positions of which epoch; valid is False for padding (evaluation).
+
+    image_size: (height, width) of its images where they are not those that decoder and resizer were made for.
+    """
 
     epoch: int
     indices: np.ndarray
     positions: np.ndarray
     valid: np.ndarray | None = None
+    image_size: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -176,17 +180,20 @@ class BatchStream:
     def _job(self, plan: BatchPlan, samples: list[Sample]) -> DecodeJob:
         sizes_B2 = np.array([(sample.height, sample.width) for sample in samples])
         geometry = self._geometry(sizes_B2, plan.epoch, plan.positions)
-        return DecodeJob([sample.data for sample in samples], *geometry)
+        return DecodeJob([sample.data for sample in samples], *geometry, image_size=plan.image_size)
 
     def _exchange(self, plan: BatchPlan, samples: list[Sample], i: int) -> DecodeJob:
         samples[i] = self._reader.after_refusal(samples[i])
-        return self._job(BatchPlan(plan.epoch, plan.indices[i : i + 1], plan.positions[i : i + 1]), [samples[i]])
+        alone = BatchPlan(
+            plan.epoch, plan.indices[i : i + 1], plan.positions[i : i + 1], image_size=plan.image_size
+        )  # fmt: skip
+        return self._job(alone, [samples[i]])
 
     def _finish(self, plan: BatchPlan, samples: list[Sample], job: DecodeJob) -> Batch:
         assert self._decoder is not None
         decoded = self._decoder.collect()
         if self._resizer is not None:
-            decoded = self._resizer(decoded, job.mirrored, job.sizes, job.offsets)
+            decoded = self._resizer(decoded, job.mirrored, job.sizes, job.offsets, job.image_size)
         return self._batch(plan, samples, decoded)
 
     def _make_from_arrays(self) -> Iterator[Batch]:
@@ -194,7 +201,7 @@ class BatchStream:
         for plan, samples in self._reading(ahead=2):
             job = self._job(plan, samples)
             crops = [as_resizable(crop) for crop in job.cut()]
-            images = self._resizer(crops, job.mirrored, job.sizes, job.offsets)
+            images = self._resizer(crops, job.mirrored, job.sizes, job.offsets, job.image_size)
             if images.dtype != torch.uint8:
                 images = normalise(images, *self._statistics)
             yield self._batch(plan, samples, images)

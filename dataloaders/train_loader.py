@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -176,6 +176,7 @@ class TrainLoader:
         self._micro_step = 0
         self._stream: BatchStream | None = None
         self._waited = 0.0
+        self._size_at: Callable[[int], tuple[int, int]] | None = None
 
     @property
     def wait_seconds(self) -> float:
@@ -199,6 +200,14 @@ class TrainLoader:
         """Normalise by ``mean`` and ``std`` from now on; before the first batch."""
         assert self._stream is None, "batches with other statistics are on their way"
         self._statistics = mean, std
+
+    def take_image_sizes(self, size_at: Callable[[int], tuple[int, int]]) -> None:
+        """Make images of ``size_at(step)``, (height, width), for each optimiser step from 0; before the first batch.
+
+        Which window of an image is shown, and whether it is mirrored, does not depend on the size.
+        """
+        assert self._stream is None, "batches of another size are on their way"
+        self._size_at = size_at
 
     def next_micro_batch(self) -> Batch:
         """The images of the next forward pass of this rank. Blocks until they are there.
@@ -295,7 +304,8 @@ class TrainLoader:
     def _plans(self, first_micro_step: int) -> Iterator[BatchPlan]:
         for micro_step in count(first_micro_step):
             epoch, positions = self.plan.locate(micro_step)
-            yield BatchPlan(epoch, self._order(epoch)[positions], positions)
+            size = None if self._size_at is None else self._size_at(micro_step // self.plan.accumulation)
+            yield BatchPlan(epoch, self._order(epoch)[positions], positions, image_size=size)
 
     def _geometry(self, sizes_B2: np.ndarray, epoch: int, positions: np.ndarray):
         assert self.augmentation is not None

@@ -1,8 +1,8 @@
 """Decode batches with NVIDIA DALI, which this module alone uses, and find out which sample DALI refused.
 
 GPU and CPU have one graph. Its inputs for a sample are the encoded file and the window (start and shape, upright
-pixels). If the graph finishes the image, they are also the resized size, the offset of the final crop and the mirror
-flag.
+pixels). If the graph finishes the image, they are also the resized size, the offset and the shape of the final crop and
+the mirror flag.
 
     encoded -> decoders.image_slice (window only) -> [finish: resize bicubic antialiased -> slice -> flip] -> output
 
@@ -53,7 +53,8 @@ class DecodeJob:
 
     encoded: files as uint8 vectors, or arrays [H, W, C], which are cut and not decoded. windows: int32 [B, 4] as (top,
     left, height, width). mirrored: bool [B]. sizes, offsets: int32 [B, 2] for evaluation (resize to sizes, cut at
-    offsets), or None: resize to the output size.
+    offsets), or None: resize to the output size. image_size: (height, width) of the output of this job, None for that
+    of the decoder.
     """
 
     encoded: list[np.ndarray]
@@ -61,13 +62,16 @@ class DecodeJob:
     mirrored: np.ndarray
     sizes: np.ndarray | None = None
     offsets: np.ndarray | None = None
+    image_size: tuple[int, int] | None = None
 
     def one(self, i: int) -> DecodeJob:
         """Return sample i as a batch of its own."""
         take = slice(i, i + 1)
         sizes = None if self.sizes is None else self.sizes[take]
         offsets = None if self.offsets is None else self.offsets[take]
-        return DecodeJob(self.encoded[take], self.windows[take], self.mirrored[take], sizes, offsets)
+        return DecodeJob(
+            self.encoded[take], self.windows[take], self.mirrored[take], sizes, offsets, self.image_size
+        )  # fmt: skip
 
     def cut(self) -> list[np.ndarray]:
         """Cut the windows from arrays that stand in the place of encoded files: [h, w, C] each, contiguous."""
@@ -241,10 +245,12 @@ class DaliDecoder:
         if not self.finish:
             return
         count = len(job.encoded)
-        sizes = job.sizes if job.sizes is not None else np.tile(np.int32(self.image_size), (count, 1))
+        whole = np.tile(np.int32(job.image_size or self.image_size), (count, 1))
+        sizes = job.sizes if job.sizes is not None else whole
         offsets = job.offsets if job.offsets is not None else np.zeros((count, 2), np.int32)
         pipe.feed_input("size", sizes.astype(np.float32))
         pipe.feed_input("offset", np.ascontiguousarray(offsets, dtype=np.int32))
+        pipe.feed_input("extent", whole)
         pipe.feed_input("mirror", job.mirrored.astype(np.int32))
 
     def _build(self, batch_size: int, threads: int, depth: int):
@@ -281,11 +287,12 @@ class DaliDecoder:
             if self.finish:
                 size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
                 offset = fn.external_source(name="offset", dtype=types.INT32, ndim=1)
+                extent = fn.external_source(name="extent", dtype=types.INT32, ndim=1)
                 mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
                 images = fn.resize(
                     images, size=size, interp_type=types.INTERP_CUBIC, antialias=True, subpixel_scale=False
                 )
-                images = fn.slice(images, start=offset, shape=list(self.image_size), axes=[0, 1])
+                images = fn.slice(images, start=offset, shape=extent, axes=[0, 1])
                 images = fn.flip(images, horizontal=mirror)
             pipe.set_outputs(images)
         pipe.build()

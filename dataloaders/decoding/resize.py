@@ -39,20 +39,21 @@ class CpuResizer:
         mirrored_B: np.ndarray,
         sizes_B2: np.ndarray | None = None,
         offsets_B2: np.ndarray | None = None,
+        image_size: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """Return [B, H, W, C] of the crops' type.
 
         sizes_B2, offsets_B2: resize crop i to sizes[i], then cut the output at (top, left) = offsets[i]; default:
-        resize straight to the output size.
+        resize straight to the output size. image_size: of this batch, default that of the resizer.
         """
-        height, width = self.image_size
+        height, width = whole = image_size or self.image_size
         dtype = torch.from_numpy(crops[0][:0]).dtype
         out_BHWC = torch.empty(len(crops), height, width, crops[0].shape[2], dtype=dtype)
 
         def fill(first: int) -> None:
             with torch.no_grad():
                 for i in range(first, min(first + _CHUNK, len(crops))):
-                    size = self.image_size if sizes_B2 is None else (int(sizes_B2[i, 0]), int(sizes_B2[i, 1]))
+                    size = whole if sizes_B2 is None else (int(sizes_B2[i, 0]), int(sizes_B2[i, 1]))
                     image_HWC = resize_bicubic(crops[i], size)
                     if offsets_B2 is not None:
                         top, left = offsets_B2[i].tolist()

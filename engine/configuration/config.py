@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from mirl.engine.configuration.image_sizes import read_stages, require_fitting
 from mirl.engine.models.config import ModelConfig
 from mirl.errors import UserError
 from mirl.keyed import fold_seed
@@ -78,12 +79,20 @@ class DataConfig(Section):
         before=0.0,
         of=_CROPPED,
     )
+    image_sizes: tuple[str, ...] = setting(
+        (),
+        "sizes of the crops, each with the share of the run from which it holds, up to --image-size: 112 160@0.5 "
+        "224@0.85; none: one size (docs/recipes.md)",
+        metavar="SIDE[@SHARE]",
+        of="model",
+    )
     loader_threads: int = setting(
         0, "CPU threads that decode images, per rank; 0: the cores of the machine shared by its ranks"
     )
     max_bad_images: float = setting(0.001, "share of unreadable images past which the run stops")
 
     def check(self) -> None:
+        object.__setattr__(self, "image_sizes", tuple(map(str, read_stages(self.image_sizes))))
         low, high = self.crop_scale or (1.0, 1.0)
         if not 0 < low <= high <= 1:
             raise UserError(f"crop_scale is {self.crop_scale}: give 0 < MIN <= MAX <= 1, e.g. 0.2 1.0")
@@ -395,6 +404,7 @@ class PretrainConfig(Config):
     model: ModelConfig
 
     def __post_init__(self) -> None:
+        require_fitting(self.data.image_sizes, self.model)
         if self.model.vgg_loss and not self.run.vgg_weights:
             raise UserError(
                 f"vgg_loss is {self.model.vgg_loss} and vgg_weights is not given: name a file of torchvision's vgg16 "

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from mirl.engine.configuration.config import Config, OptimConfig, is_offered
+from mirl.engine.configuration.image_sizes import resized
 from mirl.engine.models.config import MODEL_NAMES, SINGLE_DECODER, SIZE_FIELDS, ModelConfig, model_config
 from mirl.errors import UserError
 from mirl.settings import require_finite
@@ -20,6 +21,7 @@ def override(base: C, given: Mapping[str, Any]) -> C:
 
     The key model.name replaces all fields of the model. SECTION.image_size is the pair (height, width). A length given
     in epochs replaces one in steps, and the other way round; a warm-up that no longer fits becomes a tenth of the run.
+    The image sizes of a recipe follow another image size or patch size, each rounded to whole patches.
 
     Raises:
         UserError: the fields do not fit together, or a number is none.
@@ -27,6 +29,9 @@ def override(base: C, given: Mapping[str, Any]) -> C:
     for key, value in given.items():  # before anything is reckoned from one
         require_finite(key.split(".")[-1], value)
     made = {name: _override(getattr(base, name), kind, given, name) for name, kind in base.sections().items()}
+    if base.data.image_sizes and "data.image_sizes" not in given:
+        sizes = resized(base.data.image_sizes, base.model, made["model"])  # type: ignore[attr-defined]
+        made["data"] = dataclasses.replace(made["data"], image_sizes=sizes)
     return dataclasses.replace(base, **made)
 
 

@@ -44,6 +44,7 @@ class ComputeChoices(nn.Module):
         self._resolved_for: tuple[torch.device, torch.dtype] | None = None
         self.execution: Execution | None = None
         self.regions = Regions()
+        self.position_tables: dict[tuple[str, tuple[int, int]], Tensor] = {}  # of `mirl.engine.models.resizing`
 
     @property
     def weight_dtype(self) -> torch.dtype:

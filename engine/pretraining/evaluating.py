@@ -25,6 +25,7 @@ from mirl.engine.configuration.config import PretrainConfig
 from mirl.engine.distributed.launch import Ranks
 from mirl.engine.models import MIRL
 from mirl.engine.pretraining.evaluation_data import ProbeData
+from mirl.engine.training.image_sizes import StepSizes
 from mirl.engine.training.noise import mask_noise
 from mirl.engine.training.run_log import RunLog
 from mirl.engine.transfer.classification.classifier import all_visible, pool_tokens
@@ -70,7 +71,7 @@ def default_interval(config: PretrainConfig, sets: EvaluationSets, total_steps: 
     whole = model.built_depth * encoder_block_flops(model, model.num_patches + 1)
     cost = sets.val.num_images * forward_flops(model).total if sets.val is not None else 0.0
     cost += sets.probe.loader.num_images * whole if sets.probe is not None else 0.0
-    step = config.optim.batch_size * training_flops_per_image(model)
+    step = config.optim.batch_size * training_flops_per_image(model) * StepSizes.of(config, total_steps).mean_cost
     spared = math.ceil(cost / (step * MOST_PERCENT / 100 * _PLANNED))
     return min(total_steps, max(1, math.ceil(total_steps / TIMES), spared))
 

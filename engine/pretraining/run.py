@@ -28,6 +28,7 @@ from mirl.engine.pretraining.recipes import recipe
 from mirl.engine.pretraining.task import PretrainTask
 from mirl.engine.training.computing import bare_model, set_computation
 from mirl.engine.training.ema import ShardedEma
+from mirl.engine.training.image_sizes import StepSizes
 from mirl.engine.training.plan import RunPlan
 from mirl.engine.training.run import RunKind, RunParts, run_training
 from mirl.engine.training.run_data import ImageShape, build_loader, settle_statistics
@@ -46,7 +47,7 @@ class Pretraining(RunKind[PretrainConfig]):
     _sets: EvaluationSets
 
     def __init__(self) -> None:
-        self._evaluated: list[str] = []
+        self._settled: list[str] = []
 
     def recipe_out(self, name: str) -> str:
         return recipe(name).run.out
@@ -87,6 +88,10 @@ class Pretraining(RunKind[PretrainConfig]):
 
     def build_task(self, parts: RunParts[PretrainConfig]) -> PretrainTask:
         config, ranks = parts.plan.config, parts.plan.ranks
+        sizes = StepSizes.of(config, parts.durations.total_steps)
+        if sizes:
+            parts.loader.take_image_sizes(sizes.size_at)
+            self._settled.append(f"image sizes {sizes}; memory is that of the last")
         evaluation = None
         if self._sets:
             if parts.plan.resumed_from is not None:
@@ -95,7 +100,7 @@ class Pretraining(RunKind[PretrainConfig]):
                 config, self._sets, ranks=ranks, log=parts.log, total_steps=parts.durations.total_steps,
                 best=parts.progress.best,
             )  # fmt: skip
-            self._evaluated = evaluation.opening_lines()
+            self._settled += evaluation.opening_lines()
         return PretrainTask(
             config, ranks=ranks, engine=parts.engine, durations=parts.durations, log=parts.log,
             picture_images=_picture_images(config, ranks, parts.loader), out=parts.plan.out,
@@ -117,7 +122,7 @@ class Pretraining(RunKind[PretrainConfig]):
             f"variant, objective {model.objective}, {parameters / 1e6:.1f} M parameters; image "
             f"{model.image_height}x{model.image_width}x{model.channels}, patch {model.patch_size}, mask "
             f"{model.mask_ratio:g}",
-            *self._evaluated,
+            *self._settled,
         ]
 
     def closing_lines(self, out: Path) -> list[str]:

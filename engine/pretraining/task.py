@@ -13,10 +13,13 @@ from mirl.engine.accounting.flops import training_flops_per_image
 from mirl.engine.configuration.config import PretrainConfig
 from mirl.engine.distributed.ds_engine import Fragment, FragmentReader, TrainEngine
 from mirl.engine.distributed.launch import Ranks
+from mirl.engine.models import ModelConfig
+from mirl.engine.models.resizing import set_image_size
 from mirl.engine.models.teacher import EmaTeacher
 from mirl.engine.pretraining.evaluating import Evaluation
 from mirl.engine.pretraining.pictures import reconstruct, save_grid
 from mirl.engine.training.ema import ShardedEma
+from mirl.engine.training.image_sizes import StepSizes
 from mirl.engine.training.noise import NoiseAhead, mask_noise, seed_stochastic_depth
 from mirl.engine.training.run_log import RunLog
 from mirl.engine.training.schedule import Durations
@@ -46,7 +49,9 @@ class PretrainTask:
         ema: ShardedEma | None = None,
         evaluation: Evaluation | None = None,
     ) -> None:
-        """evaluation: of held-out images and a probe, None for neither."""
+        """evaluation: of held-out images and a probe, None for neither. Images of a step have the size that the
+        settings give it; pictures and evaluations are of the whole size.
+        """
         self.config, self.ranks, self.engine, self.durations, self.log = config, ranks, engine, durations, log
         self.picture_images, self.out = picture_images, out
         self.evaluation = evaluation
@@ -57,15 +62,31 @@ class PretrainTask:
         self.plain_gflops_per_image = training_flops_per_image(config.model) / 1e9
         self.gflops_per_image = training_flops_per_image(config.model, engine.module.skips) / 1e9
         self.teacher, self.ema = teacher, ema
-        self._noise = NoiseAhead(config.run.seed, config.model.num_patches, ranks.device)
+        self._sizes = StepSizes.of(config, durations.total_steps)
+        self._told = 0  # the latest step whose new size was told of
+        patches = (lambda step: self._sizes.model_at(step).num_patches) if self._sizes else config.model.num_patches
+        self._noise = NoiseAhead(config.run.seed, patches, ranks.device)
 
     def forward(self, batch: Batch, place: Place) -> tuple[Tensor, Tensor]:
         """Loss and terms of `mirl.engine.models.MIRL`."""
+        if self._sizes:
+            self._take_size(self._sizes.model_at(place.step), place.step)
         noise = self._noise.take(place.step, place.first, len(batch.images))
         if self.config.model.drop_path:
             seed_stochastic_depth(self.config.run.seed, place.step, place.first)
         output = self.engine.forward(batch.images, noise=noise, **self._features(batch.images))
         return output.loss, output.terms.detach()
+
+    def _take_size(self, model: ModelConfig, step: int | None = None) -> None:
+        """Let model and teacher take images of the size of ``model``; told of where ``step`` is the first with it."""
+        for network in (self.engine.module, self.teacher):
+            if network is not None:
+                set_image_size(network, model.image_height, model.image_width)
+        if step is not None and step in self._sizes.firsts and step > self._told:
+            self._told = step
+            size, kept = f"{model.image_height}x{model.image_width}", model.num_kept
+            self.log.say(f"step {step + 1}: images of {size} from here on, {model.num_patches} patches, {kept} visible")
+            self.log.event("image_size", step + 1, height=model.image_height, width=model.image_width)
 
     def _features(self, images: Tensor) -> dict[str, Tensor]:
         if self.teacher is None:
@@ -90,6 +111,7 @@ class PretrainTask:
         if self.config.log.pictures and (step % self.durations.picture_every == 0 or last):
             self._picture(step)
         if self.evaluation is not None and self.evaluation.due(step, last=last):
+            self._take_size(self.config.model)
             self.evaluation.run(
                 self.engine.module, step, last=last, features=self._features, interrupted=interrupted
             )  # fmt: skip
@@ -124,6 +146,7 @@ class PretrainTask:
         """Under ZeRO-3 every rank takes part, because each holds a part of the weights."""
         if self.picture_images is None or not (self.ranks.is_main or self.engine.stage == 3):
             return
+        self._take_size(self.config.model)
         noise = mask_noise(self.config.run.seed + 1, 0, 0, len(self.picture_images), self.config.model.num_patches)
         titles, columns = reconstruct(self.engine.module, self.picture_images, noise.to(self.ranks.device))
         if self.ranks.is_main:

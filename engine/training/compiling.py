@@ -7,14 +7,14 @@
 | `DecoderBlock.ask`     | end of self-attention, norm, queries of the cross-attention | one per row count   |
 | `DecoderBlock.finish`  | end of the last attention, norm, MLP                        | one per row count   |
 
-So a model of any depth and number of decoders has `expected_graphs` graphs, all of them made in the trial step. What
-has other shapes in every decoder (cross-attention over kv_g) stays outside.
+So a model of any depth and number of decoders has `expected_graphs` graphs for each image size that it is trained with,
+all of them made in the trial steps. What has other shapes in every decoder (cross-attention over kv_g) stays outside.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +30,7 @@ from mirl.engine.models import MIRL
 from mirl.engine.models.compute_choices import ComputeChoices
 from mirl.engine.models.execution import Regions
 from mirl.engine.models.layers import HeadedAttention, Mlp, ResidualNorm
+from mirl.engine.models.resizing import at_image_size
 from mirl.errors import UserError
 from mirl.kernels import AttentionBackend, set_inlined
 
@@ -39,6 +40,8 @@ TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-3, torch.float64: 1e-6}
 # Share of the activations of a region that may be kept, for ``Execution.recompute``: where the compiler's partitioner
 # keeps what `apply_keeping_input` keeps, the inputs of LayerNorm and GELU. Without it a region keeps what eager keeps.
 RECOMPUTE_BUDGET = 0.8
+# Of one method and image size: more is a region that changes from call to call. torch's default, for one size.
+MOST_GRAPHS = 8
 # Inductor's own search: templates of matrix products in many tilings beside the library's, each timed, and what follows
 # a product (a bias, a GELU) in its epilogue where that is timed to be faster.
 SEARCH = {
@@ -93,30 +96,34 @@ def expected_graphs(model: ComputeChoices) -> int:
 
 
 def compile_regions(
-    model: ComputeChoices, batch: int, device: torch.device, *, backend: str = "inductor", search: bool = False
-) -> CompileChoice:
+    model: ComputeChoices, batch: int, device: torch.device, *, backend: str = "inductor", search: bool = False,
+    sizes: Sequence[tuple[int, int]] = (),
+) -> CompileChoice:  # fmt: skip
     """Compile the regions of ``model`` for training steps of ``batch`` images, and take one such step with and without.
 
-    The step is a forward and a backward pass on random pixels; no parameter and no ``.grad`` is changed. Whatever goes
-    wrong (no compiler, a graph break, a result that differs) leaves the model eager and comes back as the reason.
+    ``sizes``: (height, width) of the images that it will be trained with, a step and a compilation for each; none: its
+    own. The step is a forward and a backward pass on random pixels; no parameter and no ``.grad`` is changed. Whatever
+    goes wrong (no compiler, a graph break, a result that differs) leaves the model eager and comes back as the reason.
     ``model.execution.recompute`` holds inside the regions too. ``search``: with `SEARCH`; see `search_regions`.
 
     Kernels of ours that stand in regions are launched by the compiler itself; where that fails they are operators that
     it calls, and where that fails too, the model stays eager.
     """
-    model.set_regions(None)
-    expected = trial_step(model, batch, device)
+    done = f"{expected_graphs(model)} graphs, a trial step agrees with eager"
+    if len(sizes) > 1:
+        done = f"{expected_graphs(model)} graphs for each of {len(sizes)} image sizes, trial steps agree with eager"
+    sizes = sizes or [(model.config.image_height, model.config.image_width)]
     told = ""
     if _has_kernels_in_regions(model) and set_inlined(True):
-        problem = _compile_and_compare(model, batch, device, backend, expected, search=search)
+        problem = _compile_and_compare(model, batch, device, backend, sizes, search=search)
         if problem is None:
-            return CompileChoice(True, f"{expected_graphs(model)} graphs, a trial step agrees with eager", search)
+            return CompileChoice(True, done, search)
         told = f"; our kernels as operators of their own, for inlined: {problem}"
         torch._dynamo.reset()
     set_inlined(False)
-    problem = _compile_and_compare(model, batch, device, backend, expected, search=search)
+    problem = _compile_and_compare(model, batch, device, backend, sizes, search=search)
     if problem is None:
-        return CompileChoice(True, f"{expected_graphs(model)} graphs, a trial step agrees with eager{told}", search)
+        return CompileChoice(True, f"{done}{told}", search)
     model.set_regions(None)
     return CompileChoice(False, f"FELL BACK TO EAGER: {problem}")
 
@@ -130,17 +137,32 @@ def _has_kernels_in_regions(model: ComputeChoices) -> bool:
 
 
 def _compile_and_compare(
-    model: ComputeChoices, batch: int, device: torch.device, backend: str, expected: tuple[Tensor, ...], *, search: bool
-) -> str | None:
-    """Set compiled regions and take a step with them; returns what is wrong with it."""
+    model: ComputeChoices, batch: int, device: torch.device, backend: str, sizes: Sequence[tuple[int, int]], *,
+    search: bool,
+) -> str | None:  # fmt: skip
+    """Take a step of each size without compiled regions and with them, which stay; returns what is wrong with it."""
     # No break is tolerated: a region in pieces would be slower than eager without anyone knowing.
-    model.set_regions(
-        Regions(lambda method: torch.compile(method, backend=backend, dynamic=False, fullgraph=True), batch)
-    )
+    regions = Regions(lambda method: torch.compile(method, backend=backend, dynamic=False, fullgraph=True), batch)
+    for height, width in sizes:
+        with at_image_size(model, height, width):
+            model.set_regions(None)
+            expected = trial_step(model, batch, device)
+            model.set_regions(regions)
+            problem = _compiled_step(model, batch, device, expected, search=search, most=MOST_GRAPHS * len(sizes))
+        if problem is not None:
+            return f"{problem}{f' at {height}x{width}' if len(sizes) > 1 else ''}"
+    return None
+
+
+def _compiled_step(
+    model: ComputeChoices, batch: int, device: torch.device, expected: tuple[Tensor, ...], *, search: bool, most: int
+) -> str | None:
+    """Take a step with the regions that are set; returns what is wrong with it. ``most``: graphs of one method."""
     budget = RECOMPUTE_BUDGET if model.execution is not None and model.execution.recompute else 1.0
     try:
         with ExitStack() as settings:
             settings.enter_context(functorch_config.patch(activation_memory_budget=budget))
+            settings.enter_context(torch._dynamo.config.patch(recompile_limit=most))
             if search:
                 import torch._inductor.config as inductor_config
 
@@ -152,7 +174,10 @@ def _compile_and_compare(
         return f"{type(cause).__name__}: {first_line[:200]}"
 
 
-def search_regions(model: ComputeChoices, batch: int, ranks: Ranks, *, backend: str = "inductor") -> CompileChoice:
+def search_regions(
+    model: ComputeChoices, batch: int, ranks: Ranks, *, backend: str = "inductor",
+    sizes: Sequence[tuple[int, int]] = (),
+) -> CompileChoice:  # fmt: skip
     """`compile_regions` with Inductor's search, which rank 0 makes once, for all ranks; they call this together.
 
     The others compile afterwards, from what rank 0 wrote to the cache of the compiler: they are sent it, or share its
@@ -162,21 +187,21 @@ def search_regions(model: ComputeChoices, batch: int, ranks: Ranks, *, backend: 
     begin = time.perf_counter()
     mine, cache = None, None
     if ranks.is_main:
-        mine = compile_regions(model, batch, ranks.device, backend=backend, search=True)
+        mine = compile_regions(model, batch, ranks.device, backend=backend, search=True, sizes=sizes)
         cache = saved_cache() if mine.on and ranks.world_size > 1 else None
     seconds = time.perf_counter() - begin
     first, cache, seconds = ranks.broadcast((mine, cache, seconds))
     if first.on and not ranks.is_main:
         if cache is not None:
             torch.compiler.load_cache_artifacts(cache)
-        mine = compile_regions(model, batch, ranks.device, backend=backend, search=True)
+        mine = compile_regions(model, batch, ranks.device, backend=backend, search=True, sizes=sizes)
     found = ranks.gather(mine)
     problems = [f"rank {rank}: {each.reason}" for rank, each in enumerate(found) if each is not None and not each.on]
     if not problems:
         others = f", {ranks.world_size - 1} others from its cache" if ranks.world_size > 1 else ""
         return replace(first, reason=f"{first.reason}; products searched in {seconds:.0f} s on rank 0{others}")
     torch._dynamo.reset()  # or what was found would be taken again
-    plain = compile_regions(model, batch, ranks.device, backend=backend)
+    plain = compile_regions(model, batch, ranks.device, backend=backend, sizes=sizes)
     reason = problems[0].replace("FELL BACK TO EAGER: ", "")
     return replace(plain, reason=f"{plain.reason}; WITHOUT THE SEARCH OF PRODUCTS, which failed on {reason}")
 

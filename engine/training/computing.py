@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,16 +43,20 @@ def compile_choice(plan: RunPlan[Any], engine: TrainEngine) -> CompileChoice:
     return choose_compile(plan.config.run.compile, plan.ranks.device, engine.stage)
 
 
-def compile_where_chosen(plan: RunPlan[Any], engine: TrainEngine) -> CompileChoice:
-    """Compile the regions of the model where that is chosen and works on every rank."""
+def compile_where_chosen(
+    plan: RunPlan[Any], engine: TrainEngine, sizes: Sequence[tuple[int, int]] = ()
+) -> CompileChoice:  # fmt: skip
+    """Compile the regions of the model where that is chosen and works on every rank; ``sizes``: of the images, see
+    `compile_regions`.
+    """
     ranks = plan.ranks
     choice = compile_choice(plan, engine)
     if not choice.on:
         return choice
     if choice.search:
-        choice = search_regions(engine.module, plan.micro_batch, ranks)
+        choice = search_regions(engine.module, plan.micro_batch, ranks, sizes=sizes)
     else:
-        choice = compile_regions(engine.module, plan.micro_batch, ranks.device)
+        choice = compile_regions(engine.module, plan.micro_batch, ranks.device, sizes=sizes)
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ranks.device)  # the trial step held two sets of gradients
     failures = [f"rank {rank}: {other.reason}" for rank, other in enumerate(ranks.gather(choice)) if not other.on]

@@ -6,6 +6,7 @@ So an image is masked alike however many ranks share the batch, and a resumed ru
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -37,8 +38,10 @@ class NoiseAhead:
     pageable memory the host would wait for what the GPU still does of the step before.
     """
 
-    def __init__(self, seed: int, patches: int, device: torch.device) -> None:
-        self._seed, self._patches, self._device = seed, patches, device
+    def __init__(self, seed: int, patches: int | Callable[[int], int], device: torch.device) -> None:
+        """patches: of an image, or a function that gives them for a step."""
+        self._patches_at = patches if callable(patches) else lambda _: patches
+        self._seed, self._device = seed, device
         # A thread starts on GPU 0, where pinning memory would open a context: half a GiB for every other rank.
         begin = partial(torch.cuda.set_device, device) if device.type == "cuda" and device.index is not None else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mirl-noise", initializer=begin)
@@ -53,7 +56,7 @@ class NoiseAhead:
         return noise.to(self._device, non_blocking=True)
 
     def _make(self, step: int, first: int, batch: int) -> torch.Tensor:
-        noise = mask_noise(self._seed, step, first, batch, self._patches)
+        noise = mask_noise(self._seed, step, first, batch, self._patches_at(step))
         return noise.pin_memory() if self._device.type == "cuda" else noise
 
 

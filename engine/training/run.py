@@ -31,6 +31,7 @@ from mirl.engine.training.choices.optimizer import optimizer_places
 from mirl.engine.training.choices.table import NAME as CHOICES_FILE
 from mirl.engine.training.computing import compile_choice, compile_where_chosen
 from mirl.engine.training.fitting import fit_to_memory
+from mirl.engine.training.image_sizes import StepSizes
 from mirl.engine.training.measured import compare_with_prediction
 from mirl.engine.training.optimizer import build_optimizer
 from mirl.engine.training.out_of_memory import explained
@@ -196,7 +197,8 @@ def _train(config: C, kind: RunKind[C], ranks: Ranks, at_most: int | None, tried
             plan, engine.module, compiled=compile_choice(plan, engine).on,
             besides=optimizer_places(engine, ranks.device),
         )  # fmt: skip
-        compiled = compile_where_chosen(plan, engine)
+        sizes = StepSizes.of(config, durations.total_steps).sizes_from(progress.step)
+        compiled = compile_where_chosen(plan, engine, sizes)
         closing.push(log.close_after)
         agree_on_main(ranks, lambda: _open_folder(plan, log, durations, progress.step, chosen))
         for line in [

@@ -13,6 +13,7 @@ from mirl.dataloaders import TrainLoader
 from mirl.dataloaders.sources.paths import shown
 from mirl.engine.distributed.ds_engine import TrainEngine
 from mirl.engine.distributed.launch import Ranks
+from mirl.engine.training.image_sizes import StepSizes
 from mirl.engine.training.measured import Measured
 from mirl.engine.training.run_folder import Progress
 from mirl.engine.training.run_log import RunLog, memory_gib, peak_flops
@@ -49,11 +50,12 @@ class StepLog:
         progress: Progress,
         accumulation: int,
         batch_size: int,
+        sizes: StepSizes,
     ) -> None:
-        """batch_size: images of a step, on all ranks."""
+        """batch_size: images of a step, on all ranks. sizes: of the images of each step."""
         self._ranks, self._engine, self._task, self._loader = ranks, engine, task, loader
         self._durations, self._schedule, self._log, self._progress = durations, schedule, log, progress
-        self._accumulation, self._batch_size = accumulation, batch_size
+        self._accumulation, self._batch_size, self._sizes = accumulation, batch_size, sizes
         self._time_left = TimeLeft()
         self._peak_flops = peak_flops(ranks.device)
         self.measured = Measured()
@@ -71,9 +73,15 @@ class StepLog:
         """Whether this rank has steps that have waited long for a record. Ranks agree before they write one."""
         return self.window.loss is not None and time.perf_counter() - self._written > RECORD_SECONDS
 
+    def add(self, loss: Tensor, terms: Tensor, images: int) -> None:
+        """Count a micro-batch of so many images of the step in progress."""
+        step = self._progress.step
+        cost, plain_cost = self._sizes.cost(step), self._sizes.cost(step, plain=True)
+        self.window.add(loss, terms, images, cost=cost, plain_cost=plain_cost)
+
     def step_ended(self) -> None:
         """Note the end of an optimiser step."""
-        self._time_left.step_ended()
+        self._time_left.step_ended(self._sizes.cost(self._progress.step - 1))
 
     def reported(self, seconds: float, *, step: int) -> None:
         """Note that the task's report after ``step`` took ``seconds``, which are no part of a step."""
@@ -99,19 +107,21 @@ class StepLog:
         }
         if self._peak_flops:
             images_per_s = values["images_per_s"] / self._ranks.world_size
-            for key, gflops in (
-                ("mfu_percent", self._task.gflops_per_image),
-                ("plain_mfu_percent", self._task.plain_gflops_per_image),
+            for key, gflops, cost in (
+                ("mfu_percent", self._task.gflops_per_image, window.cost),
+                ("plain_mfu_percent", self._task.plain_gflops_per_image, window.plain_cost),
             ):
+                gflops *= cost / window.micro_batches
                 values[key] = 100 * images_per_s * gflops * 1e9 / self._peak_flops
         total = self._durations.total_steps
         # The report after this step is still to come where a line is written, and done where a late record is.
         values["seconds_left"] = self._time_left.seconds(
-            steps=total - step,
+            steps=self._sizes.cost_between(step, total),
             reports=self._reports(step - 1 if line else step),
             passes_a_report=self._task.report_images / self._batch_size,
         )
-        self.measured.add(values)
+        if self._sizes.cost(step - 1) == 1:  # what is predicted is a step of the whole size
+            self.measured.add(values)
         self._log.metrics(values, line_of(values, total) if line else None)
         self.window, self._written = self._new_window(), time.perf_counter()
 

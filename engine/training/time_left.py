@@ -26,13 +26,13 @@ class TimeLeft:
         self._step_seconds = 0.0
         self._report_seconds: float | None = None
 
-    def step_ended(self) -> None:
-        """Note the end of an optimiser step."""
+    def step_ended(self, cost: float = 1.0) -> None:
+        """Note the end of an optimiser step. cost: what it costs beside others, in any unit; see `seconds`."""
         now = self._clock()
         self._steps += 1
         timed = self._steps - SETTLING_STEPS
         if timed > 0 and self._ended is not None:
-            self._step_seconds += 2 / (timed + 1) * (now - self._ended - self._step_seconds)
+            self._step_seconds += 2 / (timed + 1) * ((now - self._ended) / cost - self._step_seconds)
         self._ended = now
 
     def reported(self, seconds: float, *, shown: bool) -> None:
@@ -42,9 +42,10 @@ class TimeLeft:
         if shown:
             self._report_seconds = seconds
 
-    def seconds(self, *, steps: int, reports: int, passes_a_report: float) -> float | None:
+    def seconds(self, *, steps: float, reports: int, passes_a_report: float) -> float | None:
         """The time of ``steps`` steps and ``reports`` reports, in seconds; None until a step has been timed.
 
+        steps: where they differ in cost, the sum of their costs in the unit of `step_ended`; reports are of cost 1.
         passes_a_report: images of a report, as a multiple of those of a step; by it a report is estimated until one has
         been timed.
         """

@@ -14,6 +14,7 @@ from mirl.engine.distributed.launch import Ranks
 from mirl.engine.distributed.stop_request import StopRequest
 from mirl.engine.distributed.watchdog import Watchdog
 from mirl.engine.errors import EXIT_PREEMPTED, Diverged, LostRank, Preempted
+from mirl.engine.training.image_sizes import StepSizes
 from mirl.engine.training.profiling import StepProfile
 from mirl.engine.training.rollback import Rollback
 from mirl.engine.training.run_folder import Progress
@@ -55,6 +56,7 @@ class Trainer:
         self.step_log = StepLog(
             ranks=ranks, engine=engine, task=task, loader=loader, durations=durations, schedule=self.schedule, log=log,
             progress=progress, accumulation=accumulation, batch_size=config.optim.batch_size,
+            sizes=StepSizes.of(config, durations.total_steps),
         )  # fmt: skip
         self.profile = StepProfile(config.log.profile, out=log.out, log=log, device=ranks.device)
         self.spikes = SpikeWatch(config.run, ranks, engine, task, loader, log, progress)
@@ -172,7 +174,7 @@ class Trainer:
             loss, terms = self.task.forward(batch, place)
             self.engine.backward(loss)
             applied = self.engine.step(lr)
-            self.step_log.window.add(loss, terms, self.micro_batch)
+            self.step_log.add(loss, terms, self.micro_batch)
             seen.append(SeenMicroBatch(terms=terms, sample_ids=batch.sample_ids))
         assert applied is not None, "DeepSpeed did not reach the accumulation boundary"
         self._advance(applied)

@@ -23,12 +23,21 @@ class Window:
     micro_batches: int = 0
     images: int = 0
     wait_started: float = 0.0
+    cost: float = 0.0
+    plain_cost: float = 0.0
 
-    def add(self, loss: Tensor, terms: Tensor, images: int) -> None:
+    def add(
+        self, loss: Tensor, terms: Tensor, images: int, *, cost: float = 1.0, plain_cost: float = 1.0
+    ) -> None:  # fmt: skip
+        """cost, plain_cost: FLOPs of an image of this micro-batch beside one of the whole size, with and without the
+        exact skips.
+        """
         self.terms = terms.detach().clone() if self.terms is None else self.terms + terms.detach()
         self.loss = loss.detach().clone() if self.loss is None else self.loss + loss.detach()
         self.micro_batches += 1
         self.images += images
+        self.cost += cost
+        self.plain_cost += plain_cost
 
     def leave_out(self, seconds: float) -> None:
         """Count ``seconds`` of the window as no part of its steps."""

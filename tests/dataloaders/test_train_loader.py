@@ -113,6 +113,29 @@ def test_a_data_set_that_changed_is_refused_and_one_that_moved_is_not(jpeg_folde
         loader.load_state_dict(state)
 
 
+def test_images_of_a_step_have_its_size_and_show_the_same_windows(jpeg_folder):
+    folder = jpeg_folder(21)
+    sizes = {0: (16, 24), 1: SIZE, 2: (8, 12), 3: SIZE}
+    settings = {"image_size": SIZE, "micro_batch": 4, "accumulation": 2, "seed": 5, "threads": 1, "centred": 0.3}
+    with build_train_loader(folder, **settings) as loader:
+        whole = [loader.next_micro_batch() for _ in range(8)]
+    for start in range(4):  # fresh, and after a resume
+        with build_train_loader(folder, **settings) as loader:
+            if start:
+                loader.load_state_dict(loader.state_dict() | {"step": start})
+            loader.take_image_sizes(lambda step: sizes.get(step, SIZE))  # batches past the end are begun too
+            for number in range(2 * start, 8):
+                batch, before = loader.next_micro_batch(), whole[number]
+                size = sizes[number // 2]
+                assert batch.images.shape == (4, *size, 3)
+                assert np.array_equal(batch.sample_ids, before.sample_ids)
+                if size == SIZE:
+                    assert torch.equal(batch.images, before.images)
+                else:  # the same pixels, made smaller: the average of an image stays
+                    means, wanted = (each.images.float().mean((1, 2, 3)) for each in (batch, before))
+                    assert (means - wanted).abs().max() < 2
+
+
 def test_labels_are_those_of_the_images_that_are_shown(jpeg_folder):
     root = jpeg_folder(6, name="set/b").parent
     jpeg_folder(5, name="set/a")

@@ -24,16 +24,16 @@ def pillow(data: bytes, window, mirrored, size=SIZE) -> np.ndarray:
     return np.asarray(ImageOps.mirror(image) if mirrored else image).astype(int)
 
 
-def finish(job: DecodeJob, in_dali: bool) -> np.ndarray:
+def finish(job: DecodeJob, in_dali: bool, image_size: tuple[int, int] = SIZE) -> np.ndarray:
     """The images of a job by the path of CPU users, or with DALI's resize as on a GPU."""
     decoder = DaliDecoder(
-        batch_size=len(job.encoded), image_size=SIZE, channels=3, threads=1, device_id=None, finish=in_dali
+        batch_size=len(job.encoded), image_size=image_size, channels=3, threads=1, device_id=None, finish=in_dali
     )
     decoder.submit(job, lambda i: pytest.fail(f"sample {i} was refused"))
     images = decoder.collect()
     if not in_dali:
-        resizer = CpuResizer(SIZE, threads=2)
-        images = resizer(images, job.mirrored, job.sizes, job.offsets)
+        resizer = CpuResizer(image_size, threads=2)
+        images = resizer(images, job.mirrored, job.sizes, job.offsets, job.image_size)
         resizer.close()
     decoder.close()
     return images.numpy().astype(int)
@@ -63,6 +63,15 @@ def test_windows_of_upright_jpegs_are_those_of_pillow(photo, encoded, orientatio
     assert_close(ours, theirs, in_dali)
     # The test can see a wrong turn: the unmirrored window is far away.
     assert np.abs(ours[1][:, ::-1] - theirs[1]).mean() > 10
+
+
+@pytest.mark.parametrize("in_dali", [False, True])
+def test_a_job_of_another_size_is_what_a_decoder_of_that_size_makes(photo, encoded, in_dali):
+    files = [np.frombuffer(encoded(photo(3, 400, 300)), np.uint8)] * 2
+    geometry = np.array(WINDOWS[:2], np.int32), np.array([True, False])
+    ours = finish(DecodeJob(files, *geometry, image_size=(40, 24)), in_dali)
+    assert ours.shape == (2, 40, 24, 3)
+    assert np.array_equal(ours, finish(DecodeJob(files, *geometry), in_dali, image_size=(40, 24)))
 
 
 @pytest.mark.parametrize("in_dali", [False, True])

@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 from mirl.engine.configuration.config import RunConfig
 from mirl.engine.distributed.launch import Ranks
 from mirl.engine.models import MIRL, Execution
+from mirl.engine.models.resizing import at_image_size
 from mirl.engine.training import compiling
 from mirl.engine.training.compiling import (
     SEARCH,
@@ -127,6 +128,19 @@ def test_recomputation_holds_in_compiled_regions_too() -> None:
     assert kept["eager", True] < 0.85 * kept["eager", False]
     for recompute in (False, True):
         assert kept["regions", recompute] == pytest.approx(kept["eager", recompute], rel=0.03)
+
+
+def test_each_image_size_is_compiled_once_at_the_start_and_none_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "MOST_GRAPHS", 2)  # the blocks' own at one size
+    config = tiny_config(depth=2, objective="mae", segments=1, did=False, decoder_depth=1)
+    model = make_model(config, dtype=torch.float32)
+    choice = compile_regions(model, 3, CPU, backend="aot_eager", sizes=[(8, 12), (16, 24)])
+    assert (choice.on, choice.reason) == (True, "3 graphs for each of 2 image sizes, trial steps agree with eager")
+    assert graphs() == 6 and model.config == config
+    for size in ((8, 12), (16, 24)):
+        with at_image_size(model, *size):
+            step(model).loss.backward()
+    assert graphs() == 6 and not counters["recompiles"]
 
 
 def test_the_trial_step_leaves_no_trace() -> None:

@@ -22,20 +22,23 @@ class Clock:
         return self.now
 
 
-def simulate(total, *, step, start=0.0, report=0.0, every=None, passes=0.0, save=0.0, save_every=0):
+def simulate(total, *, step, start=0.0, report=0.0, every=None, passes=0.0, save=0.0, save_every=0,
+             cost=lambda _: 1.0, left=None):  # fmt: skip
     """``[(step, told, true)]`` of a run: seconds left as told after each step, and as they were.
 
     step: seconds of a step, by its number. start: of the first one, on top. report, every: seconds of a report, steps
     between two. passes: images of a report, in batches. save, save_every: the same of checkpoints, told to nobody.
+    cost, left: of a step by its number, and of all that come after one.
     """
     clock = Clock()
+    costs = left or (lambda number: total - number)
     left = TimeLeft(clock)
     told, ended = [], []
     for number in range(1, total + 1):
         clock.now += step(number) + (start if number == 1 else 0)
-        left.step_ended()
+        left.step_ended(cost(number))
         reports = count_reports(every, after=number - 1, total=total) if report else 0
-        told.append(left.seconds(steps=total - number, reports=reports, passes_a_report=passes))
+        told.append(left.seconds(steps=costs(number), reports=reports, passes_a_report=passes))
         ended.append(clock.now)
         if save_every and number % save_every == 0:
             clock.now += save
