@@ -14,7 +14,8 @@ from mirl.engine.pretraining.command_line import parse_pretrain
 from mirl.errors import UserError
 
 if TYPE_CHECKING:
-    from mirl.engine.accounting.forecast import Forecast
+    from mirl.engine.accounting.forecast import Forecast, StepForecast
+    from mirl.engine.models import ModelConfig
 
 IMAGENET_IMAGES = 1_281_167
 SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9}
@@ -92,6 +93,7 @@ def plan(
     from mirl.engine.distributed.ds_config import read_ds_config, resolve_batch, resolve_ds_config
     from mirl.engine.models import ExactSkips
     from mirl.engine.training.computing import bare_model
+    from mirl.engine.training.image_sizes import StepSizes
 
     model, optim, run = config.model, config.optim, config.run
     micro_batch, accumulation = resolve_batch(config, gpus)
@@ -109,18 +111,31 @@ def plan(
     fitting = largest_fitting(micro_batches(share, footprint.group), need, free, on_gpu=True)
     if not optim.given_micro_batch:
         micro_batch, accumulation = fitting, share // fitting
-    step = forecast_step(
-        lambda: bare_model(model, run), device, gpus=gpus, micro_batch=micro_batch, accumulation=accumulation,
-        stage=place.zero_stage, attention=OWN if attention == "own" else FLASH,
-        one_pass=_steps_in_one_pass(config, ds_config),
-    )  # fmt: skip
+
+    def forecast(model: ModelConfig) -> StepForecast:
+        return forecast_step(
+            lambda: bare_model(model, run), device, gpus=gpus, micro_batch=micro_batch, accumulation=accumulation,
+            stage=place.zero_stage, attention=OWN if attention == "own" else FLASH,
+            one_pass=_steps_in_one_pass(config, ds_config),
+        )  # fmt: skip
+
+    step = forecast(model)
+    sizes = StepSizes.of(config, optim.steps or max(1, round(optim.epochs * images / optim.batch_size)))
+    # The length is that of so many images of the whole size.
+    steps_s = [share * (step if each == model else forecast(each)).step_s for each, share in sizes.shares()]
+    length = sum(steps_s) / step.step_s if sizes else 1.0
     found = Forecast.make(
         step, device, micro_batch=micro_batch, accumulation=accumulation,
         flops_per_image=training_flops_per_image(model, ExactSkips()),
         plain_flops_per_image=training_flops_per_image(model), memory_gib=need(micro_batch) / GIB,
-        trained_images=optim.steps * optim.batch_size or optim.epochs * images,
+        trained_images=length * (optim.steps * optim.batch_size or optim.epochs * images),
     )  # fmt: skip
     remarks = ["attention by our own kernels, where they can: no GPU has run them yet"] if attention == "own" else []
+    if sizes:
+        remarks.append(
+            f"image sizes {' '.join(config.data.image_sizes)}: the length is of all of them, {100 * length:.0f} % of "
+            "that of one size; the rest is of the whole size"
+        )
     if not found.fits:
         mend = f"--micro-batch {fitting} does" if need(fitting) <= free else "no micro-batch does"
         remarks.append(f"micro-batch {micro_batch} does not fit into {device.memory_gib:g} GiB: {mend}")

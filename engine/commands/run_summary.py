@@ -40,6 +40,7 @@ from mirl.engine.distributed.ds_config import read_ds_config, resolve_batch, res
 from mirl.engine.models import ModelConfig
 from mirl.engine.models.skips import ExactSkips
 from mirl.engine.pretraining.command_line import PRETRAIN
+from mirl.engine.training.image_sizes import StepSizes
 from mirl.engine.training.schedule import Durations
 from mirl.engine.transfer.classification.classifier import encoder_config
 from mirl.engine.transfer.classification.command_line import FINETUNE
@@ -50,7 +51,11 @@ MEASURED_UP_TO = 120e6  # parameters: a larger model is built and measured only 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """The summary tells what a run takes. Sizes are in bytes, times in seconds; unknown times and steps are None."""
+    """The summary tells what a run takes. Sizes are in bytes, times in seconds; unknown times and steps are None.
+
+    Memory and ``gflops_per_image`` are of the whole image size. mean_cost: FLOPs of an image of the run beside that,
+    below 1 where images grow; ``seconds_per_step`` is an average over their sizes too.
+    """
 
     config: Config
     model: ModelConfig
@@ -67,6 +72,7 @@ class RunSummary:
     measured_with: int
     images: int | None
     steps: int | None
+    mean_cost: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for --json."""
@@ -74,6 +80,8 @@ class RunSummary:
         return {
             "recipe": self.config.recipe, "model": self.model.label, "precision": self.precision,
             "parameters": self.parameters, "train_gflop_per_image": self.gflops_per_image,
+            "image_sizes": list(self.config.data.image_sizes),
+            "mean_train_gflop_per_image": self.gflops_per_image * self.mean_cost,
             "batch_size": self.config.optim.batch_size, "micro_batch": self.micro_batch,
             "accumulation": self.accumulation, "memory_gib": self.bytes_here / GIB, "free_gib": self.bytes_free / GIB,
             "elsewhere": self.elsewhere, "seconds_per_step": self.seconds_per_step, "images": self.images,
@@ -91,6 +99,7 @@ class RunSummary:
              f"{model.image_width}x{model.channels}, patch {model.patch_size}"),
             ("parameters", f"{total / 1e6:.1f} M ({parts})"),
             ("FLOPs", f"{self.gflops_per_image:.2f} G an image, forward and backward"),
+            *([("image sizes", _sizes(self))] if self.mean_cost != 1 else []),
             ("memory here", f"{self.bytes_here / GIB:.1f} GiB estimated, {self.precision}, micro-batch "
              f"{self.micro_batch} x {self.accumulation}{begun}; {self.bytes_free / GIB:.1f} GiB {self.free}{fits}"),
             *(("elsewhere", text) for text in self.elsewhere),
@@ -145,12 +154,18 @@ def summarise_run(argv: Sequence[str], *, measure: bool | None = None) -> RunSum
     if not steps and images:
         per_epoch = max(1, images // batch)
         steps = Durations.resolve(config.optim, config.run, config.log, steps_per_epoch=per_epoch).total_steps
+    sizes = StepSizes.of(config, steps or 10_000)  # whose shares are exact enough
+    if seconds is not None and sizes:
+        shares = [(step_model, share) for step_model, share in sizes.shares() if step_model != model]
+        smaller = [step_seconds(config, each, classes, precision, device, micro, batch)[0] for each, _ in shares]
+        whole = 1 - sum(share for _, share in shares)
+        seconds = whole * seconds + sum(each * share for each, (_, share) in zip(smaller, shares, strict=True))
     return RunSummary(
         config=config, model=model, precision=precision, parameters=_parameters(config, model, here.parameters),
         gflops_per_image=_flops(config, model, classes) / 1e9, free=free.bound, micro_batch=micro,
         accumulation=batch // micro, bytes_here=need(micro), bytes_free=free.bytes,
         elsewhere=memory_by_machine(on_machine, batch), seconds_per_step=seconds, measured_with=measured_with,
-        images=images, steps=steps,
+        images=images, steps=steps, mean_cost=sizes.mean_cost,
     )  # fmt: skip
 
 
@@ -209,6 +224,14 @@ def _length(summary: RunSummary) -> str:
     of_demo = "" if summary.config.data.data else " of the demo photographs"
     images = f", {summary.images} images{of_demo}" if summary.images else ""
     return f"{summary.steps} steps{f', {optim.epochs:g} epochs' if optim.epochs else ''}{images}"
+
+
+def _sizes(summary: RunSummary) -> str:
+    mean, share = summary.gflops_per_image * summary.mean_cost, 100 * summary.mean_cost
+    return (
+        f"{' '.join(summary.config.data.image_sizes)}: {mean:.2f} G an image on average, {share:.0f} % of those of one "
+        "size; memory is of the whole size"
+    )
 
 
 def _time(summary: RunSummary) -> str:

@@ -29,7 +29,7 @@ class Stage:
 
     @property
     def size(self) -> str:
-        """As a flag has it: the side of a square, else HEIGHTxWIDTH."""
+        """Write the size as a flag has it: the side of a square, else HEIGHTxWIDTH."""
         return str(self.height) if self.height == self.width else f"{self.height}x{self.width}"
 
     def __str__(self) -> str:
@@ -37,7 +37,7 @@ class Stage:
 
 
 def read_stages(texts: Sequence[object]) -> tuple[Stage, ...]:
-    """The stages that ``texts`` write; a bare number, which a file of settings may hold, is a side.
+    """Read the stages that ``texts`` write; a bare number, which a file of settings may hold, is a side.
 
     Raises:
         UserError: a text is no size, the first one has a share, or the shares do not rise or do not end below 1.
@@ -110,7 +110,7 @@ def _require_one(stage: Stage, model: ModelConfig, whole: str) -> None:
 
 
 def resized(texts: Sequence[str], before: ModelConfig, after: ModelConfig) -> tuple[str, ...]:
-    """The sizes of a recipe, written for ``before``, for the image and patch size of ``after``: each side keeps its
+    """Fit the sizes of a recipe, written for ``before``, to the image and patch size of ``after``: each side keeps its
     share of the image's, rounded to whole patches, and at least one.
     """
 

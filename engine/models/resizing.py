@@ -37,7 +37,7 @@ def set_image_size(model: ComputeChoices, height: int, width: int) -> None:
 
 @contextmanager
 def at_image_size(model: ComputeChoices, height: int, width: int) -> Iterator[None]:
-    """``model`` at another size within a block; see `set_image_size`."""
+    """Keep ``model`` at another size within a block; see `set_image_size`."""
     before = model.config
     set_image_size(model, height, width)
     try:

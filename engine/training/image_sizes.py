@@ -18,7 +18,7 @@ from mirl.engine.models.skips import ExactSkips
 
 @dataclass(frozen=True)
 class StepSizes:
-    """A function of settings and length alone, so that every rank, and a resumed run, has the same.
+    """The sizes follow from settings and length alone, so that every rank, and a resumed run, has the same.
 
     firsts: the first step of each stage, from 0. models: the model's configuration in it. Both are empty where all
     steps have one size. total_steps: of the run.
@@ -30,7 +30,7 @@ class StepSizes:
 
     @classmethod
     def of(cls, config: Any, total_steps: int) -> StepSizes:
-        """Of a run of any kind; only pre-training has image sizes.
+        """Make those of a run of any kind; only pre-training has image sizes.
 
         A stage begins with the first step that has ``share`` of the run behind it. The last step has the whole size,
         however short the run is; a stage that no step is left for is passed over.
@@ -49,51 +49,54 @@ class StepSizes:
         return bool(self.firsts)
 
     def model_at(self, step: int) -> ModelConfig:
-        """The configuration of the model in ``step``, counted from 0; only where there are stages."""
+        """Return the configuration of the model in ``step``, counted from 0; only where there are stages."""
         return self.models[self._stage(step)]
 
     def size_at(self, step: int) -> tuple[int, int]:
-        """(height, width) of the images of ``step``, counted from 0; only where there are stages."""
+        """Return (height, width) of the images of ``step``, counted from 0; only where there are stages."""
         model = self.model_at(step)
         return model.image_height, model.image_width
 
     def sizes_from(self, step: int) -> list[tuple[int, int]]:
-        """The sizes of ``step`` and of all later ones, each once; nothing where all steps have one size."""
+        """List the sizes of ``step`` and of all later ones, each once; nothing where all steps have one size."""
         models = self.models[self._stage(step) :] if self else ()
         return list(dict.fromkeys((model.image_height, model.image_width) for model in models))
 
     def cost(self, step: int, *, plain: bool = False) -> float:
-        """FLOPs of ``step`` as a share of those of a step of the whole size; ``plain``: without the exact skips."""
+        """Count the FLOPs of ``step`` as a share of those of a step of the whole size.
+
+        plain: without the exact skips.
+        """
         return self._costs[plain][self._stage(step)] if self else 1.0
 
     def cost_between(self, first: int, last: int) -> float:
-        """The sum of `cost` over steps ``first`` to ``last`` - 1."""
+        """Add up `cost` over steps ``first`` to ``last`` - 1."""
         if not self:
             return float(max(0, last - first))
-        ends = (*self.firsts[1:], self.total_steps)
         return sum(
             max(0, min(last, end) - max(first, begin)) * cost
-            for begin, end, cost in zip(self.firsts, ends, self._costs[False], strict=True)
+            for (_, begin, end), cost in zip(self._stages(), self._costs[False], strict=True)
         )
 
     @property
     def mean_cost(self) -> float:
-        """Of a step of the run."""
+        """Average `cost` over the run."""
         return self.cost_between(0, self.total_steps) / self.total_steps
 
     def shares(self) -> list[tuple[ModelConfig, float]]:
-        """The configuration of each stage, with the share of the steps that have it."""
-        ends = (*self.firsts[1:], self.total_steps)
-        lengths = [end - begin for begin, end in zip(self.firsts, ends, strict=True)]
-        return [(model, length / self.total_steps) for model, length in zip(self.models, lengths, strict=True)]
+        """List the configuration of each stage, with the share of the steps that have it; nothing without stages."""
+        return [(model, (end - begin) / self.total_steps) for model, begin, end in self._stages()]
 
     def __str__(self) -> str:
-        """As the log has it: "112x112 in steps 1 to 300, 224x224 in steps 301 to 600"."""
-        ends = (*self.firsts[1:], self.total_steps)
+        """Write what the log says: "112x112 in steps 1 to 300, 224x224 in steps 301 to 600"."""
         return ", ".join(
             f"{model.image_height}x{model.image_width} in steps {begin + 1} to {end}"
-            for model, begin, end in zip(self.models, self.firsts, ends, strict=True)
+            for model, begin, end in self._stages()
         )
+
+    def _stages(self) -> list[tuple[ModelConfig, int, int]]:
+        """Each stage with its first step and the one after its last."""
+        return list(zip(self.models, self.firsts, (*self.firsts[1:], self.total_steps), strict=False))
 
     def _stage(self, step: int) -> int:
         return max(0, bisect_right(self.firsts, step) - 1)

@@ -9,6 +9,7 @@ median and d the median of their distances from m. A value is outside where
 gradient norm, keeps a flat stretch from having a band of no width: a loss 1.13 times its median, or a norm 1.82 times,
 is never outside. There is no band before W / 2 values. Values outside count as later ones do: median and d bear them as
 long as they are fewer than half, and a run that has moved to another level for good has a band there after W / 2 steps.
+Where the size of the images changes the band begins anew.
 
 Literature: the runs of OLMo 2 (2025) skip a step whose loss or gradient norm is more than 6 standard deviations above
 the mean of the last 128; PaLM (Chowdhery et al. 2022) went back to a checkpoint and left out the batches around a
@@ -101,6 +102,11 @@ class SpikeWatch:
                 "no step is watched for a spike of its loss or gradient norm: that needs ZeRO stage 1 or 2 with flat "
                 "gradients"
             )
+
+    def begin_band(self) -> None:
+        """Forget the values so far: from here on images have another size, and losses another level."""
+        self.progress.recent_losses.clear()
+        self.progress.recent_norms.clear()
 
     def begin_step(self) -> None:
         """Set the limits of the step to come."""

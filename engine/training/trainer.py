@@ -51,12 +51,13 @@ class Trainer:
         self.durations, self.saver, self.log, self.progress, self.lock = durations, saver, log, progress, lock
         self.micro_batch, self.accumulation = micro_batch, accumulation
         self.schedule = durations.schedule(config.optim)
+        self.sizes = StepSizes.of(config, durations.total_steps)
         self.stop = StopRequest(max_minutes=config.run.max_minutes)
         self.watchdog = Watchdog(minutes=config.run.watchdog_minutes, rank=ranks.rank)
         self.step_log = StepLog(
             ranks=ranks, engine=engine, task=task, loader=loader, durations=durations, schedule=self.schedule, log=log,
             progress=progress, accumulation=accumulation, batch_size=config.optim.batch_size,
-            sizes=StepSizes.of(config, durations.total_steps),
+            sizes=self.sizes,
         )  # fmt: skip
         self.profile = StepProfile(config.log.profile, out=log.out, log=log, device=ranks.device)
         self.spikes = SpikeWatch(config.run, ranks, engine, task, loader, log, progress)
@@ -87,6 +88,8 @@ class Trainer:
         if standing is not None:
             self.saver.keep_if_best(standing)
         while self.progress.step < total_steps:
+            if self.progress.step in self.sizes.firsts:
+                self.spikes.begin_band()
             # Whatever was asked, a start makes a step: a run that is queued again and again goes on.
             batch = self._begin_step(may_stop=self.progress.step > first_step)
             left_out = self.rollback.leaves_out_next()

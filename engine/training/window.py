@@ -29,8 +29,8 @@ class Window:
     def add(
         self, loss: Tensor, terms: Tensor, images: int, *, cost: float = 1.0, plain_cost: float = 1.0
     ) -> None:  # fmt: skip
-        """cost, plain_cost: FLOPs of an image of this micro-batch beside one of the whole size, with and without the
-        exact skips.
+        """Add a micro-batch. cost, plain_cost: FLOPs of one of its images beside one of the whole size, with the exact
+        skips and without.
         """
         self.terms = terms.detach().clone() if self.terms is None else self.terms + terms.detach()
         self.loss = loss.detach().clone() if self.loss is None else self.loss + loss.detach()

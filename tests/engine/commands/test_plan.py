@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
+from mirl.engine.accounting import forecast
+from mirl.engine.accounting.forecast import StepForecast
 from mirl.engine.accounting.machines import MACHINES, fit
+from mirl.engine.accounting.predict import Times
 from mirl.engine.accounting.run_memory import pretraining_footprint
 from mirl.engine.commands.plan import IMAGENET_IMAGES, main
 from mirl.engine.pretraining.command_line import parse_pretrain
@@ -33,6 +36,26 @@ def test_json_has_what_a_program_needs(capsys):
     assert 0 < found["mfu_percent"] < found["plain_mfu_percent"] < 100
     assert found["launches"] > 500 and found["bytes_gb"] > 5
     assert found["fits"] and found["memory_of_gpu_gib"] == 80
+
+
+def test_the_length_is_that_of_all_image_sizes_and_the_rest_of_the_whole_one(capsys, monkeypatch):
+    """With steps of made-up lengths: a real one is predicted in the other tests."""
+
+    def as_long_as_its_images(build, device, *, gpus, micro_batch, accumulation, **_):
+        step_s = build().config.image_height / 224
+        times = Times(device_s=step_s, host_s=0.0, launches=1, bytes=1.0, optimiser_bytes=1.0, shares={"gemm": 1.0})
+        return StepForecast(times=times, gpus=gpus, images=micro_batch * accumulation, shown_link_s=0.0)
+
+    monkeypatch.setattr(forecast, "forecast_step", as_long_as_its_images)
+    flags = ("--depth", "2", "--segments", "2", "--batch-size", "8", "--gpu", "H100")
+    one = planned(capsys, *flags)
+    found = planned(capsys, *flags, "--image-sizes", "112", "224@0.75")
+    assert found["days"] == pytest.approx((0.75 * 0.5 + 0.25) * one["days"], rel=1e-5)
+    (remark,) = found.pop("remarks")
+    assert remark.startswith("image sizes 112 224@0.75: the length is of all of them, 62 % of that of one size; ")
+    assert {key: value for key, value in found.items() if key != "days"} == {
+        key: value for key, value in one.items() if key not in ("days", "remarks")
+    }
 
 
 def test_our_attention_kernels_can_be_priced(capsys):

@@ -58,6 +58,19 @@ def test_the_micro_batch_is_the_one_that_a_run_would_take(photographs, monkeypat
     assert "that does not fit" in str(given)
 
 
+def test_growing_images_cost_by_their_share_of_the_steps_and_memory_stays_that_of_the_whole(photographs, monkeypatch):
+    monkeypatch.setattr(run_summary, "step_seconds", lambda config, model, *_: (model.image_height / 56, 16))
+    flags = [*RUN, "--data", str(photographs)]
+    one, found = (summarise_run([*flags, *more]) for more in ([], ["--image-sizes", "28", "42@0.5", "56@0.75"]))
+    assert found.steps == 20 and found.seconds_per_step == pytest.approx((0.5 * 10 + 0.75 * 5 + 5) / 20)
+    assert (found.bytes_here, found.gflops_per_image) == (one.bytes_here, one.gflops_per_image)
+    small = [summarise_run([*flags, "--image-size", size], measure=False).gflops_per_image for size in ("28", "42")]
+    mean = (10 * small[0] + 5 * small[1] + 5 * one.gflops_per_image) / 20
+    assert found.to_dict()["mean_train_gflop_per_image"] == pytest.approx(mean, rel=1e-9)
+    assert f"image sizes  28 42@0.5 56@0.75: {mean:.2f} G an image on average" in str(found)
+    assert "image sizes" not in str(one) and one.to_dict()["image_sizes"] == []
+
+
 def test_the_time_of_a_step_is_the_time_of_a_step(photographs):
     """Against steps of the same model, timed here beside it; other programs share the cores, so that a factor of three
     is allowed.

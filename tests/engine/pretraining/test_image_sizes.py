@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mirl.engine.checkpoints.reader import CheckpointReader
 from mirl.engine.pretraining.replay import replay
 from tests.support.runs import equal_tensors, events, losses
 
@@ -24,6 +25,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_whatever_the_sizes_around(server
         (4, 24, 24), (6, 32, 32),
     ]  # fmt: skip
     assert len(list((whole / "pictures").glob("*.png"))) == 6
+    # The bands of losses and norms begin anew with each size, whose losses stand at a level of their own.
+    states = [CheckpointReader(whole / f"checkpoints/step-{step:08d}").state for step in range(1, 7)]
+    assert [len(state["recent_losses"]) for state in states] == [1, 2, 3, 1, 2, 1]
     # From before a change, and from one on other ranks and in another stage; without the pictures, for which the model
     # took the whole size after every step.
     for step, ranks, stage in ((2, 1, "zero2"), (3, 2, "zero3")):

@@ -26,7 +26,7 @@ def sizes(*texts: str, steps: int) -> StepSizes:
     ("texts", "steps", "expected"),
     [
         (("32", "48@0.5", "64@0.8"), 10, [32] * 5 + [48] * 3 + [64] * 2),
-        (("32", "48@0.1", "64@0.3"), 30, [32] * 3 + [48] * 6 + [64] * 21),  # 0.1 * 30 is 3.0000000000000004 in floats
+        (("32", "48@0.28", "64@0.8"), 25, [32] * 7 + [48] * 13 + [64] * 5),  # 7.000000000000001 in floats
         (("32", "48@0.5", "64@0.85"), 7, [32] * 4 + [48] * 2 + [64]),  # the first step past half of the run
         (("64", "48@0.25", "64@0.75"), 4, [64, 48, 48, 64]),
         (("32", "48@0.5", "64@0.9"), 2, [32, 64]),  # no step is left for 48
@@ -82,9 +82,24 @@ def test_the_time_left_knows_that_later_steps_cost_more():
     assert all(seconds == pytest.approx(true, rel=1e-6) for _, seconds, true in told[3:-1])
 
 
-def test_utilisation_and_the_measured_step_are_of_the_sizes_that_were_trained(monkeypatch):
+class CostsLeft:
+    """In the place of the clock of a log: what it was told of steps, and the cost of those to come as their seconds."""
+
+    def __init__(self) -> None:
+        self.ended: list[float] = []
+
+    def step_ended(self, cost: float) -> None:
+        self.ended.append(cost)
+
+    def seconds(self, *, steps: float, **_: object) -> float:
+        return steps
+
+
+def test_the_log_goes_by_the_sizes_that_were_trained_and_those_to_come(monkeypatch):
     """Arithmetic alone: a run of ten steps, two micro-batches each, a record after steps 4, 6, 8, 9 and 10."""
     monkeypatch.setattr(step_log, "peak_flops", lambda device: 1e12)
+    clock = CostsLeft()
+    monkeypatch.setattr(step_log, "TimeLeft", lambda: clock)
     found, progress, records = sizes("32", "48@0.5", "64@0.8", steps=10), Progress(), []
     ranks = SimpleNamespace(device=torch.device("cpu"), world_size=1)
     log = step_log.StepLog(
@@ -109,4 +124,9 @@ def test_utilisation_and_the_measured_step_are_of_the_sizes_that_were_trained(mo
             mean = sum(found.cost(step, plain=plain) for step in steps) / len(steps)
             wanted = 100 * values["images_per_s"] * gflops * 1e9 * mean / 1e12
             assert values[key] == pytest.approx(wanted, rel=1e-9)
+    assert clock.ended == [found.cost(step) for step in range(10)]
+    assert [values["seconds_left"] for values in records] == [
+        found.cost_between(step, 10) for step in (4, 6, 8, 9, 10)
+    ]  # fmt: skip
+    # What a run's prediction is compared with is a step of the whole size.
     assert [line["step_ms"] for line in log.measured.lines] == [values["step_ms"] for values in records[3:]]

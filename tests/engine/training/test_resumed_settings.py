@@ -75,6 +75,13 @@ def test_another_experiment_is_refused_and_a_change_on_purpose_is_told(kind, fla
     assert compare(*flags, "--change", setting.replace("_", "-"), kind=kind) == [line]
 
 
+def test_image_sizes_belong_to_the_experiment():
+    with pytest.raises(UserError, match="^image_sizes is 16 and .* was trained with none: .* --change image_sizes$"):
+        compare("--image-sizes", "16")
+    (line,) = compare("--image-sizes", "16", "--change", "image_sizes")
+    assert "image_sizes none -> 16" in line
+
+
 def test_all_that_differ_are_listed_at_once_and_those_that_were_named_are_not():
     flags = ["--lr", "0.5", "--mask-ratio", "0.25", "--no-flip"]
     with pytest.raises(UserError, match="mask_ratio is 0.25 and .*; flip is False, it was True; lr is 0.5, it was "):
