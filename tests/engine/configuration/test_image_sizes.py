@@ -9,8 +9,10 @@ import pytest
 from mirl.engine.configuration.config import PretrainConfig
 from mirl.engine.configuration.flags import parse
 from mirl.engine.configuration.overrides import override_by_keyword
+from mirl.engine.models import MODEL_NAMES
 from mirl.engine.pretraining.command_line import PRETRAIN
 from mirl.engine.pretraining.recipes import recipe
+from mirl.engine.training.image_sizes import StepSizes
 from mirl.engine.transfer.classification.command_line import FINETUNE
 from mirl.errors import UserError
 
@@ -86,3 +88,11 @@ def test_they_are_of_pretraining_and_survive_being_written_down(tmp_path):
 def test_those_of_a_recipe_follow_another_image_or_patch_unless_they_are_given(changes, followed):
     base = recipe("demo", image_sizes=("32", "48@0.5", "64@0.8"))
     assert override_by_keyword(base, changes).data.image_sizes == followed
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_the_fast_recipe_is_for_every_model_and_has_half_of_the_flops(name):
+    config = parse(PRETRAIN, ["--recipe", "fast", "--model", name])
+    assert (config.model.label, config.optim.optimizer) == (name, "muon")
+    assert config.data.image_sizes == ("128", "160@0.5", "224@0.85")
+    assert StepSizes.of(config, 31_200).mean_cost == pytest.approx(0.5, abs=0.02)
