@@ -28,8 +28,7 @@ def load_frozen_encoder(checkpoint: Path | str, device: torch.device | str = "cp
     """Load the encoder of a checkpoint or run in eval mode: all its blocks and the last norm. Its head is unused.
 
     Raises:
-        UserError: the checkpoint has no whole encoder, or is a classifier that pools the mean, whose norm is the
-        head's.
+        UserError: the checkpoint has no whole encoder, or is a classifier that pools the mean: its norm is the head's.
     """
     config, weights = load_encoder(checkpoint)
     if "norm.weight" not in weights:
