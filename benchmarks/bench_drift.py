@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import commit, device_name, versions
+from mirl.dataloaders import prepare_demo
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 RESULTS = CHECKOUT / "benchmarks" / "results"
@@ -77,7 +78,8 @@ def losses(case: str, seed: int, *, model: str, steps: int, work: Path) -> list[
     out = work / f"{model}_{steps}_{re.sub('[^a-z0-9]+', '-', case.lower())}_{seed}"
     found = _read(out)
     if len(found) < steps:
-        command = [sys.executable, "-m", "mirl.engine.pretrain", "--recipe", "demo", *MODELS[model], *COMMON]
+        command = [sys.executable, "-m", "mirl.engine.pretrain", "--recipe", "tiny", *MODELS[model], *COMMON]
+        command += ["--data", str(prepare_demo(many=True))]
         command += [*CASES[case].flags, "--seed", str(seed), "--steps", str(steps), "--warmup-steps", str(steps // 20)]
         # A fresh start: a resumed one would be right too, but would not be the run that a user sees.
         command += ["--checkpoint-every", str(steps), "--out", str(out)]

@@ -56,7 +56,7 @@ FITTED, MEASURED = 3_000, 5_000  # labelled images of the probe
 def run_of(sizes: Sequence[str], optimizer: str, budget: float) -> PretrainConfig:
     """Make the settings of a run whose FLOPs are ``budget`` times those of `WHOLE_IMAGES` images of the whole size."""
     steps = round(budget * WHOLE_IMAGES / BATCH)
-    base = recipe("demo")
+    base = recipe("tiny")
     data = dataclasses.replace(base.data, image_sizes=tuple(sizes))
     for _ in range(3):  # the cost of a step depends, by rounding, on their number
         optim = OptimConfig(batch_size=BATCH, steps=steps, warmup_steps=steps // 10, lr=LR, optimizer=optimizer)

@@ -34,7 +34,7 @@ def process_group():
 
 
 def engine_of(stage: str, accumulation: int, depth: int) -> TrainEngine:
-    settings = mirl.recipe("demo", batch_size=MICRO_BATCH * accumulation, micro_batch=MICRO_BATCH)
+    settings = mirl.recipe("tiny", batch_size=MICRO_BATCH * accumulation, micro_batch=MICRO_BATCH)
     device = torch.device("cpu")
     config = resolve_ds_config(
         read_ds_config(stage), settings, micro_batch=MICRO_BATCH, accumulation=accumulation, precision="bf16",

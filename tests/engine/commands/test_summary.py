@@ -75,18 +75,22 @@ def test_the_time_of_a_step_is_the_time_of_a_step(photographs):
     """Against steps of the same model, timed here beside it; other programs share the cores, so that a factor of three
     is allowed.
     """
-    summary = summarise_run([*RUN, "--data", str(photographs), "--precision", "fp32"])
-    assert summary.seconds_per_step is not None
-    if summary.measured_with < 16:
-        pytest.skip("other programs leave this machine too little time to measure a whole step")
-    model = MIRL(summary.config.model).train()
     images = torch.randint(0, 256, (16, 56, 56, 3), dtype=torch.uint8)
-    times = []
-    for _ in range(4):
-        begin = time.perf_counter()
-        model(images, noise=torch.rand(16, 64)).loss.backward()
-        times.append(time.perf_counter() - begin)
-    assert 1 / 3 < summary.seconds_per_step / min(times) < 3
+    ratios: list[float] = []
+    # Again where another program began or ended between the two: only one of them would see it.
+    while len(ratios) < 3 and not any(1 / 3 < ratio < 3 for ratio in ratios):
+        summary = summarise_run([*RUN, "--data", str(photographs), "--precision", "fp32"])
+        assert summary.seconds_per_step is not None
+        if summary.measured_with < 16:
+            pytest.skip("other programs leave this machine too little time to measure a whole step")
+        model = MIRL(summary.config.model).train()
+        times = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            model(images, noise=torch.rand(16, 64)).loss.backward()
+            times.append(time.perf_counter() - begin)
+        ratios.append(summary.seconds_per_step / min(times))
+    assert 1 / 3 < ratios[-1] < 3, ratios
     text = str(summary)
     assert "16 at a time" in text and "; the run " in text and max(map(len, text.splitlines())) < 180
 

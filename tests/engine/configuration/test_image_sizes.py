@@ -86,7 +86,7 @@ def test_they_are_of_pretraining_and_survive_being_written_down(tmp_path):
     ],
 )
 def test_those_of_a_recipe_follow_another_image_or_patch_unless_they_are_given(changes, followed):
-    base = recipe("demo", image_sizes=("32", "48@0.5", "64@0.8"))
+    base = recipe("tiny", image_sizes=("32", "48@0.5", "64@0.8"))
     assert override_by_keyword(base, changes).data.image_sizes == followed
 
 

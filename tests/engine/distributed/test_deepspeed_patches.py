@@ -290,7 +290,7 @@ def test_the_timer_of_deepspeed_still_waits_for_the_device_and_is_off(stage, mon
     """On a CPU the wait does nothing, but it is asked for by the same call."""
     config = resolve_ds_config(
         {"zero_optimization": {"stage": stage}, "train_batch_size": "auto"},
-        mirl.recipe("demo", batch_size=4), micro_batch=4, accumulation=1, precision="fp32", device=torch.device("cpu"),
+        mirl.recipe("tiny", batch_size=4), micro_batch=4, accumulation=1, precision="fp32", device=torch.device("cpu"),
     )  # fmt: skip
     waits: list[int] = []
     accelerator = type(deepspeed.accelerator.get_accelerator())

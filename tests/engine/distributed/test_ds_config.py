@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def config(**changes):
-    demo = recipe("demo")
+    demo = recipe("tiny")
     run = dataclasses.replace(demo.run, **{key: value for key, value in changes.items() if hasattr(demo.run, key)})
     optim = dataclasses.replace(
         demo.optim, **{key: value for key, value in changes.items() if hasattr(demo.optim, key)}

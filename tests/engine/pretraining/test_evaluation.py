@@ -51,7 +51,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 
 def recipe(photographs: Path, out: Path, **changes) -> PretrainConfig:
-    return mirl.recipe("demo", data=str(photographs), out=str(out), **(SMALL | {"steps": 4} | changes))
+    return mirl.recipe("tiny", data=str(photographs), out=str(out), **(SMALL | {"steps": 4} | changes))
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
     data.mkdir()
     for number in range(8):
         np.save(data / f"{number}.npy", rng.random((40, 40, 3), dtype=np.float32))
-    return mirl.pretrain(mirl.recipe("demo", data=str(data), out=str(root / "run"), **SMALL)), data
+    return mirl.pretrain(mirl.recipe("tiny", data=str(data), out=str(root / "run"), **SMALL)), data
 
 
 def contents(run: Path) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ def test_ranks_agree_once_for_each_micro_batch_and_once_at_the_end(
     agree = Ranks.agree_max
     monkeypatch.setattr(Ranks, "agree_max", lambda self, values: agreements.append(values) or agree(self, values))
     config = mirl.recipe(
-        "demo", data=str(photographs), out=str(tmp_path / "run"), steps=STEPS, warmup_steps=1, batch_size=4,
+        "tiny", data=str(photographs), out=str(tmp_path / "run"), steps=STEPS, warmup_steps=1, batch_size=4,
         micro_batch=4 // accumulation, precision="fp32", image_size=32, depth=4, width=32, heads=2, decoder_width=32,
         decoder_heads=2, log_every=1, pictures=0, tensorboard=False, loader_threads=1, watchdog_minutes=0.0,
         checkpoint_every=STEPS,

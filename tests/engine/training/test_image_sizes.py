@@ -19,7 +19,7 @@ from tests.engine.training.test_time_left import simulate
 
 
 def sizes(*texts: str, steps: int) -> StepSizes:
-    return StepSizes.of(recipe("demo", image_sizes=texts, steps=steps), steps)
+    return StepSizes.of(recipe("tiny", image_sizes=texts, steps=steps), steps)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,8 @@ def test_a_size_begins_with_the_first_step_that_has_its_share_behind_it(texts, s
 
 def test_costs_are_flops_beside_those_of_the_whole_size():
     found = sizes("32", "48@0.5", "64@0.8", steps=10)
-    config = recipe("demo").model
-    small = recipe("demo", image_size=32).model
+    config = recipe("tiny").model
+    small = recipe("tiny", image_size=32).model
     for plain, skips in ((False, (ExactSkips(),)), (True, ())):
         wanted = training_flops_per_image(small, *skips) / training_flops_per_image(config, *skips)
         assert found.cost(0, plain=plain) == pytest.approx(wanted, rel=1e-12) and wanted < 0.3

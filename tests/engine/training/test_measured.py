@@ -95,7 +95,7 @@ def test_a_prediction_that_fails_is_said_and_ends_nothing(on_h100):
 def test_a_run_closes_with_it(monkeypatch, photographs: Path, tmp_path: Path):
     monkeypatch.setattr(measured, "device_of", lambda plan: device_named("H100"))
     config = mirl.recipe(
-        "demo", data=str(photographs), out=str(tmp_path / "run"), steps=3, warmup_steps=1, batch_size=4,
+        "tiny", data=str(photographs), out=str(tmp_path / "run"), steps=3, warmup_steps=1, batch_size=4,
         precision="bf16",
         image_size=32, depth=4, width=32, heads=2, decoder_width=32, decoder_heads=2, log_every=1, pictures=0,
         tensorboard=False, loader_threads=1, watchdog_minutes=0.0,

@@ -50,7 +50,7 @@ def traced(out: Path, steps: int, *, first: int, total: int, ended: int | None =
 def test_a_run_leaves_a_trace_of_its_steps_and_goes_on(photographs: Path, tmp_path: Path) -> None:
     steps = LEAD + 4
     out = mirl.pretrain(
-        mirl.recipe("demo", data=str(photographs), out=str(tmp_path / "run"), steps=steps, profile=2, **SMALL)
+        mirl.recipe("tiny", data=str(photographs), out=str(tmp_path / "run"), steps=steps, profile=2, **SMALL)
     )
     (event,) = events(out, "profile")
     assert (event["step"], event["steps"]) == (LEAD + 2, 2)
@@ -130,4 +130,4 @@ def test_kernels_of_a_gpu_have_a_column_of_their_own() -> None:
 
 def test_too_many_steps_are_refused() -> None:
     with pytest.raises(UserError, match="profile is 500: .* give 100 or fewer"):
-        mirl.recipe("demo", profile=500)
+        mirl.recipe("tiny", profile=500)

@@ -128,10 +128,10 @@ def test_a_learning_rate_too_large_is_a_spike_that_no_block_stands_out_in(photog
         depth=4, width=32, heads=2, decoder_width=32, decoder_heads=2, log_every=1, pictures=0, tensorboard=False,
         loader_threads=1, watchdog_minutes=0.0, spike_window=8,
     )  # fmt: skip
-    mirl.pretrain(mirl.recipe("demo", **common, steps=5, lr=1e-4))
+    mirl.pretrain(mirl.recipe("tiny", **common, steps=5, lr=1e-4))
     assert events(tmp_path / "run", "spike") == []
     change = dict(lr=1.0, change=("lr", "steps"))
-    mirl.pretrain(mirl.recipe("demo", **common | change, steps=8, resume="auto"))
+    mirl.pretrain(mirl.recipe("tiny", **common | change, steps=8, resume="auto"))
     # The band went on over the start: it has begun at once.
     spike = events(tmp_path / "run", "spike")[0]
     assert spike["step"] == 7 and not spike["skipped"] and spike["grown"] is None
@@ -140,7 +140,7 @@ def test_a_learning_rate_too_large_is_a_spike_that_no_block_stands_out_in(photog
     # No leaving out helps here. Checkpoint 8 is of the run above, and no part of this one.
     start = tmp_path / "run" / "checkpoints" / "step-00000005"
     with pytest.raises(Diverged, match=f"3 rollbacks to {start} or a checkpoint with no further step did not help"):
-        mirl.pretrain(mirl.recipe("demo", **common | change, steps=14, resume=str(start), on_spike="rollback"))
+        mirl.pretrain(mirl.recipe("tiny", **common | change, steps=14, resume=str(start), on_spike="rollback"))
     back = events(tmp_path / "run", "rollback")
     assert [(event["step"], event["to_step"]) for event in back] == [(7, 5), (8, 5), (10, 5)]
     assert [event["left_out"] for event in back] == [[7], [6, 7, 8], [6, 7, 8, 9, 10]]
@@ -149,7 +149,7 @@ def test_a_learning_rate_too_large_is_a_spike_that_no_block_stands_out_in(photog
 def test_what_is_not_watched_and_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     said: list[str] = []
     watch = SpikeWatch(
-        mirl.recipe("demo").run,
+        mirl.recipe("tiny").run,
         cast(Ranks, SimpleNamespace(gather=lambda value: [value], is_main=False)),
         cast(TrainEngine, SimpleNamespace(can_watch_steps=False)),
         cast(Task, None),
@@ -168,7 +168,7 @@ def test_what_is_not_watched_and_what_cannot_be_compared_is_said(tmp_path: Path)
 
 def test_what_cannot_be_watched_is_refused(tmp_path: Path, photographs: Path) -> None:
     config = mirl.recipe(
-        "demo", data=str(photographs), out=str(tmp_path / "run"), steps=2, batch_size=4, image_size=32, depth=4,
+        "tiny", data=str(photographs), out=str(tmp_path / "run"), steps=2, batch_size=4, image_size=32, depth=4,
         width=32, heads=2, decoder_width=32, decoder_heads=2, precision="fp32", loader_threads=1, on_spike="skip",
         flat_gradients=False, warmup_steps=1,
     )  # fmt: skip

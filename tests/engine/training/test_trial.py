@@ -48,7 +48,7 @@ def failing(monkeypatch, error: BaseException) -> None:
 
 
 def test_none_is_left_below_one_and_faults_are_no_lack_of_memory(monkeypatch):
-    plan = plan_of(recipe("demo", micro_batch=1))
+    plan = plan_of(recipe("tiny", micro_batch=1))
     engine = engine_of(nn.Linear(1, 1))
     failing(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(UserError, match="memory ran out in a trial step with micro-batch 1, for which"):
@@ -67,7 +67,7 @@ def test_halving_keeps_pairs_together(monkeypatch):
 
     found = []
     for micro in (12, 6):
-        plan = plan_of(recipe("demo", batch_size=12, micro_batch=micro))
+        plan = plan_of(recipe("tiny", batch_size=12, micro_batch=micro))
         with pytest.raises(TooLarge) as caught:
             try_micro_batch(engine_of(nn.Linear(1, 1)), plan, in_pairs, None)
         found.append(caught.value.smaller)
@@ -75,7 +75,7 @@ def test_halving_keeps_pairs_together(monkeypatch):
 
 
 def test_under_zero_3_no_step_is_tried():
-    said = try_micro_batch(SimpleNamespace(stage=3), plan_of(recipe("demo")), of_pretraining, None)
+    said = try_micro_batch(SimpleNamespace(stage=3), plan_of(recipe("tiny")), of_pretraining, None)
     assert "no trial step under ZeRO 3" in said
 
 
@@ -108,7 +108,7 @@ def test_a_thread_that_cannot_begin_lacks_memory_where_addresses_are_limited():
 
 def test_what_is_in_use_already_is_not_advised():
     text = str(
-        explain(MemoryError(), plan_of(recipe("demo", activation_checkpointing="every")), of_pretraining, when="here")
+        explain(MemoryError(), plan_of(recipe("tiny", activation_checkpointing="every")), of_pretraining, when="here")
     )
     assert "recompute" not in text and "checkpointing" not in text and "zero2" not in text and "\n" not in text
 
@@ -150,10 +150,10 @@ def test_past_what_the_machine_leaves_an_allocation_fails_in_place_of_the_kernel
     monkeypatch.setattr(trial, "trial_step", step)
     limits = resource.getrlimit(resource.RLIMIT_DATA)
     with pytest.raises(TooLarge, match="micro-batch 32 ran out of memory in a trial step") as caught:
-        try_micro_batch(engine_of(nn.Linear(1, 1)), plan_of(recipe("demo", micro_batch=32)), of_pretraining, None)
+        try_micro_batch(engine_of(nn.Linear(1, 1)), plan_of(recipe("tiny", micro_batch=32)), of_pretraining, None)
     assert caught.value.smaller == 16 and not sizes
     assert resource.getrlimit(resource.RLIMIT_DATA) == limits
-    plan = plan_of(recipe("demo", micro_batch=4))
+    plan = plan_of(recipe("tiny", micro_batch=4))
     assert "micro-batch 4: a trial step fits" in try_micro_batch(engine_of(nn.Linear(1, 1)), plan, of_pretraining, None)
     assert len(sizes) == 1
 
@@ -178,7 +178,7 @@ def test_a_trial_passes_through_the_heads_waits_for_nobody_and_leaves_everything
     before = {name: tensor.clone() for name, tensor in model.state_dict(keep_vars=False).items()}
     before |= {name: buffer.clone() for name, buffer in model.named_buffers()}
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    plan = plan_of(recipe("demo", micro_batch=2))
+    plan = plan_of(recipe("tiny", micro_batch=2))
     said = try_micro_batch(engine_of(model), plan, of_pretraining, partial(run.trial_loss, plan, model))
     assert "fits into memory" in said and seen == [head]
     for name, tensor in [*model.state_dict().items(), *model.named_buffers()]:

@@ -115,7 +115,7 @@ def _log(out: Path, config: PretrainConfig, names: list[str], start_step: int) -
 
 
 def test_a_run_is_tracked_resumed_and_outlives_the_server(mlflow_server, photographs, tmp_path):
-    config = mirl.recipe("demo", data=str(photographs), out=str(tmp_path / "mine"), steps=2, track=("wandb",), **SMALL)
+    config = mirl.recipe("tiny", data=str(photographs), out=str(tmp_path / "mine"), steps=2, track=("wandb",), **SMALL)
     out = mirl.pretrain(config)
     _wait_for(mlflow_server, tmp_path / "server.log")
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

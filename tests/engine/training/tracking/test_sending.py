@@ -201,7 +201,7 @@ def test_what_the_log_hands_on_and_how_it_says_that_the_run_ended(error, end, tm
 def test_one_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, monkeypatch, photographs):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    config = mirl.recipe("demo", data=str(photographs), out="run", steps=2, warmup_steps=1, track=("mlflow",))
+    config = mirl.recipe("tiny", data=str(photographs), out="run", steps=2, warmup_steps=1, track=("mlflow",))
     with pytest.raises(UserError, match=r"^track is mlflow, which is not installed: pip install 'mlflow-skinny>=3'$"):
         mirl.pretrain(config)
     assert not list(tmp_path.iterdir())
