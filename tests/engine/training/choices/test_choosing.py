@@ -17,6 +17,7 @@ from mirl.engine.models.layers import HeadedAttention, HiddenLinear, Mlp, Residu
 from mirl.engine.training.choices import choosing, table
 from mirl.engine.training.choices.attention import ATTENTION
 from mirl.engine.training.choices.declaration import Choice, random_leaf
+from mirl.engine.training.choices.measuring import Finding
 from mirl.engine.training.choices.pointwise import GELU, NORM
 from mirl.engine.training.choices.registry import CHOICES
 from mirl.engine.training.choices.uses import find_places
@@ -201,13 +202,23 @@ def test_a_later_run_takes_the_cache_and_measures_what_it_lacks(as_on_a_gpu, cac
     assert backends(made) == {"math"}
 
 
-def test_a_damaged_cache_is_left_out_with_one_warning_and_written_anew(as_on_a_gpu, cache):
-    choose(model(), RunConfig(), choices=(ALL_BUT_SDPA,))
+def test_a_damaged_cache_is_left_out_with_one_warning_and_written_anew(as_on_a_gpu, cache, monkeypatch):
+    """What is measured is said here, so that no other program has a part in it."""
+
+    def says(name: str) -> None:
+        def measure(choice, use, default, device, deadline):
+            return Finding(chosen=name, default=default, reason="for a test", times_ms={name: 1.0})
+
+        monkeypatch.setattr(choosing, "measure", measure)
+
+    says("sdpa")
+    choose(model(), RunConfig(), choices=(ATTENTION,))
     (path,) = cache.iterdir()
+    says("math")
     for content in (b"{", b"[]", b'{"format": 99}', b'{"format": 1, "source": 1}', b"\xff"):
         path.write_bytes(content)
         made = model()
-        chosen = choose(made, RunConfig(), choices=(ALL_BUT_MATH,))
+        chosen = choose(made, RunConfig(), choices=(ATTENTION,))
         assert [line for line in chosen.lines if "WARNING" in line] == [chosen.lines[0]], content
         assert f"{path} is damaged and is not used" in chosen.lines[0], content
         assert backends(made) == {"math"}, content
