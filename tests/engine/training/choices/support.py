@@ -32,7 +32,7 @@ def with_candidates(made: Callable[[Callable[..., Tensor]], dict[str, Any]], cho
     return dataclasses.replace(choice, candidates=lambda use, device: made(choice.reference(use)))
 
 
-def slow(run: Callable[..., Any], seconds: float = 0.03) -> Callable[..., Any]:
+def slow(run: Callable[..., Any], seconds: float = 0.06) -> Callable[..., Any]:
     """``run``, later; compiled if it was."""
     if isinstance(run, Compiled):
         return _LateCompiled(run, seconds)
