@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 from mirl.engine.models.config import ModelConfig
 from mirl.errors import UserError
@@ -55,7 +56,7 @@ def read_stages(texts: Sequence[object]) -> tuple[Stage, ...]:
     if stages and stages[0].share:
         raise UserError(f"image_sizes begins with {stages[0]}: the first size holds from the start, give it without @")
     shares = [stage.share for stage in stages]
-    if any(later <= earlier for earlier, later in zip(shares, shares[1:], strict=False)) or max(shares, default=0) >= 1:
+    if any(later <= earlier for earlier, later in pairwise(shares)) or max(shares, default=0) >= 1:
         raise UserError(
             f"image_sizes is {' '.join(map(str, stages))}: give every size after the first a share of the run, rising "
             f"and below 1, e.g. {EXAMPLE}"

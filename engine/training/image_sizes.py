@@ -96,7 +96,8 @@ class StepSizes:
 
     def _stages(self) -> list[tuple[ModelConfig, int, int]]:
         """Each stage with its first step and the one after its last."""
-        return list(zip(self.models, self.firsts, (*self.firsts[1:], self.total_steps), strict=False))
+        ends = (*self.firsts[1:], self.total_steps)[: len(self.firsts)]  # none where there are no stages
+        return list(zip(self.models, self.firsts, ends, strict=True))
 
     def _stage(self, step: int) -> int:
         return max(0, bisect_right(self.firsts, step) - 1)
