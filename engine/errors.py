@@ -50,12 +50,18 @@ class NotSaved(RuntimeError):
 
 
 _met = False
+_is_command = False
 
 
 def begin_to_meet() -> None:
     """Note that from here on this rank may meet errors that others do not have."""
     global _met
     _met = True
+
+
+def is_command() -> bool:
+    """Say whether `run_entry_point` tells the errors of this process and ends it; in a notebook it does not."""
+    return _is_command
 
 
 def run_entry_point(main: Callable[[], int | None]) -> None:
@@ -66,6 +72,8 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     may not have it (the data of one host, the variables of one rank). An error before `begin_to_meet` comes from the
     command line, which all ranks have, so rank 0 alone tells it. Every rank that is left tells of a lost rank.
     """
+    global _is_command
+    _is_command = True
     open_streams()
     rank, wrong = _rank()
     try:

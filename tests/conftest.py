@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -45,6 +47,13 @@ TIERS = {
     "tests/dry_run/test_fake_step.py": "slow",
     "tests/dry_run/test_budget.py": "slow",
 }
+# Tests of times have the machine to themselves: other workers wait.
+ALONE = (
+    "tests/dataloaders/test_memory.py",
+    "tests/engine/checkpoints/test_checkpoint_stall.py",
+    "tests/engine/commands/test_summary.py",
+    "tests/engine/training/choices",
+)
 TIER_OF_FIXTURE = {"server": "ranks", "run": "process"}
 
 
@@ -58,6 +67,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         place = str(item.path.relative_to(CHECKOUT))
         tiers = {tier for prefix, tier in TIERS.items() if place.startswith(prefix)}
         tiers |= {tier for fixture, tier in TIER_OF_FIXTURE.items() if fixture in getattr(item, "fixturenames", ())}
+        if place.startswith(ALONE):
+            item.add_marker("alone")
         for tier in tiers:
             item.add_marker(tier)
         if "gpu" in item.keywords and not torch.cuda.is_available():
@@ -67,6 +78,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         place = next((place for place, tier in enumerate(LONGEST_FIRST) if tier in item.keywords), len(LONGEST_FIRST))
         order[item.path] = min(place, order.get(item.path, place))
     items.sort(key=lambda item: order[item.path])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Run a test, with its fixtures, beside those of other workers, or alone if it is one of `ALONE`."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    places = Path(tempfile.gettempdir())
+    with (
+        (places / f"mirl-tests-{os.getuid()}.queue").open("w") as queue,
+        (places / f"mirl-tests-{os.getuid()}.turn").open("w") as turn,
+    ):
+        # Who waits stands at the head of the queue, so that the others' next tests do not go before it.
+        fcntl.flock(queue, fcntl.LOCK_EX)
+        fcntl.flock(turn, fcntl.LOCK_EX if "alone" in item.keywords else fcntl.LOCK_SH)
+        fcntl.flock(queue, fcntl.LOCK_UN)
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(turn, fcntl.LOCK_UN)  # by hand: a process that the test has forked holds the file too
 
 
 @pytest.fixture(autouse=True, scope="session")

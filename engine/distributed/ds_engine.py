@@ -72,9 +72,10 @@ class TrainEngine:
         }
         if isinstance(optimizer, MuonAdamW):
             ds_config = ds_config | {"zero_allow_untested_optimizer": True}  # DeepSpeed knows AdamW, not its subclass
-        self._engine, self._optimizer = patches.initialize(
-            model, optimizer, patches.gradient_types(ds_config, flat_gradients)
-        )
+        with patches.quiet_about_untested_optimizers():
+            self._engine, self._optimizer = patches.initialize(
+                model, optimizer, patches.gradient_types(ds_config, flat_gradients)
+            )
         patches.require_state(self._optimizer, self.stage, [parameter for _, parameter in self._trainable()])
         patches.look_for_nonfinite_gradients(self._optimizer)
         self._flat: FlatGradients | None = None

@@ -13,6 +13,8 @@ from typing import Self
 
 import psutil
 
+from mirl.engine.errors import is_command
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -52,7 +54,7 @@ class StopRequest:
     """While entered, SIGTERM, SIGUSR1 and the first SIGINT set `requested` instead of ending the process.
 
     A second SIGINT interrupts at once. A worker whose launcher is gone asks to stop too, since nobody else would end
-    it.
+    it. A command that ends by an exception stays so until it is gone.
     """
 
     def __init__(self, *, max_minutes: float = 0.0) -> None:
@@ -82,6 +84,9 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # A launcher that sees one rank fail sends SIGTERM to the others, which may be about to say why they end.
+        if error is not None and is_command():
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
